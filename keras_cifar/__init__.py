@@ -1,0 +1,7 @@
+"""Train image classifiers with Keras on TensorFlow and put them into service."""
+
+from keras_cifar import environment
+
+__version__ = "0.1.0"
+
+environment.configure()

@@ -1,0 +1,344 @@
+"""Stateless augmentation of whole batches, chosen by a string such as `crop(4)|flip|mixup(0.2)`.
+
+Each public function below that has a seed among its parameters is an augmentation of its own name:
+(images, labels, seed, *numbers) -> (images, labels), with images uint8 or float32 [B, H, W, 3] in
+[0, 255], labels float32 [B, K] and seed int32 [2]. The same seed gives the same result. A new
+augmentation is one new function.
+"""
+
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from keras_cifar.errors import UsageError, unknown
+
+# (images, labels, seed) -> (images, labels)
+Augment = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+
+def parse(text: str) -> Augment:
+    """The augmentation that a string such as `crop(4)|flip` describes; "" changes nothing.
+
+    The result takes and returns images uint8 [B, H, W, 3] and labels float32 [B, K].
+
+    Raises:
+        UsageError: an unknown name, or numbers out of range.
+    """
+    steps = [_parse_step(part.strip(), text) for part in text.split("|")] if text.strip() else []
+
+    def augment(images, labels, seed):
+        for index, step in enumerate(steps):
+            images, labels = step(
+                images, labels, tf.random.experimental.stateless_fold_in(seed, index)
+            )
+        return _to_uint8(images), labels
+
+    return augment
+
+
+def _parse_step(part: str, text: str) -> Augment:
+    match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", part)
+    if not match:
+        raise UsageError(
+            f"--augment={text!r}: {part!r} is not of the form name or name(number, ...)"
+        )
+    name, numbers = match[1], match[2]
+    choices = _functions()
+    if name not in choices:
+        raise unknown("augmentation", name, choices)
+    try:
+        arguments = [float(n) for n in numbers.split(",")] if numbers and numbers.strip() else []
+        if not all(map(math.isfinite, arguments)):
+            raise ValueError("numbers must be finite")
+        step = functools.partial(_call, choices[name], arguments)
+        # On a small batch, so that a wrong number is refused before training, and by name.
+        inspect.signature(choices[name]).bind(None, None, None, *arguments)
+        step(tf.zeros((2, 4, 4, 3), tf.uint8), tf.eye(2), tf.constant([0, 0]))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--augment={text!r}: {part}: {error}") from None
+    return step
+
+
+def _call(function, arguments, images, labels, seed):
+    return function(images, labels, seed, *arguments)
+
+
+def _functions() -> dict[str, Callable]:
+    return {
+        name: value
+        for name, value in globals().items()
+        if inspect.isfunction(value)
+        and not name.startswith("_")
+        and list(inspect.signature(value).parameters)[:3] == ["images", "labels", "seed"]
+    }
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# ---- Geometry
+
+
+def crop(images, labels, seed, padding: float):
+    """Pads by `padding` black pixels on each side and crops at random to the size before.
+
+    He et al. 2015, arXiv:1512.03385, section 4.2, with 4 pixels on CIFAR-10.
+    """
+    _require(
+        padding >= 1 and padding == int(padding), "the padding must be a whole number of pixels"
+    )
+    padding = int(padding)
+    batch, height, width = _sizes(images)
+    padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
+    corner = tf.random.stateless_uniform((2, batch, 1), seed, 0, 2 * padding + 1, tf.int32)
+    # Rows first: they are contiguous, and then only the columns that stay are moved.
+    rows = tf.gather(padded, corner[0] + tf.range(height), axis=1, batch_dims=1)
+    return tf.gather(rows, corner[1] + tf.range(width), axis=2, batch_dims=1), labels
+
+
+def flip(images, labels, seed):
+    """Mirrors each image left to right with probability one half."""
+    batch, _, _ = _sizes(images)
+    mirrored = tf.random.stateless_uniform((batch, 1, 1, 1), seed) < 0.5
+    return tf.where(mirrored, tf.reverse(images, [2]), images), labels
+
+
+def cutout(images, labels, seed, size: float):
+    """Blackens a square of `size` pixels around a random point; it may reach over the edge.
+
+    DeVries and Taylor 2017, arXiv:1708.04552 (16 pixels on CIFAR-10, 8 on CIFAR-100).
+    """
+    _require(size >= 1 and size == int(size), "the size must be a whole number of pixels")
+    batch, height, width = _sizes(images)
+    top, left = _random_boxes(seed, batch, height, width)
+    inside = _box_mask(
+        top - int(size) // 2, left - int(size) // 2, int(size), int(size), height, width
+    )
+    return tf.where(inside, tf.zeros_like(images), images), labels
+
+
+# ---- Colour
+
+
+def color(images, labels, seed, strength: float):
+    """Changes brightness, contrast and saturation, each by a factor in 1 +- `strength`.
+
+    As in Krizhevsky's successors' ImageNet training (0.4); the order is fixed.
+    """
+    _require(0 < strength <= 1, "the strength must be above 0 and at most 1")
+    batch, _, _ = _sizes(images)
+    factors = tf.random.stateless_uniform((3, batch, 1, 1, 1), seed, 1 - strength, 1 + strength)
+    images = tf.cast(images, tf.float32)
+    images = _clip(images * factors[0])
+    images = _blend(_mean_grey(images), images, factors[1])
+    return _blend(_grey(images), images, factors[2]), labels
+
+
+# ---- Mixing labels
+
+
+def mixup(images, labels, seed, alpha: float):
+    """Mixes each image and its label with another's: shares from Beta(alpha, alpha).
+
+    Zhang et al. 2017, arXiv:1710.09412 (alpha 1.0 on CIFAR-10, 0.2 on ImageNet).
+    """
+    share, partner = _mixing(seed, images, alpha)
+    share_of_pixels = share[:, None, None, None]
+    images = tf.cast(images, tf.float32)
+    images = images * share_of_pixels + tf.gather(images, partner) * (1 - share_of_pixels)
+    return images, labels * share[:, None] + tf.gather(labels, partner) * (1 - share[:, None])
+
+
+def cutmix(images, labels, seed, alpha: float):
+    """Pastes a random box of another image; labels are mixed by the areas that are seen.
+
+    Yun et al. 2019, arXiv:1905.04899 (alpha 1.0 on CIFAR-10 and ImageNet).
+    """
+    share, partner = _mixing(seed, images, alpha)
+    batch, height, width = _sizes(images)
+    side = tf.sqrt(1.0 - share)[:, None, None, None]
+    box_height = tf.cast(tf.round(side * tf.cast(height, tf.float32)), tf.int32)
+    box_width = tf.cast(tf.round(side * tf.cast(width, tf.float32)), tf.int32)
+    y, x = _random_boxes(tf.random.experimental.stateless_fold_in(seed, 2), batch, height, width)
+    inside = _box_mask(
+        y - box_height // 2, x - box_width // 2, box_height, box_width, height, width
+    )
+    images = tf.where(inside, tf.gather(images, partner), images)
+    seen = 1.0 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=[1, 2])
+    return images, labels * seen + tf.gather(labels, partner) * (1 - seen)
+
+
+def _mixing(seed, images, alpha):
+    """(share float32 [B] of the image itself, partner int32 [B])."""
+    _require(alpha > 0, "alpha must be above 0")
+    batch, _, _ = _sizes(images)
+    gamma = tf.random.stateless_gamma((2, batch), seed, alpha) + 1e-12  # both may underflow
+    partner = tf.random.experimental.stateless_shuffle(
+        tf.range(batch), tf.random.experimental.stateless_fold_in(seed, 1)
+    )
+    return gamma[0] / (gamma[0] + gamma[1]), partner
+
+
+# ---- RandAugment
+
+
+def randaugment(images, labels, seed, operations: float, magnitude: float):
+    """Applies `operations` of 14 transformations, chosen anew for each image, at one magnitude.
+
+    Cubuk et al. 2019, arXiv:1909.13719: the operations and ranges of its reference
+    implementation, magnitude 0 to 10 (N=2, M=9 on ImageNet; N=3, M=4 and more on CIFAR-10);
+    translation is up to a third of the side. Areas that come in from outside are grey.
+
+    All images go through each operation's formula together and keep the one they drew: on small
+    images that is far faster than choosing a branch for each image.
+    """
+    _require(
+        operations >= 1 and operations == int(operations), "the number of operations must be whole"
+    )
+    _require(0 <= magnitude <= 10, "the magnitude must be from 0 to 10")
+    images = tf.cast(images, tf.float32)
+    for index in range(int(operations)):
+        drawn = tf.random.experimental.stateless_fold_in(seed, index)
+        images = _one_randaugment(images, drawn, magnitude / 10.0)
+    return images, labels
+
+
+def _one_randaugment(images, seed, level):
+    """`level` is the magnitude in [0, 1]."""
+    batch, height, width = _sizes(images)
+    choice = tf.random.stateless_uniform((batch, 1, 1, 1), seed, 0, 14, tf.int32)
+    sign = tf.random.stateless_uniform((batch,), tf.random.experimental.stateless_fold_in(seed, 99))
+    sign = tf.where(sign < 0.5, -1.0, 1.0)
+
+    def chosen(operation):
+        return tf.cast(tf.equal(choice[:, 0, 0, 0], operation), tf.float32) * sign
+
+    moved = _affine(
+        images,
+        angle=chosen(0) * (level * math.pi / 6),
+        shear_x=chosen(1) * (level * 0.3),
+        shear_y=chosen(2) * (level * 0.3),
+        shift_x=chosen(3) * (level * tf.cast(width, tf.float32) / 3),
+        shift_y=chosen(4) * (level * tf.cast(height, tf.float32) / 3),
+    )
+    factor = 1.0 + sign[:, None, None, None] * 0.9 * level
+    result = tf.where(choice <= 4, moved, images)
+    result = tf.where(choice == 5, _clip(images * factor), result)  # brightness
+    result = tf.where(choice == 6, _blend(_mean_grey(images), images, factor), result)  # contrast
+    result = tf.where(choice == 7, _blend(_grey(images), images, factor), result)  # colour
+    result = tf.where(choice == 8, _blend(_smooth(images), images, factor), result)  # sharpness
+    bits = 8 - round(level * 4)
+    result = tf.where(choice == 9, tf.floor(images / 2 ** (8 - bits)) * 2 ** (8 - bits), result)
+    threshold = 256.0 * (1.0 - level)
+    result = tf.where(choice == 10, tf.where(images < threshold, images, 255.0 - images), result)
+    result = tf.where(choice == 11, _autocontrast(images), result)
+    result = tf.where(choice == 12, _equalize(images), result)
+    return result  # 13 is the identity
+
+
+def _affine(images, angle, shear_x, shear_y, shift_x, shift_y):
+    """Each image rotated, sheared and shifted about its centre; all parameters float32 [B]."""
+    batch, height, width = _sizes(images)
+    x = (tf.cast(width, tf.float32) - 1) / 2
+    y = (tf.cast(height, tf.float32) - 1) / 2
+    a, b = tf.cos(angle), shear_x - tf.sin(angle)
+    c, d = shear_y + tf.sin(angle), tf.cos(angle)
+    zero = tf.zeros((batch,))
+    # Output (i, j) takes the input at (a i + b j + e, c i + d j + f).
+    transforms = tf.stack(
+        [a, b, x - a * x - b * y + shift_x, c, d, y - c * x - d * y + shift_y, zero, zero], axis=1
+    )
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=images,
+        transforms=transforms,
+        output_shape=tf.stack([height, width]),
+        fill_value=128.0,
+        interpolation="BILINEAR",
+        fill_mode="CONSTANT",
+    )
+
+
+def _smooth(images):
+    """PIL's SMOOTH filter; the border stays."""
+    kernel = tf.constant([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13.0
+    kernel = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
+    inner = tf.nn.depthwise_conv2d(images, kernel, [1, 1, 1, 1], "VALID")
+    ones = tf.pad(tf.ones_like(inner), [[0, 0], [1, 1], [1, 1], [0, 0]])
+    return tf.where(ones > 0, tf.pad(inner, [[0, 0], [1, 1], [1, 1], [0, 0]]), images)
+
+
+def _autocontrast(images):
+    low = tf.reduce_min(images, axis=[1, 2], keepdims=True)
+    high = tf.reduce_max(images, axis=[1, 2], keepdims=True)
+    stretched = (images - low) * 255.0 / tf.maximum(high - low, 1.0)
+    return tf.where(high > low, stretched, images)
+
+
+def _equalize(images):
+    """Each channel's histogram made flat, as PIL's ImageOps.equalize."""
+    batch, height, width = _sizes(images)
+    values = tf.reshape(
+        tf.transpose(tf.cast(images, tf.int32), [0, 3, 1, 2]), [batch * 3, height * width]
+    )
+    histogram = tf.math.bincount(values, minlength=256, maxlength=256, axis=-1)
+    histogram = tf.reshape(histogram, [batch * 3, 256])
+    last = tf.argmax(tf.where(histogram > 0, tf.range(256), -1), axis=1)
+    step = (height * width - tf.gather(histogram, last, batch_dims=1)) // 255
+    before = tf.cumsum(histogram, axis=1, exclusive=True) + step[:, None] // 2
+    table = tf.minimum(before // tf.maximum(step[:, None], 1), 255)
+    table = tf.where(step[:, None] > 0, table, tf.range(256))
+    equal = tf.reshape(tf.gather(table, values, batch_dims=1), [batch, 3, height, width])
+    return tf.cast(tf.transpose(equal, [0, 2, 3, 1]), tf.float32)
+
+
+# ---- Helpers
+
+
+def _sizes(images):
+    """(batch, height, width): Python integers where they are known, else tensors."""
+    static, dynamic = images.shape, tf.shape(images)
+    return tuple(static[i] if static[i] is not None else dynamic[i] for i in range(3))
+
+
+def _random_boxes(seed, batch, height, width):
+    """(row, column), each int32 [B, 1, 1, 1], of a random pixel of each image."""
+    point = tf.random.stateless_uniform((2, batch, 1, 1, 1), seed)
+    sides = tf.cast(tf.reshape(tf.stack([height, width]), (2, 1, 1, 1, 1)), tf.float32)
+    point = tf.cast(point * sides, tf.int32)
+    return point[0], point[1]
+
+
+def _box_mask(top, left, box_height, box_width, height, width):
+    """bool [B, H, W, 1]: the pixels inside each image's box."""
+    rows = tf.reshape(tf.range(height), (1, -1, 1, 1))
+    columns = tf.reshape(tf.range(width), (1, 1, -1, 1))
+    vertical = (rows >= top) & (rows < top + box_height)
+    return vertical & (columns >= left) & (columns < left + box_width)
+
+
+def _grey(images):
+    """Luma (ITU-R BT.601) as [B, H, W, 1]."""
+    return tf.reduce_sum(images * [0.299, 0.587, 0.114], axis=-1, keepdims=True)
+
+
+def _mean_grey(images):
+    return tf.reduce_mean(_grey(images), axis=[1, 2], keepdims=True)
+
+
+def _blend(degenerate, images, factor):
+    """`degenerate` at factor 0, the images at 1, beyond them above 1."""
+    return _clip(degenerate + factor * (images - degenerate))
+
+
+def _clip(images):
+    return tf.clip_by_value(images, 0.0, 255.0)
+
+
+def _to_uint8(images):
+    return images if images.dtype == tf.uint8 else tf.cast(tf.round(_clip(images)), tf.uint8)

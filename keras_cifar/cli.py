@@ -1,0 +1,138 @@
+"""Command lines: a frozen dataclass -> flags -> an instance of it; errors -> exit status.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+import dataclasses
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable
+
+from absl import flags
+
+from keras_cifar import environment
+from keras_cifar.errors import UsageError, UserError, reason
+
+
+def run(name: str, main: Callable, options_class: type, doc: str, arguments: str = "") -> None:
+    """Parses sys.argv into `options_class`, calls `main(options[, positional])` and exits.
+
+    Args:
+        name: the command's module in this package.
+        main: takes the options and, where `arguments` is given, the list of positional
+            arguments. What it returns is the exit status; None is 0.
+        options_class: a frozen dataclass whose fields were made with `config.option`.
+        doc: the command's description for --help.
+        arguments: how the positional arguments are shown in --help; empty where there are none.
+    """
+    argv = sys.argv[1:]
+    if {"--help", "-help", "-h"} & set(argv[: argv.index("--")] if "--" in argv else argv):
+        print(usage(options_class, doc, f"python -m keras_cifar.{name}", arguments))
+        sys.exit(0)
+    sys.exit(_execute(name, main, options_class, arguments, argv))
+
+
+def _execute(name: str, main: Callable, options_class: type, arguments: str, argv: list) -> int:
+    try:
+        options, positional = parse(options_class, argv)
+        if positional and not arguments:
+            raise UsageError(f"unexpected argument {positional[0]!r}; flags begin with --")
+        environment.import_tensorflow()
+        status = main(options, positional) if arguments else main(options)
+        sys.stdout.flush()
+        return status or 0
+    except UserError as error:
+        return _fail(name, str(error), error.status)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", 130)
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; nothing more can be written.
+        sys.stdout = None
+        return 1
+    except MemoryError:
+        return _fail(name, "out of memory; a smaller --batch_size or --image_size needs less", 1)
+    except OSError as error:
+        return _fail(
+            name, f"{reason(error)}: {error.filename}" if error.filename else str(error), 1
+        )
+    except Exception as error:
+        # By name, so that this module does not import TensorFlow.
+        if type(error).__name__ == "ResourceExhaustedError":
+            return _fail(
+                name, "out of memory; a smaller --batch_size or --image_size needs less", 1
+            )
+        raise
+
+
+def parse(options_class: type, argv: list) -> tuple:
+    """(an instance of `options_class`, positional arguments) from a command line.
+
+    --flagfile=FILE reads flags from a file, one a line.
+
+    Raises:
+        UsageError: an unknown flag, or a value that is out of range.
+    """
+    values = flags.FlagValues()
+    for field in dataclasses.fields(options_class):
+        _define(field, values)
+    values.set_gnu_getopt(True)
+    try:
+        positional = values(["", *argv])[1:]
+    except flags.Error as error:
+        raise UsageError(f"{reason(error)} (--help lists the flags)") from None
+    given = {f.name: values[f.name].value for f in dataclasses.fields(options_class)}
+    return options_class(**given), positional
+
+
+def _define(field: dataclasses.Field, values: flags.FlagValues) -> None:
+    kind, choices = _kind(field), field.metadata["choices"]
+    if choices:
+        flags.DEFINE_enum(field.name, field.default, choices, "", flag_values=values)
+        return
+    define = {
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        bool: flags.DEFINE_boolean,
+    }[kind]
+    define(field.name, field.default, "", flag_values=values)
+
+
+def _kind(field: dataclasses.Field) -> type:
+    """The type of a field: `int` for `int` and for `int | None`."""
+    if isinstance(field.type, types.UnionType):
+        return next(t for t in typing.get_args(field.type) if t is not type(None))
+    return field.type
+
+
+def usage(options_class: type, doc: str, command: str, arguments: str = "") -> str:
+    """The text of --help."""
+    lines = [f"usage: {' '.join(filter(None, [command, arguments, '[flags]']))}", "", doc.strip()]
+    group = None
+    for field in dataclasses.fields(options_class):
+        if field.metadata["group"] != group:
+            group = field.metadata["group"]
+            lines += ["", f"{group}:"]
+        kind, choices = _kind(field), field.metadata["choices"]
+        if kind is bool:
+            head = f"--[no]{field.name}"
+        else:
+            head = f"--{field.name} {'|'.join(choices) if choices else kind.__name__.upper()}"
+        default = "" if field.default in (None, "", False) else f" (default: {field.default})"
+        if kind is bool and field.default:
+            default = " (default: on)"
+        text = textwrap.wrap(field.metadata["help"] + default, 66)
+        if len(head) > 22:
+            lines.append(f"  {head}")
+        else:
+            lines.append(f"  {head:<24}{text.pop(0)}")
+        lines += [" " * 26 + line for line in text]
+    lines += ["", "  --flagfile FILE         reads flags from a file, one a line"]
+    return "\n".join(lines)
+
+
+def _fail(name: str, message: str, status: int) -> int:
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,135 @@
+"""The flags of training as one frozen dataclass. Standard library only: --help reads it."""
+
+import dataclasses
+import typing
+
+from keras_cifar.errors import UsageError
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+STRATEGIES = ("auto", "none", "mirrored", "multiworker")
+DTYPE_POLICIES = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
+SPLITS = ("train", "val", "test")
+
+
+def option(default: typing.Any, help: str, group: str, choices: tuple = ()) -> typing.Any:
+    """A dataclass field that `cli` turns into a flag."""
+    metadata = {"help": help, "group": group, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run; each field is a flag of the same name.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+
+    model: str = option("resnet32", "network; --list_models shows them", "Model and data")
+    data: str = option(
+        "cifar10",
+        "a TFDS name, folder:PATH, archive:PATH (the official CIFAR files) or digits (built in)",
+        "Model and data",
+    )
+    data_dir: str | None = option(None, "where TFDS keeps its data sets", "Model and data")
+    image_size: int | None = option(
+        None,
+        "pixels; images are resized to a square of it (default: as they are)",
+        "Model and data",
+    )
+    val_fraction: float = option(
+        0.1,
+        "share of train held out for validation where the data has no validation split; "
+        "0 trains on all and keeps the last model",
+        "Model and data",
+    )
+    augment: str = option(
+        "",
+        "augmentations in order, such as 'crop(4)|flip|cutout(8)|mixup(0.2)'; also color(0.4), "
+        "randaugment(2,9), cutmix(1.0)",
+        "Model and data",
+    )
+
+    epochs: int = option(10, "passes over the training images", "Training")
+    steps_per_epoch: int | None = option(
+        None, "steps between validations (default: one pass)", "Training"
+    )
+    batch_size: int = option(128, "images a step, over all replicas together", "Training")
+    optimizer: str = option("adam", "update rule", "Training", OPTIMIZERS)
+    learning_rate: float = option(1e-3, "the highest of the schedule", "Training")
+    momentum: float = option(0.9, "of sgd", "Training")
+    lr_schedule: str = option(
+        "constant",
+        "constant, cosine, step(0.5,0.75) (a tenth at these shares of the run) or onecycle",
+        "Training",
+    )
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up from zero", "Training")
+    weight_decay: float = option(
+        0.0,
+        "on kernels, not on biases and normalization: decoupled with adamw, else L2 in the gradient",
+        "Training",
+    )
+    label_smoothing: float = option(0.0, "share of each label spread over all classes", "Training")
+    ema: float = option(
+        0.0, "decay a step of averaged weights, e.g. 0.999; they are what is validated and saved",
+        "Training",
+    )  # fmt: skip
+    early_stopping: int = option(
+        0, "epochs without a better validation accuracy before stopping; 0 never stops", "Training"
+    )
+    seed: int = option(0, "of initial weights, dropout, splits, order and augmentation", "Training")
+
+    strategy: str = option(
+        "auto", "auto: mirrored where there are several GPUs or --replicas", "Devices", STRATEGIES
+    )
+    replicas: int | None = option(
+        None, "replicas to use; on a machine without GPU, virtual CPU devices", "Devices"
+    )
+    dtype_policy: str = option("float32", "mixed ones are for GPUs", "Devices", DTYPE_POLICIES)
+
+    run_dir: str | None = option(
+        None,
+        "where everything is written (default: runs/MODEL-DATA-TIME); again: resumes",
+        "Output",
+    )
+    export: bool = option(True, "write RUN/export/1, a SavedModel, at the end", "Output")
+    dry_run: bool = option(False, "say what would be done, without training", "Output")
+    list_models: bool = option(False, "print the networks and end", "Output")
+
+    def __post_init__(self):
+        positive = (
+            "epochs",
+            "batch_size",
+            "learning_rate",
+            "steps_per_epoch",
+            "image_size",
+            "replicas",
+        )
+        for name in positive:
+            value = getattr(self, name)
+            check(value is None or value > 0, f"--{name}={value} must be greater than 0")
+        for name in ("weight_decay", "warmup_epochs", "early_stopping", "seed"):
+            check(getattr(self, name) >= 0, f"--{name}={getattr(self, name)} must not be negative")
+        for name in ("val_fraction", "momentum", "label_smoothing", "ema"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"--{name}={value} must be at least 0 and below 1")
+        check(self.seed < 2**31, f"--seed={self.seed} must be below 2147483648")
+
+    def differences(self, other: dict) -> list[str]:
+        """What differs from the flags of an earlier run, where it decides the result."""
+        mine = {name: v for name, v in dataclasses.asdict(self).items() if name not in OUTPUT_ONLY}
+        return [
+            f"--{name} was {other.get(name)!r}, is {value!r}"
+            for name, value in mine.items()
+            if other.get(name) != value
+        ]
+
+
+# Flags that do not change what is computed (the data's fingerprint is compared beside the flags).
+OUTPUT_ONLY = ("run_dir", "export", "dry_run", "list_models", "data_dir")
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises UsageError(message) unless the condition holds."""
+    if not condition:
+        raise UsageError(message)

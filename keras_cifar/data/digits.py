@@ -1,0 +1,31 @@
+"""scikit-learn's 1,797 handwritten digits (the test set of the UCI data set of Alpaydin and Kaynak,
+8 x 8 pixels with 17 levels of grey): real images that need no download.
+"""
+
+import numpy as np
+
+from keras_cifar import image
+from keras_cifar.data.splits import Split, Splits, hold_out
+
+SIDE = 32  # pixels; CIFAR's, so that every model of the chapter takes them
+LEVELS = 16  # the brightest grey of the original
+
+
+def load(argument: str, data_dir: str | None, image_size: int | None) -> Splits:
+    """The digits as uint8 [N, 32, 32, 3]; a fixed fifth of each class is the test split."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.round(digits.images * (255 / LEVELS)).astype(np.uint8)
+    side = image_size or SIDE
+    images = image.resize(np.repeat(grey[..., None], 3, axis=-1), (side, side)).numpy()
+    labels = digits.target.astype(np.int64)
+    everything = Split(images, labels)
+    test = hold_out(labels, 0.2, seed=0)
+    return Splits(
+        train=everything.take(np.flatnonzero(~test)),
+        val=None,
+        test=everything.take(np.flatnonzero(test)),
+        class_names=tuple(str(name) for name in digits.target_names),
+        where="digits",
+    )

@@ -1,0 +1,135 @@
+"""What every data source yields, and how its splits are completed and checked."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+
+import numpy as np
+
+from keras_cifar.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels in memory.
+
+    Attributes:
+        images: uint8 [N, H, W, 3], RGB in [0, 255].
+        labels: int64 [N], indices into the class names.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> "Split":
+        """The examples at `indices`, in that order."""
+        return Split(self.images[indices], self.labels[indices])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the pixels and labels in order: equal for equal data only."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.images))
+        digest.update(np.ascontiguousarray(self.labels))
+        return digest.hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Splits:
+    """What a source has. `val` is None where it has no validation split of its own."""
+
+    train: Split
+    val: Split | None
+    test: Split
+    class_names: tuple[str, ...]
+    where: str  # for messages
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three disjoint splits; `val` is None where nothing was held out."""
+
+    train: Split
+    val: Split | None
+    test: Split
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+    def split(self, name: str) -> Split:
+        """The split called train, val or test.
+
+        Raises:
+            UserError: there is no validation split.
+        """
+        split = getattr(self, name)
+        if split is None:
+            raise UserError("there is no validation split: the run was made with --val_fraction=0")
+        return split
+
+    def describe(self) -> dict:
+        """The splits as they are written into config.json."""
+        splits = {name: getattr(self, name) for name in ("train", "val", "test")}
+        return {
+            name: {"count": len(split), "fingerprint": split.fingerprint}
+            for name, split in splits.items()
+            if split is not None
+        }
+
+
+def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
+    """Checks a source's splits and holds validation out of train where it is missing.
+
+    Raises:
+        UserError: a split is empty, or a class to be tested cannot be learnt.
+    """
+    train, val, test = splits.train, splits.val, splits.test
+    for name, split in (("training", train), ("test", test)):
+        if len(split) == 0:
+            raise UserError(f"{splits.where} has no {name} images")
+    known = np.unique(train.labels)
+    for name, split in (("val", val), ("test", test)):
+        if split is not None:
+            strange = np.setdiff1d(split.labels, known)
+            if len(strange):
+                raise UserError(
+                    f"class {splits.class_names[strange[0]]!r} of {splits.where} is in {name} "
+                    "but not in train; add training images of it or take it out"
+                )
+    if val is None and val_fraction > 0:
+        held_out = hold_out(train.labels, val_fraction, seed)
+        if not held_out.any():
+            raise UserError(
+                f"--val_fraction={val_fraction} of {splits.where} holds out no image: no class has "
+                f"as many as {1 / val_fraction:.0f}; use a larger share, or 0"
+            )
+        val, train = train.take(np.flatnonzero(held_out)), train.take(np.flatnonzero(~held_out))
+    return Dataset(train, val, test, splits.class_names, train.images.shape[1:])
+
+
+def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """bool [N]: a share of each class, chosen at random, the same for the same seed.
+
+    At least one example of each class stays.
+    """
+    random = np.random.default_rng([seed, 0x5B117])
+    held_out = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(round(fraction * len(members)), len(members) - 1)
+        held_out[random.permutation(members)[:count]] = True
+    return held_out
+
+
+def allocate(count: int, shape: tuple[int, int, int], where: str) -> np.ndarray:
+    """uint8 [count, *shape], or a UserError when the machine's memory cannot hold it."""
+    needed = count * int(np.prod(shape))
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise UserError(
+            f"{where}: {count} images of {shape[0]} x {shape[1]} pixels need {needed / 1e9:.1f} GB "
+            f"of memory and {available / 1e9:.1f} GB are free; choose a smaller --image_size"
+        )
+    return np.empty((count, *shape), np.uint8)

@@ -1,0 +1,130 @@
+"""Image-classification data sets of TensorFlow Datasets, by name."""
+
+import contextlib
+import logging
+import os
+import socket
+import urllib.parse
+
+import numpy as np
+import tensorflow as tf
+
+from keras_cifar import image
+from keras_cifar.data.splits import Split, Splits, allocate, hold_out
+from keras_cifar.errors import UsageError, UserError, reason
+
+CONNECT_TIMEOUT = 10  # seconds; TFDS itself tries again for more than 3 minutes
+TEST_FRACTION = 0.1  # held out of train where a data set has neither test nor validation
+
+OTHER_WAYS = (
+    "use --data=archive:PATH with the official cifar-10-python.tar.gz, --data=folder:PATH with "
+    "PATH/train/<class>/* and PATH/test/<class>/*, or --data=digits, which is built in"
+)
+
+
+def load(argument: str, data_dir: str | None, image_size: int | None) -> Splits:
+    """Reads a TFDS data set, downloading and preparing it where `data_dir` has it not.
+
+    Raises:
+        UsageError: no data set of that name, or images of different sizes and no `image_size`.
+        UserError: it cannot be downloaded, or is not for image classification.
+    """
+    name = argument
+    builder = _builder(name, data_dir)
+    features = builder.info.features
+    if builder.info.supervised_keys != ("image", "label"):
+        raise UserError(f"TFDS data set {name} is not for image classification (image -> label)")
+    shape = features["image"].shape
+    if not image_size and None in shape:
+        raise UsageError(f"the images of {name} differ in size: give --image_size, such as 224")
+    size = (image_size, image_size) if image_size else tuple(shape[:2])
+    _prepare(builder, name)
+
+    def read(split):
+        return _read(builder, split, size, f"{name} {split}")
+
+    available = builder.info.splits
+    if "train" not in available:
+        raise UserError(f"TFDS data set {name} has no split train; it has {', '.join(available)}")
+    train, val, test = read("train"), None, None
+    if "validation" in available:
+        val = read("validation")
+    if "test" in available:
+        test = read("test")
+        if len(test) and test.labels.min() < 0:  # ImageNet's test labels are withheld.
+            test = None
+    if test is None and val is not None:
+        val, test = None, val
+    if test is None:
+        held_out = hold_out(train.labels, TEST_FRACTION, seed=0)
+        test, train = train.take(np.flatnonzero(held_out)), train.take(np.flatnonzero(~held_out))
+    return Splits(train, val, test, tuple(features["label"].names), where=name)
+
+
+def _builder(name: str, data_dir: str | None):
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=os.path.expanduser(data_dir) if data_dir else None)
+    except tfds.core.DatasetNotFoundError:
+        raise UsageError(
+            f"unknown data set {name!r}: neither folder:PATH, archive:PATH, digits nor a name "
+            "listed at https://www.tensorflow.org/datasets/catalog"
+        ) from None
+    except (ValueError, OSError, ImportError, AssertionError) as error:
+        raise UserError(f"TFDS data set {name} cannot be opened: {reason(error)}") from None
+
+
+def _prepare(builder, name: str) -> None:
+    """Downloads and prepares the data set unless that was done before."""
+    if builder.data_path.exists():
+        return
+    try:
+        _check_connection(builder)
+        print(f"downloading {name} to {builder.data_path}", flush=True)
+        builder.download_and_prepare()
+    except Exception as error:  # Whatever fails here, the user needs another way to the data.
+        raise UserError(f"{name} cannot be downloaded ({reason(error)}); {OTHER_WAYS}") from None
+
+
+def _check_connection(builder) -> None:
+    """Raises OSError at once where the data set's first host cannot be reached."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return
+    with contextlib.suppress(StopIteration):
+        url = urllib.parse.urlsplit(next(iter(builder.url_infos)))
+        port = url.port or (80 if url.scheme == "http" else 443)
+        try:
+            socket.create_connection((url.hostname, port), CONNECT_TIMEOUT).close()
+        except OSError as error:
+            raise OSError(f"no connection to {url.hostname}: {reason(error)}") from None
+
+
+def _read(builder, split: str, size: tuple[int, int], where: str) -> Split:
+    """Decodes a split with our own decoder, so that training sees what serving will see."""
+    import tensorflow_datasets as tfds
+
+    def decode(encoded, label):
+        return image.resize(image.decode(encoded), size), label
+
+    info = builder.info.splits[split]
+    images = allocate(info.num_examples, (*size, 3), where)
+    labels = np.empty(info.num_examples, np.int64)
+    dataset = builder.as_dataset(
+        split=split,
+        as_supervised=True,
+        decoders={"image": tfds.decode.SkipDecoding()},
+        shuffle_files=False,
+    )
+    dataset = dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE).batch(256).prefetch(2)
+    position = 0
+    try:
+        for pixels, batch_labels in dataset.as_numpy_iterator():
+            stop = position + len(pixels)
+            images[position:stop], labels[position:stop] = pixels, batch_labels
+            position = stop
+    except tf.errors.OpError as error:
+        raise UserError(f"{where} cannot be read: {reason(error)}; prepare it again") from None
+    return Split(images[:position], labels[:position])

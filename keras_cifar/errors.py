@@ -1,0 +1,38 @@
+"""Errors that a user can mend. Commands print them as one line and exit with their status."""
+
+import pathlib
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: a file, a data set, a diverging run."""
+
+    status = 1
+
+
+class UsageError(UserError):
+    """The command line is wrong."""
+
+    status = 2
+
+
+def unknown(what: str, given: str, choices) -> UsageError:
+    """The error for a name that is not among the `choices`."""
+    return UsageError(f"unknown {what} {given!r}; choose one of: {', '.join(sorted(choices))}")
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, as one line without its class where that is readable."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def check_directory(path: str | pathlib.Path, what: str) -> pathlib.Path:
+    """`path` as a pathlib.Path, or a UserError that says why it is no readable directory."""
+    path = pathlib.Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{what} {path} does not exist")
+    if not path.is_dir():
+        raise UserError(f"{what} {path} is not a directory")
+    return path

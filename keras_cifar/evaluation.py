@@ -1,0 +1,78 @@
+"""A model on a split: every example once -> figures, JSON and a picture in the run directory."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_cifar import data, metrics, models, pipeline, plots
+from keras_cifar.data import Split
+from keras_cifar.errors import UserError
+from keras_cifar.run import Run, write_json
+
+BATCH_SIZE = 256
+
+
+def predict(model: keras.Model, split: Split) -> np.ndarray:
+    """Probabilities float32 [N, K] of every example of a split, in order."""
+    classes = model.output_shape[-1]
+
+    @tf.function(
+        input_signature=[tf.TensorSpec((None, *split.images.shape[1:]), tf.uint8)], autograph=False
+    )
+    def step(images):
+        return tf.cast(model(images, training=False), tf.float32)
+
+    batches = pipeline.evaluation(split, classes, BATCH_SIZE)
+    return np.concatenate([step(images).numpy() for images, _ in batches])
+
+
+def evaluate(
+    model: keras.Model, name: str, split: Split, class_names: tuple[str, ...], spec: str, run: Run
+) -> dict:
+    """Writes `RUN/eval/<name>.json` and the confusion matrix's picture; returns what the JSON holds.
+
+    Args:
+        name: of the split: train, val or test.
+        spec: the --data that it comes from, for the record.
+    """
+    figures = metrics.summarize(predict(model, split), split.labels, class_names)
+    figures = {"split": name, "data": spec, "fingerprint": split.fingerprint} | figures
+    write_json(run.evaluation(name), figures)
+    plots.confusion(figures["confusion"], class_names, run.confusion(name))
+    return figures
+
+
+def evaluate_run(run: Run, name: str, spec: str | None = None, data_dir: str | None = None) -> dict:
+    """Evaluates a run's selected model on a split of the run's data, or of other data.
+
+    Args:
+        name: of the split: train, val or test.
+        spec: other data (as --data) of the same classes; None is the run's.
+        data_dir: where TFDS keeps it; None is the run's.
+
+    Raises:
+        UserError: the run or the data is not there, damaged, or not what the run was made with.
+    """
+    config = run.read_config()
+    flags, class_names = config["flags"], tuple(config["class_names"])
+    model = models.load(run.model)
+    height, width, _ = config["image_shape"]
+    dataset = data.load(
+        spec or flags["data"],
+        data_dir or flags["data_dir"],
+        height if height == width else None,
+        flags["val_fraction"],
+        flags["seed"],
+    )
+    if dataset.class_names != class_names:
+        raise UserError(
+            f"--data={spec or flags['data']} has the classes {', '.join(dataset.class_names)} and "
+            f"the run was trained on {', '.join(class_names)}"
+        )
+    split = dataset.split(name)
+    if spec is None and split.fingerprint != config["splits"][name]["fingerprint"]:
+        raise UserError(
+            f"the {name} images of --data={flags['data']} have changed since the training; name them "
+            "with --data to evaluate them all the same"
+        )
+    return evaluate(model, name, split, class_names, spec or flags["data"], run)

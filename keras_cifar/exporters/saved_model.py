@@ -1,0 +1,97 @@
+"""SavedModel with the preprocessing inside, under a TensorFlow Serving model base path."""
+
+import os
+import pathlib
+import tempfile
+
+import keras
+import tensorflow as tf
+
+from keras_cifar import image
+from keras_cifar.run import next_version, sync
+
+LABELS = "labels.txt"  # in assets/: a class name a line
+
+
+def export(
+    model: keras.Model, base: pathlib.Path, class_names: tuple[str, ...], version: int | None = None
+) -> pathlib.Path:
+    """Writes `base/<version>/`, which appears when it is complete.
+
+    Args:
+        model: uint8 [N, H, W, 3] -> probabilities [N, K], with a layer called `features`.
+        version: an integer; None is the next one.
+
+    Returns:
+        The new directory.
+    """
+    target = base / str(version or next_version(base))
+    if target.exists():
+        raise FileExistsError(17, "this version is there already", str(target))
+    base.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=base) as temporary:
+        # The asset's file is copied, so it must stay until the model is saved.
+        labels = pathlib.Path(temporary) / LABELS
+        labels.write_text("".join(f"{name}\n" for name in class_names), "utf-8")
+        saved = pathlib.Path(temporary) / "model"
+        module = _module(model, class_names, labels)
+        tf.saved_model.save(module, str(saved), signatures=_signatures(module))
+        for path in saved.rglob("*"):
+            sync(path)
+        os.rename(saved, target)
+    sync(base)
+    return target
+
+
+def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Path) -> tf.Module:
+    """The functions to save. Plain TensorFlow: whoever loads them needs neither Keras nor us."""
+    size = model.input_shape[1:3]
+    features = keras.Model(model.inputs, model.get_layer("features").output)
+    names = tf.constant(class_names)
+    module = tf.Module()
+    # Keras's own variables are not found by tf.Module; these are what they wrap.
+    module.weights = [v.value for v in model.variables]
+    module.labels = tf.saved_model.Asset(str(labels))
+
+    def classify(images):
+        probabilities = tf.cast(model(images, training=False), tf.float32)
+        index = tf.argmax(probabilities, axis=1)
+        return {
+            "probabilities": probabilities,
+            "label": tf.gather(names, index),
+            "label_index": index,
+        }
+
+    def decode(encoded):
+        return image.resize(image.decode(encoded), size)
+
+    pixels = tf.TensorSpec((None, *size, 3), tf.uint8, name="images")
+    encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
+
+    @tf.function(input_signature=[pixels], autograph=False)
+    def serving_default(images):
+        return classify(images)
+
+    @tf.function(input_signature=[encoded], autograph=False)
+    def serving_bytes(image_bytes):
+        decoded = tf.TensorSpec((*size, 3), tf.uint8)
+        return classify(tf.map_fn(decode, image_bytes, fn_output_signature=decoded))
+
+    @tf.function(input_signature=[pixels], autograph=False)
+    def features_of(images):
+        values = tf.cast(features(images, training=False), tf.float32)
+        # Where the classifier averages maps, so are the features averages of maps.
+        return {"features": tf.reduce_mean(values, [1, 2]) if values.shape.rank == 4 else values}
+
+    module.serving_default = serving_default
+    module.serving_bytes = serving_bytes
+    module.features_of = features_of
+    return module
+
+
+def _signatures(module: tf.Module) -> dict:
+    return {
+        "serving_default": module.serving_default,
+        "serving_bytes": module.serving_bytes,
+        "features": module.features_of,
+    }

@@ -1,0 +1,161 @@
+"""The one definition of preprocessing: encoded image -> uint8 RGB pixels at the model's size.
+
+`load` reads files with Pillow, which knows every format and EXIF; `decode` does the same inside a
+TensorFlow graph for the formats TensorFlow knows. Both end in the same `on_white` and `resize`, and
+give equal pixels for JPEG, PNG, BMP and GIF. They differ where TensorFlow has no way: EXIF
+orientation, CMYK colours and palette transparency are Pillow's alone.
+"""
+
+import pathlib
+import warnings
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image, ImageOps
+
+from keras_cifar.errors import UserError, reason
+
+# Files with these endings are pictures when a folder is searched (lower case).
+SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".ico",
+        ".avif",
+        ".jp2",
+    ]
+)
+
+# Sides at least this many times the target are first averaged in whole blocks, so that a
+# 100-megapixel photograph does not become 1.2 GB of float32 on its way to 32 x 32.
+BLOCK_REDUCTION = 16
+
+# Pillow's limit (179 megapixels) is an error that we report; its warning at half of it is not.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(UserError):
+    """A file is not an image that can be read; the message is the reason alone."""
+
+
+def load(path: str | pathlib.Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Reads an image file as a person would see it.
+
+    The first frame of an animation; EXIF orientation applied; transparency composited on white;
+    grey, palette, CMYK and 16-bit pictures converted.
+
+    Args:
+        path: the file.
+        size: (height, width) in pixels, or None for the picture's own.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        ImageError: the file is empty, truncated, too large, missing or no image.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise ImageError("the file is empty")
+        with Image.open(path) as picture:
+            pixels = _pixels(picture, size)
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ImageError("not an image in a format that can be read") from None
+    except MemoryError:
+        raise ImageError("the picture is too large for the memory") from None
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError and more.
+        raise ImageError(reason(error)) from None
+    if pixels.shape[-1] == 4:
+        pixels = on_white(pixels).numpy()
+    if size is not None and pixels.shape[:2] != tuple(size):
+        pixels = resize(pixels, size).numpy()
+    return pixels
+
+
+def _pixels(picture: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [height, width, 3 or 4] of the first frame, upright."""
+    picture.load()
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = Image.fromarray(_eight_bit(np.asarray(picture)))
+    transparent = (
+        picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
+    )
+    picture = picture.convert("RGBA" if transparent else "RGB")
+    if size is not None:
+        factor = min(picture.height // size[0], picture.width // size[1])
+        if factor >= 2 * BLOCK_REDUCTION:
+            picture = picture.reduce(factor // BLOCK_REDUCTION)
+    return np.array(picture)
+
+
+def _eight_bit(values: np.ndarray) -> np.ndarray:
+    """uint8 from the integers or floats of a grey picture of more than 8 bits a pixel."""
+    if values.dtype.kind == "f":
+        scale = 255.0 if values.max(initial=0) <= 1.0 else 1.0
+        return np.clip(np.nan_to_num(values) * scale + 0.5, 0, 255).astype(np.uint8)
+    if values.dtype == np.uint16 or values.max(initial=0) > 255:
+        values = values.astype(np.int64) >> 8  # as TensorFlow's PNG decoder does
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """Decodes one JPEG, PNG, BMP, GIF (first frame) or WebP image inside a graph.
+
+    Args:
+        encoded: string [], the bytes of a file.
+
+    Returns:
+        uint8 [height, width, 3], RGB, transparency composited on white.
+
+    Raises:
+        tf.errors.InvalidArgumentError: the bytes are no image.
+    """
+
+    def jpeg():
+        # The default DCT differs from libjpeg's (and Pillow's) by up to 9 levels.
+        return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+
+    def other():
+        pixels = tf.io.decode_image(encoded, channels=0, expand_animations=False)
+        pixels = tf.cond(
+            tf.shape(pixels)[2] < 3,
+            lambda: tf.concat([pixels[..., :1]] * 3 + [pixels[..., 1:]], axis=2),
+            lambda: pixels,
+        )
+        # The fourth channel of a BMP is padding.
+        opaque = tf.logical_or(tf.shape(pixels)[2] == 3, tf.strings.substr(encoded, 0, 2) == b"BM")
+        return tf.cond(opaque, lambda: pixels[..., :3], lambda: on_white(pixels))
+
+    pixels = tf.cond(tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff", jpeg, other)
+    return tf.ensure_shape(pixels, (None, None, 3))
+
+
+def on_white(pixels: tf.Tensor) -> tf.Tensor:
+    """Composites uint8 [height, width, 4] RGBA on white: uint8 [height, width, 3]."""
+    pixels = tf.cast(pixels, tf.float32)
+    colour, alpha = pixels[..., :3], pixels[..., 3:] / 255.0
+    return tf.cast(tf.round(colour * alpha + 255.0 * (1.0 - alpha)), tf.uint8)
+
+
+def resize(pixels: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+    """Resizes uint8 [..., height, width, 3] to `size` (height, width): bilinear, antialiased.
+
+    The whole picture is kept, so its proportions change where they differ from those of `size`.
+    """
+    resized = tf.image.resize(pixels, size, method="bilinear", antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)

@@ -1,0 +1,119 @@
+"""The networks. Each module here is a family with a table `VARIANTS` of name -> Variant; a new
+family is one new file. `build` finds a variant by name.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+import pkgutil
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from keras_cifar import layers  # noqa: F401  A saved model may have our layers.
+from keras_cifar.classifier import Classifier
+from keras_cifar.errors import UserError, reason, unknown
+
+# Images up to this side, in pixels, get the small-image form of networks made for ImageNet.
+SMALL_IMAGE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A named network.
+
+    Attributes:
+        builder: (input_shape, num_classes, name) -> Classifier.
+        paper: authors, year and arXiv number or venue.
+        image_size: the side of the paper's images, in pixels, and the classes it was made for.
+        min_size: the smallest side that leaves every layer at least one pixel.
+    """
+
+    builder: Callable[..., Classifier]
+    paper: str
+    image_size: int
+    num_classes: int
+    min_size: int
+
+
+def variants() -> dict[str, Variant]:
+    """Every variant by name, family after family."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        found |= importlib.import_module(f"{__name__}.{module.name}").VARIANTS
+    return found
+
+
+def build(
+    name: str, input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10
+) -> Classifier:
+    """Builds the network `name` for uint8 images of `input_shape` (height, width, 3).
+
+    Raises:
+        UsageError: no such network.
+        UserError: the images are too small for it.
+    """
+    table = variants()
+    if name not in table:
+        raise unknown("model", name, table)
+    variant = table[name]
+    if min(input_shape[:2]) < variant.min_size:
+        raise UserError(
+            f"{name} needs images of at least {variant.min_size} x {variant.min_size} pixels and "
+            f"these have {input_shape[1]} x {input_shape[0]}; give --image_size={variant.min_size}"
+        )
+    return variant.builder(input_shape=tuple(input_shape), num_classes=num_classes, name=name)
+
+
+def load(path: pathlib.Path) -> keras.Model:
+    """The plain functional model of a `.keras` file, which cannot carry code.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: the run has not completed an epoch")
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # A damaged file can fail anywhere in Keras, h5py or zipfile.
+        raise UserError(f"{path} cannot be loaded: {reason(error)}") from None
+
+
+def is_small(input_shape: tuple[int, int, int]) -> bool:
+    """Whether the small-image form is due."""
+    return min(input_shape[:2]) <= SMALL_IMAGE
+
+
+def count_parameters(model: keras.Model) -> int:
+    """Trainable parameters."""
+    return sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+
+
+def count_multiply_adds(model: keras.Model) -> int:
+    """Multiply-adds of one image's forward pass: those of convolutions and dense layers."""
+    total = 0
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            total += int(np.prod(layer.kernel.shape)) * int(np.prod(layer.output.shape[1:3]))
+        elif isinstance(layer, keras.layers.Dense):
+            total += int(np.prod(layer.kernel.shape))
+    return total
+
+
+def describe(name: str) -> tuple[str, int, int, int, str]:
+    """(name, image size, parameters, multiply-adds, paper) at the paper's size and classes.
+
+    The weights are not allocated.
+    """
+    variant = variants()[name]
+    shape = (variant.image_size, variant.image_size, 3)
+    with keras.StatelessScope(initialize_variables=False):
+        model = build(name, shape, variant.num_classes).deployable
+        return (
+            name,
+            variant.image_size,
+            count_parameters(model),
+            count_multiply_adds(model),
+            variant.paper,
+        )

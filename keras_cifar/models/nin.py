@@ -1,0 +1,50 @@
+"""Network in Network: convolutions followed by 1 x 1 convolutions, and no dense layer.
+
+Lin, Chen, Yan 2013, "Network in Network", arXiv:1312.4400; the widths are those of the authors'
+CIFAR-10 model.
+
+| name | parameters at 32 x 32, 10 classes |
+|---|---|
+| nin | 966,986 |
+
+The last 1 x 1 convolution has a channel for each class, and its average over the image is the
+logit. The feature vector is the average of the 192 channels before it. The paper gives no pooling
+padding; here pooled sides are rounded up, as in the authors' framework. Works on images of any size
+from 8 pixels; larger ones only grow the maps.
+"""
+
+import keras
+
+from keras_cifar import classifier, layers
+from keras_cifar.models import Variant
+
+DROPOUT = 0.5
+
+
+def mlpconv(x, size: int, widths: tuple[int, ...], name: str):
+    """A convolution and two 1 x 1 convolutions, each with ReLU: section 3.1."""
+    for index, filters in enumerate(widths):
+        x = layers.conv(x, filters, size if index == 0 else 1, name=f"{name}_{index + 1}_conv")
+        x = keras.layers.ReLU(name=f"{name}_{index + 1}_relu")(x)
+    return x
+
+
+def nin(
+    input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10, name: str = "nin"
+) -> classifier.Classifier:
+    """Builds the network."""
+    images, x = classifier.pixels(input_shape)
+    x = mlpconv(x, 5, (192, 160, 96), "block1")
+    x = layers.max_pool(x, 3, 2, name="block1_pool", padding="same")
+    x = keras.layers.Dropout(DROPOUT, name="block1_drop")(x)
+    x = mlpconv(x, 5, (192, 192, 192), "block2")
+    x = keras.layers.AveragePooling2D(3, 2, "same", name="block2_pool")(x)
+    x = keras.layers.Dropout(DROPOUT, name="block2_drop")(x)
+    x = mlpconv(x, 3, (192, 192), "block3")
+    x = keras.layers.Identity(name="features")(x)
+    x = mlpconv(x, 1, (num_classes,), "classes")
+    logits = keras.layers.GlobalAveragePooling2D(name="logits")(x)
+    return classifier.Classifier.build_from(images, logits, name)
+
+
+VARIANTS = {"nin": Variant(nin, "Lin et al. 2013, arXiv:1312.4400", 32, 10, min_size=8)}

@@ -1,0 +1,90 @@
+"""ResNets for ImageNet, with basic and with bottleneck blocks.
+
+He, Zhang, Ren, Sun 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385, table 1.
+Trainable parameters at 224 x 224 with 1,000 classes (torchvision's):
+
+| name | blocks a stage | block | parameters |
+|---|---|---|---|
+| resnet18 | 2, 2, 2, 2 | basic | 11,689,512 |
+| resnet34 | 3, 4, 6, 3 | basic | 21,797,672 |
+| resnet50 | 3, 4, 6, 3 | bottleneck | 25,557,032 |
+| resnet101 | 3, 4, 23, 3 | bottleneck | 44,549,160 |
+| resnet152 | 3, 8, 36, 3 | bottleneck | 60,192,808 |
+
+As torchvision, and other than the paper, a bottleneck's stride is on its 3 x 3 convolution. Images
+of up to 64 pixels get a 3 x 3 stem with stride 1 and no max pooling, so that the last stage still
+has an eighth of the resolution.
+"""
+
+import functools
+
+import keras
+
+from keras_cifar import classifier, layers
+from keras_cifar.models import Variant, is_small
+from keras_cifar.models.resnet_cifar import basic_block
+
+WIDTHS = (64, 128, 256, 512)
+EXPANSION = 4  # of a bottleneck's output over its middle
+
+
+def bottleneck_block(x, filters: int, stride: int, name: str):
+    """1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut (figure 5, right)."""
+    shortcut = x
+    if x.shape[-1] != filters * EXPANSION or stride != 1:
+        shortcut = layers.conv_norm(
+            x, filters * EXPANSION, 1, stride, name=f"{name}_shortcut", relu=False
+        )
+    x = layers.conv_norm(x, filters, 1, name=f"{name}_1")
+    x = layers.conv_norm(x, filters, 3, stride, name=f"{name}_2")
+    x = layers.conv_norm(x, filters * EXPANSION, 1, name=f"{name}_3", relu=False)
+    x = keras.layers.Add(name=f"{name}_add")([x, shortcut])
+    return keras.layers.ReLU(name=f"{name}_relu")(x)
+
+
+def resnet(
+    block,
+    blocks: tuple[int, ...],
+    input_shape: tuple[int, int, int] = (224, 224, 3),
+    num_classes: int = 1000,
+    name: str = "resnet",
+) -> classifier.Classifier:
+    """Builds the network.
+
+    Args:
+        block: (x, filters, stride, name) -> x, such as `bottleneck_block`.
+        blocks: how many in each of the four stages.
+    """
+    images, x = classifier.pixels(input_shape)
+    if is_small(input_shape):
+        x = layers.conv_norm(x, WIDTHS[0], 3, name="stem")
+    else:
+        x = layers.conv_norm(x, WIDTHS[0], 7, 2, name="stem")
+        # ReLU's output is never negative, so zeros pad a maximum as minus infinity would.
+        x = keras.layers.ZeroPadding2D(1, name="stem_pool_pad")(x)
+        x = layers.max_pool(x, 3, 2, name="stem_pool")
+    for stage, (count, filters) in enumerate(zip(blocks, WIDTHS, strict=True)):
+        for index in range(count):
+            stride = 2 if stage > 0 and index == 0 else 1
+            x = block(x, filters, stride, f"stage{stage}_block{index}")
+    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+    logits = keras.layers.Dense(num_classes, name="logits")(x)
+    return classifier.Classifier.build_from(images, logits, name)
+
+
+VARIANTS = {
+    name: Variant(
+        functools.partial(resnet, block, blocks),
+        paper="He et al. 2015, arXiv:1512.03385",
+        image_size=224,
+        num_classes=1000,
+        min_size=8,
+    )
+    for name, block, blocks in (
+        ("resnet18", basic_block, (2, 2, 2, 2)),
+        ("resnet34", basic_block, (3, 4, 6, 3)),
+        ("resnet50", bottleneck_block, (3, 4, 6, 3)),
+        ("resnet101", bottleneck_block, (3, 4, 23, 3)),
+        ("resnet152", bottleneck_block, (3, 8, 36, 3)),
+    )
+}

@@ -1,0 +1,120 @@
+"""Optimizers and learning-rate schedules, from flags."""
+
+import math
+import re
+
+import keras
+import tensorflow as tf
+
+from keras_cifar.classifier import Classifier, is_kernel
+from keras_cifar.config import TrainConfig
+from keras_cifar.errors import UsageError, unknown
+
+# Smith and Topin 2017, arXiv:1708.07120, in the usual form: up in three tenths of the run from a
+# 25th of the peak, then down along a cosine.
+ONECYCLE_RISE = 0.3
+ONECYCLE_START = 1 / 25
+
+STEP_FACTOR = 0.1  # of each step; He et al. 2015 at half and three quarters of the run
+
+SCHEDULES = ("constant", "cosine", "step", "onecycle")
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+    """The learning rate of each step.
+
+    Args:
+        kind: one of SCHEDULES.
+        peak: the highest rate.
+        total_steps: of the run; `cosine` and `onecycle` end at 0 there.
+        warmup_steps: of linear warm-up from 0; with `onecycle`, the rise's length, 0 is its default.
+        milestones: with `step`, the shares of the run after which the rate falls to a tenth.
+    """
+
+    def __init__(self, kind, peak, total_steps, warmup_steps=0, milestones=()):
+        self.kind, self.peak, self.milestones = kind, peak, tuple(milestones)
+        self.total_steps, self.warmup_steps = total_steps, warmup_steps
+
+    def __call__(self, step):
+        step = tf.cast(step, tf.float32)
+        total, start, warmup = self.total_steps, 0.0, self.warmup_steps
+        if self.kind == "onecycle":
+            warmup, start = warmup or ONECYCLE_RISE * total, ONECYCLE_START
+        # With no start of its own, the first step already moves.
+        done = step if start else step + 1
+        rising = start + (1 - start) * tf.minimum(done / warmup, 1.0) if warmup else 1.0
+        if self.kind == "constant":
+            falling = 1.0
+        elif self.kind == "step":
+            passed = [tf.cast(step >= share * total, tf.float32) for share in self.milestones]
+            falling = STEP_FACTOR ** tf.add_n(passed)
+        else:
+            share = tf.clip_by_value((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+            falling = (1 + tf.cos(math.pi * share)) / 2
+        return self.peak * rising * falling
+
+    def get_config(self):
+        names = ("kind", "peak", "total_steps", "warmup_steps", "milestones")
+        return {name: getattr(self, name) for name in names}
+
+
+def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
+    """(kind, milestones) of --lr_schedule, such as `step(0.5,0.75)`.
+
+    Raises:
+        UsageError: an unknown schedule, or milestones that are no increasing shares.
+    """
+    match = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
+    if not match or match[1] not in SCHEDULES:
+        raise unknown("schedule", text, ("constant", "cosine", "step(0.5,0.75)", "onecycle"))
+    kind, inside = match[1], match[2]
+    try:
+        milestones = tuple(float(share) for share in inside.split(",")) if inside else ()
+    except ValueError:
+        milestones = (math.nan,)
+    ordered = all(a < b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
+    if (kind == "step") != bool(milestones) or not ordered:
+        raise UsageError(
+            f"--lr_schedule={text}: step takes increasing shares of the run between 0 and 1, as in "
+            "step(0.5,0.75); the others take none"
+        )
+    return kind, milestones
+
+
+def schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
+    """The schedule that the flags describe."""
+    kind, milestones = parse_schedule(config.lr_schedule)
+    total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
+    if warmup >= total:
+        raise UsageError(
+            f"--warmup_epochs={config.warmup_epochs} must be below --epochs={config.epochs}"
+        )
+    return Schedule(kind, config.learning_rate, total, warmup, milestones)
+
+
+def compile_model(model: Classifier, config: TrainConfig, steps_per_epoch: int, **kwargs) -> None:
+    """Compiles `model` with the optimizer and the loss that the flags describe.
+
+    Weight decay is on kernels alone: decoupled with adamw (Loshchilov and Hutter 2017,
+    arXiv:1711.05101), L2 in the gradient with the others.
+    """
+    rate = schedule(config, steps_per_epoch)
+    l2 = config.weight_decay
+    if config.optimizer == "adam":
+        optimizer = keras.optimizers.Adam(rate)
+    elif config.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(rate, config.momentum)
+    else:
+        optimizer, l2 = keras.optimizers.AdamW(rate, config.weight_decay), 0.0
+        optimizer.exclude_from_weight_decay(
+            [v for v in model.trainable_variables if not is_kernel(v)]
+        )
+    model.compile(
+        optimizer,
+        label_smoothing=config.label_smoothing,
+        weight_decay=l2,
+        ema=config.ema,
+        **kwargs,
+    )
+    model.optimizer.build(model.trainable_variables)

@@ -1,0 +1,65 @@
+"""Pictures of a run. Numbers in, PNG files out."""
+
+import pathlib
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from keras_cifar.run import replacing
+
+# Above this many classes a cell's number would be too small to read.
+MOST_NUMBERED = 20
+
+
+def curves(history: list[dict], path: pathlib.Path) -> None:
+    """Draws loss and error of training and validation over the epochs: the chapter's plot.
+
+    Args:
+        history: a dict an epoch, with epoch, loss, accuracy and, where validated, val_*.
+    """
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, title, value in zip(
+        figure.subplots(1, 2),
+        ("cross-entropy", "error"),
+        (lambda row, p: row[f"{p}loss"], lambda row, p: 1 - row[f"{p}accuracy"]),
+        strict=True,
+    ):
+        for prefix, label in (("", "train"), ("val_", "validation")):
+            if f"{prefix}loss" in history[0]:
+                values = [value(row, prefix) for row in history]
+                axes.plot(epochs, values, marker="." if len(epochs) < 40 else None, label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.locator_params(axis="x", integer=True)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
+def confusion(matrix: list[list[int]], class_names: tuple[str, ...], path: pathlib.Path) -> None:
+    """Draws a confusion matrix, each row as shares of its true class."""
+    counts = np.array(matrix)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    classes = len(class_names)
+    side = min(3.5 + 0.45 * classes, 16)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    size = max(3, min(10, 60 * side / (classes * 5)))
+    axes.set_xticks(range(classes), class_names, rotation=90, fontsize=size)
+    axes.set_yticks(range(classes), class_names, fontsize=size)
+    axes.set(xlabel="predicted", ylabel="true")
+    if classes <= MOST_NUMBERED:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(
+                column, row, str(count), ha="center", va="center", color=colour, fontsize=size - 2
+            )
+    figure.colorbar(picture, shrink=0.8, label="share of the true class")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)

@@ -1,0 +1,185 @@
+"""Classifies pictures with an exported model; needs nothing but the SavedModel.
+
+python -m keras_cifar.predict --model RUN_or_EXPORT dog.png holiday/ 'more/*.jpg'
+"""
+
+import concurrent.futures
+import csv
+import dataclasses
+import glob
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+
+from keras_cifar import cli
+from keras_cifar.config import check, option
+
+BATCH_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictOptions:
+    """The command's flags."""
+
+    model: str = option("", "a run, an export or a version of it", "Prediction")
+    top_k: int = option(3, "classes to name for each picture", "Prediction")
+    format: str = option("text", "of what goes to stdout", "Prediction", ("text", "csv", "json"))
+    features: str | None = option(
+        None,
+        "also write the feature vectors to this .npz file (files, features, labels)",
+        "Prediction",
+    )
+
+    def __post_init__(self):
+        check(self.model, "--model=RUN_or_EXPORT is needed")
+        check(self.top_k > 0, f"--top_k={self.top_k} must be greater than 0")
+
+
+def main(options: PredictOptions, arguments: list[str]) -> int:
+    """Runs the command; returns 1 where a file could not be classified."""
+    check(arguments, "name at least one picture, folder or glob")
+    from keras_cifar.predictor import Predictor
+
+    predictor = Predictor(options.model)
+    rows, features = [], []
+    for batch in _batches(find_files(arguments), predictor.size):
+        batch_rows, batch_features = _classify(predictor, batch, options)
+        rows += batch_rows
+        features += batch_features
+    _WRITERS[options.format](rows)
+    if options.features:
+        _write_features(options.features, rows, features)
+        print(f"features  {options.features}", file=sys.stderr)
+    failed = [row for row in rows if row["error"]]
+    if failed:
+        print(
+            f"predict: {len(failed)} of {len(rows)} files could not be classified, the first: "
+            f"{failed[0]['file']}: {failed[0]['error']}",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+# ---- Files in
+
+
+def find_files(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
+    """(file, None) for each picture, or (argument, reason) where there is none.
+
+    A folder stands for the pictures in it and below it, sorted; a glob for what it matches; a file
+    is taken whatever it is called.
+    """
+    from keras_cifar import image
+
+    for argument in arguments:
+        path = pathlib.Path(argument)
+        matches = [argument]
+        if not os.path.lexists(argument) and glob.has_magic(argument):
+            matches = sorted(glob.glob(argument, recursive=True))
+            if not matches:
+                yield argument, "nothing matches this pattern"
+        for match in matches:
+            path = pathlib.Path(match)
+            if not path.is_dir():
+                yield match, None if path.exists() else "no such file"
+                continue
+            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in image.SUFFIXES]
+            if not files:
+                yield match, "the folder has no pictures"
+            for file in files:
+                yield str(file), None
+
+
+def _batches(files: Iterator[tuple[str, str | None]], size: tuple[int, int]) -> Iterator[list]:
+    """Lists of (file, pixels or None, reason or None), decoded several at a time."""
+    from keras_cifar import image
+
+    def read(item):
+        file, error = item
+        if error:
+            return file, None, error
+        try:
+            return file, image.load(file, size), None
+        except image.ImageError as problem:
+            return file, None, str(problem)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        pending = iter(files)
+        while batch := list(itertools.islice(pending, BATCH_SIZE)):
+            yield list(pool.map(read, batch))
+
+
+# ---- Classes out
+
+
+def _classify(predictor, batch: list, options: PredictOptions) -> tuple[list[dict], list]:
+    """(an object a file as --format=json prints it, the feature vectors of the good ones)."""
+    import numpy as np
+
+    good = [pixels for _, pixels, error in batch if error is None]
+    top, features = [], []
+    if good:
+        images = np.stack(good)
+        probabilities = predictor.classify(images)
+        # Stable, so that equal probabilities are named in the order of the classes.
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : options.top_k]
+        top = [
+            [
+                {"label": predictor.class_names[i], "index": int(i), "probability": float(row[i])}
+                for i in best
+            ]
+            for row, best in zip(probabilities, order, strict=True)
+        ]
+        features = list(predictor.features(images)) if options.features else []
+    answers = iter(top)
+    rows = [
+        {"file": file, "top": [] if error else next(answers), "error": error}
+        for file, _, error in batch
+    ]
+    return rows, features
+
+
+def _write_text(rows: list[dict]) -> None:
+    for row in rows:
+        words = ", ".join(f"{c['label']} {c['probability']:.1%}" for c in row["top"])
+        print(f"{row['file']}: {words or 'error: ' + row['error']}")
+
+
+def _write_json(rows: list[dict]) -> None:
+    print(json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+def _write_csv(rows: list[dict]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["file", "rank", "label", "index", "probability", "error"])
+    for row in rows:
+        for rank, c in enumerate(row["top"], start=1):
+            writer.writerow([row["file"], rank, c["label"], c["index"], c["probability"], ""])
+        if row["error"]:
+            writer.writerow([row["file"], "", "", "", "", row["error"]])
+
+
+_WRITERS = {"text": _write_text, "json": _write_json, "csv": _write_csv}
+
+
+def _write_features(path: str, rows: list[dict], features: list) -> None:
+    """An .npz file: files string [N], features float32 [N, D], labels string [N]."""
+    import numpy as np
+
+    from keras_cifar.run import replacing
+
+    good = [row for row in rows if not row["error"]]
+    with replacing(pathlib.Path(path)) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            files=np.array([row["file"] for row in good]),
+            features=np.array(features, np.float32),
+            labels=np.array([row["top"][0]["label"] for row in good]),
+        )
+
+
+if __name__ == "__main__":
+    cli.run("predict", main, PredictOptions, __doc__, "IMAGE|FOLDER|GLOB ...")

@@ -1,0 +1,72 @@
+"""Inference with an exported SavedModel and nothing else: no Keras, no training code, no run."""
+
+import pathlib
+
+import numpy as np
+import tensorflow as tf
+
+from keras_cifar.errors import UserError, reason
+from keras_cifar.run import versions
+
+
+def find(path: str) -> pathlib.Path:
+    """The SavedModel at `path`: the directory itself, its newest version, or a run's newest export.
+
+    Raises:
+        UserError: there is none.
+    """
+    root = pathlib.Path(path).expanduser()
+    if "://" in path:
+        raise UserError(f"--model={path}: only directories can be read")
+    if not root.exists():
+        raise UserError(f"--model={path} does not exist")
+    for base in (root, root / "export"):
+        numbers = versions(base)
+        candidate = base / str(numbers[-1]) if numbers else base
+        if (candidate / "saved_model.pb").is_file():
+            return candidate
+    raise UserError(
+        f"--model={path} holds no SavedModel; expected saved_model.pb, <version>/saved_model.pb or "
+        "a run with export/<version>/ (python -m keras_cifar.export --run RUN makes one)"
+    )
+
+
+class Predictor:
+    """A loaded SavedModel.
+
+    Attributes:
+        path: its directory.
+        size: (height, width) of the images it takes, in pixels.
+        class_names: in the order of the probabilities.
+    """
+
+    def __init__(self, path: str):
+        """Loads the model.
+
+        Args:
+            path: as in `find`.
+
+        Raises:
+            UserError: there is none, or it is damaged or not one of ours.
+        """
+        self.path = find(path)
+        try:
+            # Kept, since the signatures do not keep the variables alive.
+            self._loaded = tf.saved_model.load(str(self.path))
+            self._classify = self._loaded.signatures["serving_default"]
+            self._features = self._loaded.signatures["features"]
+            self.size = tuple(self._classify.structured_input_signature[1]["images"].shape[1:3])
+            labels = self.path / "assets" / "labels.txt"
+            self.class_names = tuple(labels.read_text("utf-8").splitlines())
+        except Exception as error:  # Damage shows as any of a dozen classes.
+            raise UserError(
+                f"{self.path} is not a model that can be used: {reason(error)}"
+            ) from None
+
+    def classify(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities float32 [N, K] of uint8 [N, H, W, 3]."""
+        return self._classify(images=tf.constant(images))["probabilities"].numpy()
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Feature vectors float32 [N, D] of uint8 [N, H, W, 3]: what the last layer classifies."""
+        return self._features(images=tf.constant(images))["features"].numpy()

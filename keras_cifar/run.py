@@ -1,0 +1,90 @@
+"""The run directory: where everything of a run lies, and how files get there. Standard library only."""
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+from keras_cifar.errors import UserError, check_directory, reason
+
+
+class Run:
+    """The paths of a run directory; nothing is created until something is written."""
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = pathlib.Path(path).expanduser()
+        self.config = self.path / "config.json"
+        self.checkpoint = self.path / "checkpoint" / "latest.npz"
+        self.model = self.path / "model.keras"
+        self.history = self.path / "history.csv"
+        self.curves = self.path / "curves.png"
+        self.tensorboard = self.path / "tensorboard"
+        self.export = self.path / "export"
+
+    def evaluation(self, split: str) -> pathlib.Path:
+        """The file with the figures of a split."""
+        return self.path / "eval" / f"{split}.json"
+
+    def confusion(self, split: str) -> pathlib.Path:
+        """The picture of a split's confusion matrix."""
+        return self.path / "eval" / f"{split}_confusion.png"
+
+    def read_config(self) -> dict:
+        """The contents of config.json.
+
+        Raises:
+            UserError: there is no such run, or the file is damaged.
+        """
+        check_directory(self.path, "run directory")
+        if not self.config.exists():
+            raise UserError(f"{self.path} is not a run directory: it has no config.json")
+        try:
+            config = json.loads(self.config.read_text("utf-8"))
+            config["flags"], config["class_names"], config["image_shape"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.config} is damaged: {reason(error)}") from None
+        return config
+
+
+def write_json(path: pathlib.Path, value: object) -> None:
+    """Writes a JSON file that is either complete or not there."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path of the same suffix that takes the place of `path` when the body succeeds.
+
+    What was at `path` stays whole until then, also when the machine stops in between.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as directory:
+        temporary = pathlib.Path(directory) / path.name
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Asks the system to put a file or a directory on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def next_version(base: pathlib.Path) -> int:
+    """The integer after the highest version directory below `base`; 1 where there is none."""
+    return max(versions(base), default=0) + 1
+
+
+def versions(base: pathlib.Path) -> list[int]:
+    """The versions below a TensorFlow Serving model base path, in order."""
+    if not base.is_dir():
+        return []
+    return sorted(int(p.name) for p in base.iterdir() if p.name.isdecimal() and p.is_dir())

@@ -1,0 +1,61 @@
+"""Trains an image classifier, tests it once and exports a SavedModel.
+
+python -m keras_cifar.train --model resnet32 --data cifar10 --epochs 10
+"""
+
+import re
+import time
+
+from keras_cifar import cli
+from keras_cifar.config import TrainConfig
+from keras_cifar.run import Run
+
+
+def main(config: TrainConfig) -> None:
+    """Runs the command."""
+    if config.list_models:
+        print(list_models())
+        return
+    from keras_cifar import trainer
+
+    if config.dry_run:
+        print(trainer.prepare(config).describe())
+        print("nothing was trained (--dry_run)")
+        return
+    run = Run(config.run_dir or default_run_dir(config))
+    print(f"run       {run.path}", flush=True)
+    figures = trainer.train(config, run)
+    files = [("model", run.model), ("history", run.history), ("curves", run.curves)]
+    files += [("test", run.evaluation("test")), ("confusion", run.confusion("test"))]
+    files += [("logs", f"{run.tensorboard}  (tensorboard --logdir {run.tensorboard})")]
+    if run.export.exists():
+        files += [("export", run.export)]
+    print(
+        f"\ntest accuracy {figures['accuracy']:.4f}, error {1 - figures['accuracy']:.2%}, loss "
+        f"{figures['loss']:.4f} on {figures['count']:,} images"
+    )
+    for name, path in files:
+        print(f"{name:<10}{path}")
+    if run.export.exists():
+        print(f"\nclassify pictures: python -m keras_cifar.predict --model {run.path} IMAGE ...")
+
+
+def default_run_dir(config: TrainConfig) -> str:
+    """A new directory's name below runs/."""
+    data = re.sub(r"\W+", "-", config.data.rpartition("/")[2] or config.data).strip("-")
+    return f"runs/{config.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def list_models() -> str:
+    """The networks as a table, at the size and number of classes of their papers."""
+    from keras_cifar import models
+
+    lines = [f"{'name':<14}{'image':>6}{'parameters':>14}{'multiply-adds':>17}  paper"]
+    for name in models.variants():
+        _, size, parameters, multiply_adds, paper = models.describe(name)
+        lines.append(f"{name:<14}{size:>6}{parameters:>14,}{multiply_adds:>17,}  {paper}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run("train", main, TrainConfig, __doc__)

@@ -1,0 +1,320 @@
+"""Training: config -> data -> pipeline -> model -> fit -> run directory -> test -> export."""
+
+import csv
+import dataclasses
+import importlib.metadata
+import math
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import keras
+import tensorflow as tf
+
+from keras_cifar import (
+    augmentation,
+    checkpoint,
+    data,
+    distribution,
+    evaluation,
+    models,
+    optimizers,
+    pipeline,
+    plots,
+)
+from keras_cifar.classifier import Classifier
+from keras_cifar.config import TrainConfig
+from keras_cifar.errors import UsageError, UserError, unknown
+from keras_cifar.exporters import saved_model
+from keras_cifar.run import Run, replacing, versions, write_json
+
+PACKAGES = ("keras", "tensorflow", "numpy", "Pillow", "tensorflow-datasets")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run that is ready to start."""
+
+    config: TrainConfig
+    dataset: data.Dataset
+    model: Classifier
+    steps_per_epoch: int
+    strategy: str
+    strategy_reason: str
+    xla: bool
+
+    def describe(self) -> str:
+        """What will be done, in a few lines."""
+        config, dataset = self.config, self.dataset
+        network = self.model.deployable
+        height, width, _ = dataset.image_shape
+        counts = ", ".join(f"{v['count']:,} {k}" for k, v in dataset.describe().items())
+        left_out = len(dataset.train) % config.batch_size
+        return "\n".join(
+            [
+                f"model     {config.model}: {models.count_parameters(network):,} parameters, "
+                f"{models.count_multiply_adds(network) / 1e6:,.1f} million multiply-adds an image",
+                f"data      {config.data}: {counts} images of {width} x {height}, "
+                f"{len(dataset.class_names)} classes",
+                f"training  {config.epochs} epochs of {self.steps_per_epoch} steps of "
+                f"{config.batch_size} images ({left_out} others are left out each pass), "
+                f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_schedule}",
+                f"devices   strategy {self.strategy} ({self.strategy_reason}), {config.dtype_policy}, "
+                f"XLA {'on' if self.xla else 'off'}",
+            ]
+        )
+
+
+def train(config: TrainConfig, run: Run) -> dict:
+    """Trains, selects, tests and exports; goes on where an earlier call on the same run stopped.
+
+    Returns:
+        The figures of the test split, as in `RUN/eval/test.json`.
+
+    Raises:
+        UsageError: a wrong flag, or a run directory that holds another configuration.
+        UserError: the data is not to be had, or the loss was not finite.
+    """
+    previous = previous_config(config, run)
+    plan = prepare(config)
+    splits = plan.dataset.describe()
+    if previous is None:
+        write_json(run.config, describe_run(plan))
+    elif previous["splits"] != splits:
+        raise UserError(
+            f"the images of --data={config.data} are not those that {run.path} began with"
+        )
+    print(plan.describe(), flush=True)
+    fit(plan, run)
+
+    model = models.load(run.model)
+    dataset = plan.dataset
+    figures = evaluation.evaluate(
+        model, "test", dataset.test, dataset.class_names, config.data, run
+    )
+    if config.export and not versions(run.export):
+        saved_model.export(model, run.export, dataset.class_names)
+    return figures
+
+
+def previous_config(config: TrainConfig, run: Run) -> dict | None:
+    """config.json of an earlier call on this run directory, None where there was none.
+
+    Raises:
+        UsageError: its flags were others, or the directory holds something else.
+    """
+    if not run.path.exists():
+        return None
+    if not run.config.exists():
+        if not run.path.is_dir() or any(run.path.iterdir()):
+            raise UsageError(f"--run_dir={run.path} exists and is no run directory; choose another")
+        return None
+    previous = run.read_config()
+    differences = config.differences(previous["flags"])
+    if differences:
+        raise UsageError(
+            f"{run.path} holds a run with other flags: {'; '.join(differences)}; "
+            "choose another --run_dir or the same flags"
+        )
+    return previous
+
+
+def prepare(config: TrainConfig) -> Plan:
+    """Checks the flags, loads the data and builds the compiled model.
+
+    Raises:
+        UsageError, UserError: as `train`.
+    """
+    # Devices can be chosen only before TensorFlow computes anything.
+    strategy, strategy_name, reason = distribution.choose(config.strategy, config.replicas)
+    # All flags before the data: a wrong one shows before a long download.
+    augmentation.parse(config.augment)
+    optimizers.parse_schedule(config.lr_schedule)
+    if config.model not in models.variants():
+        raise unknown("model", config.model, models.variants())
+    replicas = strategy.num_replicas_in_sync
+    if config.batch_size % replicas:
+        raise UsageError(
+            f"--batch_size={config.batch_size} is not a multiple of {replicas} replicas"
+        )
+    if config.early_stopping and not config.val_fraction:
+        raise UsageError("--early_stopping needs validation: --val_fraction must be above 0")
+
+    keras.utils.set_random_seed(config.seed)
+    keras.config.set_dtype_policy(config.dtype_policy)
+    dataset = data.load(
+        config.data, config.data_dir, config.image_size, config.val_fraction, config.seed
+    )
+    steps = config.steps_per_epoch or pipeline.steps_in(dataset.train, config.batch_size)
+    # XLA makes convolutions slower on a CPU, and Keras 3 fails with it under a strategy's scope.
+    xla = bool(tf.config.list_physical_devices("GPU")) and strategy_name == "none"
+    with strategy.scope():
+        model = models.build(config.model, dataset.image_shape, len(dataset.class_names))
+        optimizers.compile_model(model, config, steps, jit_compile=xla)
+    return Plan(config, dataset, model, steps, strategy_name, reason, xla)
+
+
+def describe_run(plan: Plan) -> dict:
+    """The contents of config.json."""
+    network = plan.model.deployable
+    return {
+        "flags": dataclasses.asdict(plan.config),
+        "class_names": plan.dataset.class_names,
+        "image_shape": plan.dataset.image_shape,
+        "splits": plan.dataset.describe(),
+        "parameter_count": models.count_parameters(network),
+        "multiply_adds": models.count_multiply_adds(network),
+        "steps_per_epoch": plan.steps_per_epoch,
+        "strategy": plan.strategy,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "git_revision": _git_revision(),
+        "command": sys.argv,
+    }
+
+
+def _git_revision() -> str | None:
+    """The commit of the checkout that this package runs from; None where it is installed."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def fit(plan: Plan, run: Run) -> None:
+    """Trains from the last checkpoint to the end; `RUN/model.keras` is the selected model then."""
+    config, dataset = plan.config, plan.dataset
+    state = checkpoint.restore(run.checkpoint, plan.model)
+    recorder = Recorder(plan, run, state.get("history", []))
+    if state:
+        print(f"going on after epoch {recorder.epochs_done} of {config.epochs}", flush=True)
+    if recorder.is_finished():
+        return
+    classes = len(dataset.class_names)
+    batches = pipeline.training(
+        dataset.train,
+        classes,
+        config.batch_size,
+        config.augment,
+        config.seed,
+        start_step=recorder.epochs_done * plan.steps_per_epoch,
+    )
+    validation = dataset.val and pipeline.evaluation(dataset.val, classes, config.batch_size)
+    tensorboard = keras.callbacks.TensorBoard(run.tensorboard, write_graph=False)
+    plan.model.fit(
+        batches,
+        epochs=config.epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        initial_epoch=recorder.epochs_done,
+        shuffle=False,  # The batches are shuffled already.
+        validation_data=validation,
+        callbacks=[recorder, tensorboard],
+        verbose=1 if sys.stdout.isatty() else 0,
+    )
+
+
+class Recorder(keras.callbacks.Callback):
+    """Writes the run directory after each epoch, selects the model, and watches the loss."""
+
+    def __init__(self, plan: Plan, run: Run, history: list[dict]):
+        super().__init__()
+        self.plan, self.run, self.history = plan, run, history
+        self._averaged = None
+
+    @property
+    def epochs_done(self) -> int:
+        return len(self.history)
+
+    def best_epoch(self) -> int:
+        """The epoch, from 1, of the selected model: best on validation, else the last."""
+        if not self.history or "val_loss" not in self.history[0]:
+            return len(self.history)
+        return max(self.history, key=_quality)["epoch"]
+
+    def is_finished(self) -> bool:
+        """Whether all epochs are done, or patience is at its end."""
+        config = self.plan.config
+        waited = self.epochs_done - self.best_epoch()
+        return self.epochs_done >= config.epochs or 0 < config.early_stopping <= waited
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._started = self._trained = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._trained = time.perf_counter()
+        loss = float(logs["loss"])
+        if math.isfinite(loss):
+            return
+        optimizer = self.model.optimizer
+        kept = "nothing was saved, as no epoch was complete"
+        if self.history:
+            kept = f"the last good model is {self.run.model} (epoch {self.best_epoch()})"
+        raise UserError(
+            f"the loss became {loss} at step {int(optimizer.iterations)} "
+            f"(epoch {self.epochs_done + 1}, learning rate {float(optimizer.learning_rate):g}); "
+            f"{kept}; try a lower --learning_rate or --warmup_epochs"
+        )
+
+    # Validation runs inside the epoch, on the averaged weights where there are any.
+
+    def on_test_begin(self, logs=None):
+        self._averaged = self.model.averaged()
+        self._averaged.__enter__()
+
+    def on_test_end(self, logs=None):
+        self._averaged.__exit__(None, None, None)
+
+    def on_epoch_end(self, epoch, logs=None):
+        config = self.plan.config
+        seconds = time.perf_counter() - self._started
+        images = self.plan.steps_per_epoch * config.batch_size
+        row = {"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()}
+        row |= {
+            "learning_rate": float(self.model.optimizer.learning_rate),
+            "seconds": round(seconds, 3),
+            "images_per_second": round(images / (self._trained - self._started), 1),
+        }
+        self.history.append(row)
+        # The model before the checkpoint that counts it, so that a kill between them loses nothing.
+        if self.best_epoch() == epoch + 1:
+            with self.model.averaged(), replacing(self.run.model) as temporary:
+                self.model.deployable.save(temporary)
+        checkpoint.save(self.run.checkpoint, self.model, {"history": self.history})
+        write_history(self.history, self.run.history)
+        plots.curves(self.history, self.run.curves)
+        if not sys.stdout.isatty():
+            print(_line(row, config.epochs), flush=True)
+        if self.is_finished():
+            self.model.stop_training = True
+
+
+def _quality(row: dict) -> tuple[float, float]:
+    """Validation accuracy, and the loss between equals; what is not finite is worst."""
+    loss = row["val_loss"]
+    return (row["val_accuracy"], -loss) if math.isfinite(loss) else (-1.0, -math.inf)
+
+
+def _line(row: dict, epochs: int) -> str:
+    figures = [
+        f"{name} {row[name]:.4f}"
+        for name in ("loss", "accuracy", "val_loss", "val_accuracy")
+        if name in row
+    ]
+    return (
+        f"epoch {row['epoch']}/{epochs}  {'  '.join(figures)}  {row['images_per_second']:.0f} images/s"
+        f"  {row['seconds']:.0f} s"
+    )
+
+
+def write_history(history: list[dict], path: pathlib.Path) -> None:
+    """Writes history.csv: a row an epoch."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        writer.writerows(history)

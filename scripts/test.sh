@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes the environment, then runs the linter and the tests. Arguments go to pytest:
+#
+#   scripts/test.sh                       all that CI runs
+#   scripts/test.sh tests/test_image.py   one file
+#   scripts/test.sh -m slow               what takes minutes
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/scripts/environment.sh" dev
+cd "$root"
+ruff check .
+ruff format --check --quiet . || { echo "run 'ruff format .'" >&2; exit 1; }
+exec python -m pytest -q "$@"

@@ -1,0 +1,44 @@
+"""Installs keras_cifar: `pip install .`, or with what developers need `pip install -e .[dev]`."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "keras_cifar" / "__init__.py").read_text("utf-8"), re.M
+)[1]
+
+# Lower bounds are the oldest that the tests were run with, upper bounds the next that may break.
+REQUIRES = [
+    "tensorflow>=2.21,<2.22",
+    "keras>=3.12,<3.16",
+    "tensorflow-datasets>=4.9.10,<5",
+    "importlib_resources",  # tensorflow-datasets 4.9.10 needs it for downloads and does not say so
+    "tensorboard>=2.20,<3",  # TensorFlow 2.21 writes summaries only where it is installed
+    "numpy>=2.1,<3",
+    "Pillow>=12,<14",
+    "absl-py>=2.1,<3",
+    "scikit-learn>=1.6,<2",  # the digits; figures of evaluation
+    "matplotlib>=3.9,<4",  # curves and confusion matrices
+    "tqdm>=4.66,<5",
+]
+
+setup(
+    name="keras_cifar",
+    version=VERSION,
+    description="Train image classifiers with Keras on TensorFlow and put them into service",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["keras_cifar", "keras_cifar.*"]),
+    python_requires=">=3.10,<3.13",
+    install_requires=REQUIRES,
+    extras_require={"dev": ["pytest>=8,<10", "ruff>=0.17,<0.18"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
