@@ -18,7 +18,7 @@ def _variables(model: Classifier) -> list:
 
 def save(path: pathlib.Path, model: Classifier, state: dict) -> None:
     """Writes the model's and the optimizer's variables, and `state`, which must be JSON."""
-    arrays = {f"variable_{i}": np.asarray(v) for i, v in enumerate(_variables(model))}
+    arrays = {f"variable_{i}": v.numpy() for i, v in enumerate(_variables(model))}
     with replacing(path) as temporary:
         np.savez(temporary, state=np.array(json.dumps(state)), **arrays)
 
@@ -32,7 +32,7 @@ def restore(path: pathlib.Path, model: Classifier) -> dict:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             state = json.loads(str(arrays["state"]))
             values = [arrays[f"variable_{i}"] for i in range(len(arrays.files) - 1)]
     except Exception as error:  # A damaged zip file can raise many things.

@@ -74,6 +74,12 @@ class TrainConfig:
         0.0, "decay a step of averaged weights, e.g. 0.999; they are what is validated and saved",
         "Training",
     )  # fmt: skip
+    calibration_batches: int = option(
+        10,
+        "training batches from which the statistics of batch normalization are recomputed after "
+        "each epoch; 0 keeps the moving averages",
+        "Training",
+    )
     early_stopping: int = option(
         0, "epochs without a better validation accuracy before stopping; 0 never stops", "Training"
     )
@@ -108,7 +114,13 @@ class TrainConfig:
         for name in positive:
             value = getattr(self, name)
             check(value is None or value > 0, f"--{name}={value} must be greater than 0")
-        for name in ("weight_decay", "warmup_epochs", "early_stopping", "seed"):
+        for name in (
+            "weight_decay",
+            "warmup_epochs",
+            "calibration_batches",
+            "early_stopping",
+            "seed",
+        ):
             check(getattr(self, name) >= 0, f"--{name}={getattr(self, name)} must not be negative")
         for name in ("val_fraction", "momentum", "label_smoothing", "ema"):
             value = getattr(self, name)

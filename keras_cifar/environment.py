@@ -16,29 +16,25 @@ DEFAULTS = {
 
 def configure() -> None:
     """Sets the defaults of the environment that the user has not set."""
-    global _quiet
-    _quiet = "TF_CPP_MIN_LOG_LEVEL" not in os.environ
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 
-_quiet = True
-
-
 def import_tensorflow() -> None:
-    """Imports TensorFlow without its start-up messages (unless TF_CPP_MIN_LOG_LEVEL asks for them).
+    """Imports TensorFlow, without its start-up messages unless TF_CPP_MIN_LOG_LEVEL is below 3.
 
     TensorFlow 2.21 writes some lines (oneDNN, missing CUDA) before its log level is in force, so
     the level alone does not silence them.
     """
     if "tensorflow" in sys.modules:
         return
-    with _silent_stderr() if _quiet else contextlib.nullcontext():
+    quiet = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == DEFAULTS["TF_CPP_MIN_LOG_LEVEL"]
+    with _silent_stderr() if quiet else contextlib.nullcontext():
         import tensorflow as tf
 
         # The first look for GPUs is where a machine without a driver is reported.
         tf.config.list_physical_devices()
-    if _quiet:
+    if quiet:
         tf.get_logger().setLevel("ERROR")
 
 

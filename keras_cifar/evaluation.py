@@ -23,7 +23,7 @@ def predict(model: keras.Model, split: Split) -> np.ndarray:
         return tf.cast(model(images, training=False), tf.float32)
 
     batches = pipeline.evaluation(split, classes, BATCH_SIZE)
-    return np.concatenate([step(images).numpy() for images, _ in batches])
+    return np.concatenate([step(images).numpy() for images, _ in batches])[: len(split)]
 
 
 def evaluate(
@@ -61,7 +61,8 @@ def evaluate_run(run: Run, name: str, spec: str | None = None, data_dir: str | N
         spec or flags["data"],
         data_dir or flags["data_dir"],
         height if height == width else None,
-        flags["val_fraction"],
+        # Of other data, nothing need be held out to look at all of train.
+        flags["val_fraction"] if spec is None or name == "val" else 0.0,
         flags["seed"],
     )
     if dataset.class_names != class_names:

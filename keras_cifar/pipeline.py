@@ -2,11 +2,22 @@
 same seed gives the same batches, and a run can go on at any step.
 """
 
+import weakref
+
 import tensorflow as tf
 
 from keras_cifar import augmentation
 from keras_cifar.data import Split
 from keras_cifar.errors import UserError
+
+# The tensors of each split, so that several pipelines share one copy.
+_tensors = weakref.WeakKeyDictionary()
+
+
+def _as_tensors(split: Split) -> tuple[tf.Tensor, tf.Tensor]:
+    if split not in _tensors:
+        _tensors[split] = tf.constant(split.images), tf.constant(split.labels)
+    return _tensors[split]
 
 
 def steps_in(split: Split, batch_size: int) -> int:
@@ -34,7 +45,7 @@ def training(
         start_step: the step of the run that the first batch is for.
     """
     steps = steps_in(split, batch_size)
-    images, labels = tf.constant(split.images), tf.constant(split.labels)
+    images, labels = _as_tensors(split)
     transform = augmentation.parse(augment)
     order_seed, augment_seed = (seed, 0), (seed, 1)
 
@@ -61,12 +72,18 @@ def training(
 def evaluation(split: Split, classes: int, batch_size: int) -> tf.data.Dataset:
     """Every example once, in order, as (images uint8 [B, H, W, 3], labels float32 [B, K]).
 
-    The last batch holds what is left.
+    All batches are full, so that any number of replicas can share them: the last is filled up with
+    images whose label is all zero, which `Classifier` does not count.
     """
-    images, labels = tf.constant(split.images), tf.constant(split.labels)
+    images, labels = _as_tensors(split)
+    batches = -(-len(split) // batch_size)
 
     def batch(indices):
-        return tf.gather(images, indices), tf.one_hot(tf.gather(labels, indices), classes)
+        filling = indices >= len(split)
+        indices = tf.where(filling, tf.zeros_like(indices), indices)
+        # one_hot makes an index of -1 all zero.
+        label = tf.where(filling, -tf.ones_like(indices), tf.gather(labels, indices))
+        return tf.gather(images, indices), tf.one_hot(label, classes)
 
-    indices = tf.data.Dataset.range(len(split)).batch(batch_size)
-    return indices.map(batch, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    indices = tf.data.Dataset.range(batches * batch_size).batch(batch_size, drop_remainder=True)
+    return indices.map(batch, tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)

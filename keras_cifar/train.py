@@ -23,7 +23,6 @@ def main(config: TrainConfig) -> None:
         print("nothing was trained (--dry_run)")
         return
     run = Run(config.run_dir or default_run_dir(config))
-    print(f"run       {run.path}", flush=True)
     figures = trainer.train(config, run)
     files = [("model", run.model), ("history", run.history), ("curves", run.curves)]
     files += [("test", run.evaluation("test")), ("confusion", run.confusion("test"))]
@@ -42,7 +41,7 @@ def main(config: TrainConfig) -> None:
 
 def default_run_dir(config: TrainConfig) -> str:
     """A new directory's name below runs/."""
-    data = re.sub(r"\W+", "-", config.data.rpartition("/")[2] or config.data).strip("-")
+    data = re.sub(r"\W+", "-", config.data.rstrip("/").rpartition("/")[2]).strip("-")
     return f"runs/{config.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -45,6 +45,13 @@ class Plan:
     strategy_reason: str
     xla: bool
 
+    def batches(self, start_step: int) -> tf.data.Dataset:
+        """Training batches from a step of the run on."""
+        config, classes = self.config, len(self.dataset.class_names)
+        return pipeline.training(
+            self.dataset.train, classes, config.batch_size, config.augment, config.seed, start_step
+        )
+
     def describe(self) -> str:
         """What will be done, in a few lines."""
         config, dataset = self.config, self.dataset
@@ -86,7 +93,7 @@ def train(config: TrainConfig, run: Run) -> dict:
         raise UserError(
             f"the images of --data={config.data} are not those that {run.path} began with"
         )
-    print(plan.describe(), flush=True)
+    print(f"run       {run.path}\n{plan.describe()}", flush=True)
     fit(plan, run)
 
     model = models.load(run.model)
@@ -189,31 +196,20 @@ def _git_revision() -> str | None:
 
 def fit(plan: Plan, run: Run) -> None:
     """Trains from the last checkpoint to the end; `RUN/model.keras` is the selected model then."""
-    config, dataset = plan.config, plan.dataset
+    config = plan.config
     state = checkpoint.restore(run.checkpoint, plan.model)
     recorder = Recorder(plan, run, state.get("history", []))
     if state:
         print(f"going on after epoch {recorder.epochs_done} of {config.epochs}", flush=True)
     if recorder.is_finished():
         return
-    classes = len(dataset.class_names)
-    batches = pipeline.training(
-        dataset.train,
-        classes,
-        config.batch_size,
-        config.augment,
-        config.seed,
-        start_step=recorder.epochs_done * plan.steps_per_epoch,
-    )
-    validation = dataset.val and pipeline.evaluation(dataset.val, classes, config.batch_size)
     tensorboard = keras.callbacks.TensorBoard(run.tensorboard, write_graph=False)
     plan.model.fit(
-        batches,
+        plan.batches(start_step=recorder.epochs_done * plan.steps_per_epoch),
         epochs=config.epochs,
         steps_per_epoch=plan.steps_per_epoch,
         initial_epoch=recorder.epochs_done,
         shuffle=False,  # The batches are shuffled already.
-        validation_data=validation,
         callbacks=[recorder, tensorboard],
         verbose=1 if sys.stdout.isatty() else 0,
     )
@@ -225,7 +221,14 @@ class Recorder(keras.callbacks.Callback):
     def __init__(self, plan: Plan, run: Run, history: list[dict]):
         super().__init__()
         self.plan, self.run, self.history = plan, run, history
-        self._averaged = None
+        classes, config = len(plan.dataset.class_names), plan.config
+        batches = plan.batches(start_step=len(history) * config.calibration_batches)
+        strategy = plan.model.distribute_strategy
+        self._calibration = iter(strategy.experimental_distribute_dataset(batches))
+        validation = plan.dataset.val
+        self._validation = validation and pipeline.evaluation(
+            validation, classes, config.batch_size
+        )
 
     @property
     def epochs_done(self) -> int:
@@ -261,30 +264,29 @@ class Recorder(keras.callbacks.Callback):
             f"{kept}; try a lower --learning_rate or --warmup_epochs"
         )
 
-    # Validation runs inside the epoch, on the averaged weights where there are any.
-
-    def on_test_begin(self, logs=None):
-        self._averaged = self.model.averaged()
-        self._averaged.__enter__()
-
-    def on_test_end(self, logs=None):
-        self._averaged.__exit__(None, None, None)
-
     def on_epoch_end(self, epoch, logs=None):
         config = self.plan.config
-        seconds = time.perf_counter() - self._started
         images = self.plan.steps_per_epoch * config.batch_size
         row = {"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()}
-        row |= {
-            "learning_rate": float(self.model.optimizer.learning_rate),
-            "seconds": round(seconds, 3),
-            "images_per_second": round(images / (self._trained - self._started), 1),
-        }
-        self.history.append(row)
-        # The model before the checkpoint that counts it, so that a kill between them loses nothing.
-        if self.best_epoch() == epoch + 1:
-            with self.model.averaged(), replacing(self.run.model) as temporary:
-                self.model.deployable.save(temporary)
+        # Validation is here and not in `fit`, so that it sees the very network that is saved: with
+        # averaged weights, and statistics that belong to them.
+        with self.model.averaged():
+            self.model.recalibrate(self._calibration, config.calibration_batches)
+            if self._validation:
+                figures = self.model.evaluate(self._validation, verbose=0, return_dict=True)
+                figures = {f"val_{name}": float(value) for name, value in figures.items()}
+                row |= figures
+                logs.update(figures)  # for TensorBoard and the progress bar, which come after
+            row |= {
+                "learning_rate": float(self.model.optimizer.learning_rate),
+                "seconds": round(time.perf_counter() - self._started, 3),
+                "images_per_second": round(images / (self._trained - self._started), 1),
+            }
+            self.history.append(row)
+            # Before the checkpoint that counts it, so that a kill between them loses nothing.
+            if self.best_epoch() == epoch + 1:
+                with replacing(self.run.model) as temporary:
+                    self.model.deployable.save(temporary)
         checkpoint.save(self.run.checkpoint, self.model, {"history": self.history})
         write_history(self.history, self.run.history)
         plots.curves(self.history, self.run.curves)

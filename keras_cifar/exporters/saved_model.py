@@ -46,7 +46,7 @@ def export(
 def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Path) -> tf.Module:
     """The functions to save. Plain TensorFlow: whoever loads them needs neither Keras nor us."""
     size = model.input_shape[1:3]
-    features = keras.Model(model.inputs, model.get_layer("features").output)
+    features = keras.Model(model.inputs[0], model.get_layer("features").output)
     names = tf.constant(class_names)
     module = tf.Module()
     # Keras's own variables are not found by tf.Module; these are what they wrap.

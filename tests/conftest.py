@@ -1,0 +1,79 @@
+"""What tests share. TensorFlow starts with two virtual CPU devices, so that replicas can be tested."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_cifar import environment
+
+environment.import_tensorflow()
+
+import keras
+import tensorflow as tf
+
+_CPU = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras():
+    """No test sees another's precision or layer names."""
+    yield
+    keras.config.set_dtype_policy("float32")
+    keras.utils.clear_session()
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def colour_images(count: int, side: int, classes: int, seed: int = 0) -> tuple:
+    """(uint8 [N, side, side, 3], int64 [N]): noise around a grey of each class, easy to learn."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    grey = 30 + labels * 200 // max(classes - 1, 1)
+    noise = random.integers(-20, 21, (count, side, side, 3))
+    return np.clip(grey[:, None, None, None] + noise, 0, 255).astype(np.uint8), labels
+
+
+def write_folder(
+    root: pathlib.Path, counts: dict[str, int], side: int = 16, classes: int = 3
+) -> None:
+    """Writes `root/<split>/<class>/NNN.png`; a split called "" is `root/<class>` itself."""
+    for number, (split, count) in enumerate(counts.items()):
+        images, labels = colour_images(count, side, classes, seed=number)
+        for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{index:03}.png")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> pathlib.Path:
+    """A folder of 96 training and 30 test pictures of 16 x 16 in 3 classes."""
+    root = tmp_path_factory.mktemp("images")
+    write_folder(root, {"train": 96, "test": 30})
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, image_folder):
+    """A finished run of lenet5 on `image_folder`, with its export."""
+    from keras_cifar import trainer
+    from keras_cifar.config import TrainConfig
+    from keras_cifar.run import Run
+
+    run = Run(tmp_path_factory.mktemp("runs") / "run")
+    config = TrainConfig(
+        model="lenet5",
+        data=f"folder:{image_folder}",
+        epochs=3,
+        batch_size=16,
+        augment="crop(2)|flip",
+        run_dir=str(run.path),
+    )
+    trainer.train(config, run)
+    return run

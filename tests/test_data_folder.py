@@ -1,0 +1,359 @@
+"""Folders of images: layouts, the split by hash, and every way a folder can be wrong."""
+
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_cifar import data
+from keras_cifar.errors import UserError
+from tests.conftest import colour_images, write_folder
+
+
+def load(root: pathlib.Path, **options):
+    return data.load(f"folder:{root}", **options)
+
+
+def refusal(root: pathlib.Path, **options) -> str:
+    """The message of the UserError that loading `root` raises: always one line."""
+    with pytest.raises(UserError) as caught:
+        load(root, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.isprintable()
+    return message
+
+
+def write_flat(root: pathlib.Path, count: int, start: int = 0) -> None:
+    """`root/<class>/NNN.png`, each picture of one colour that tells which it is."""
+    for index in range(start, start + count):
+        folder = root / f"class_{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (index, 0, 0)).save(folder / f"{index:03}.png")
+
+
+def members(split) -> set[int]:
+    """Which of the pictures of `write_flat` are in a split."""
+    return {int(value) for value in split.images[:, 0, 0, 0]}
+
+
+def picture(path: pathlib.Path, side: int = 8) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(1).integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+# ---- Layouts
+
+
+def test_train_and_test_come_back_exact(tmp_path):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    dataset = load(tmp_path, val_fraction=0)
+    assert dataset.class_names == ("class_0", "class_1", "class_2")
+    assert dataset.image_shape == (16, 16, 3)
+    assert dataset.val is None
+    for seed, (split, count) in enumerate([(dataset.train, 12), (dataset.test, 6)]):
+        images, labels = colour_images(count, 16, 3, seed=seed)
+        order = np.argsort(labels, kind="stable")
+        np.testing.assert_array_equal(split.images, images[order])
+        np.testing.assert_array_equal(split.labels, labels[order])
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid"])
+def test_a_validation_folder_is_the_validation_split(tmp_path, name):
+    write_folder(tmp_path, {"train": 12, "test": 6, name: 9})
+    dataset = load(tmp_path)
+    assert [len(dataset.train), len(dataset.val), len(dataset.test)] == [12, 9, 6]
+
+
+def test_without_a_validation_folder_a_share_of_train_is(tmp_path):
+    write_folder(tmp_path, {"train": 30, "test": 6})
+    dataset = load(tmp_path, val_fraction=0.2)
+    assert [len(dataset.train), len(dataset.val), len(dataset.test)] == [24, 6, 6]
+
+
+def test_train_without_test_is_split_by_hash(tmp_path):
+    write_flat(tmp_path / "train", 60)
+    dataset = load(tmp_path, val_fraction=0)
+    assert 0 < len(dataset.test) < 20
+    assert members(dataset.train) | members(dataset.test) == set(range(60))
+
+
+def test_classes_are_sorted_by_name(tmp_path):
+    for split in ("train", "test"):
+        for name in ("zebra", "Ant", "ape", "été"):
+            picture(tmp_path / split / name / "a.png")
+    assert load(tmp_path, val_fraction=0).class_names == ("Ant", "ape", "zebra", "été")
+
+
+def test_hidden_files_and_other_suffixes_are_no_images(tmp_path):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    for split in ("train", "test"):
+        (tmp_path / split / "README.md").write_text("x")
+        (tmp_path / split / ".cache").mkdir()
+        (tmp_path / split / "class_0" / "notes.txt").write_text("x")
+        (tmp_path / split / "class_0" / "._000.png").write_text("x")
+        (tmp_path / split / "class_0" / ".DS_Store").write_text("x")
+    dataset = load(tmp_path, val_fraction=0)
+    assert dataset.class_names == ("class_0", "class_1", "class_2")
+    assert [len(dataset.train), len(dataset.test)] == [12, 6]
+
+
+@pytest.mark.parametrize("name", ["a.PNG", "a.Jpg", "a.jpeg", "a.bmp", "a.gif", "a.webp", "a.tif"])
+def test_formats_and_upper_case_suffixes_are_read(tmp_path, name):
+    for split in ("train", "test"):
+        picture(tmp_path / split / "x" / name)
+    dataset = load(tmp_path, val_fraction=0)
+    assert dataset.train.images.shape == (1, 8, 8, 3)
+
+
+def test_a_folder_may_be_below_home(tmp_path, monkeypatch):
+    write_folder(tmp_path / "pictures", {"train": 12, "test": 6})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(data.load("folder:~/pictures", val_fraction=0).train) == 12
+
+
+# ---- The split by hash
+
+
+def test_a_flat_folder_is_split_into_disjoint_parts(tmp_path):
+    write_flat(tmp_path, 100)
+    dataset = load(tmp_path, val_fraction=0)
+    train, test = members(dataset.train), members(dataset.test)
+    assert not train & test
+    assert train | test == set(range(100))
+    assert len(test) == pytest.approx(10, abs=8)
+    for split in (dataset.train, dataset.test):
+        np.testing.assert_array_equal(split.labels, split.images[:, 0, 0, 0] % 2)
+
+
+def test_adding_files_moves_none_between_train_and_test(tmp_path):
+    write_flat(tmp_path, 60)
+    before = load(tmp_path, val_fraction=0)
+    write_flat(tmp_path, 60, start=60)
+    after = load(tmp_path, val_fraction=0)
+    old = set(range(60))
+    assert members(after.train) & old == members(before.train)
+    assert members(after.test) & old == members(before.test)
+
+
+def test_the_split_by_hash_does_not_depend_on_seed_or_place(tmp_path):
+    write_flat(tmp_path / "a", 60)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = load(tmp_path / "a", seed=0), load(tmp_path / "b", seed=1)
+    assert first.test.fingerprint == second.test.fingerprint
+
+
+def test_one_picture_is_too_few_in_one_line(tmp_path):
+    # Whichever split the hash chooses, the other is empty.
+    for index in range(20):
+        picture(tmp_path / str(index) / "x" / f"{index}.png")
+        assert "has no" in refusal(tmp_path / str(index))
+
+
+# ---- Sizes
+
+
+def test_images_of_different_sizes_need_image_size(tmp_path):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    odd = picture(tmp_path / "train" / "class_1" / "odd.png", side=20)
+    message = refusal(tmp_path)
+    assert str(odd) in message
+    assert "20 x 20" in message
+    assert "16 x 16" in message
+    assert "--image_size" in message
+    assert load(tmp_path, image_size=16, val_fraction=0).image_shape == (16, 16, 3)
+
+
+def test_image_size_resizes_all(tmp_path):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    dataset = load(tmp_path, image_size=5, val_fraction=0)
+    assert dataset.train.images.shape[1:] == (5, 5, 3)
+    assert dataset.test.images.shape[1:] == (5, 5, 3)
+
+
+def test_pictures_that_are_not_square_keep_their_shape(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "x").mkdir(parents=True)
+        Image.new("RGB", (7, 5)).save(tmp_path / split / "x" / "a.png")
+    assert load(tmp_path, val_fraction=0).image_shape == (5, 7, 3)
+
+
+# ---- Damaged pictures
+
+
+def truncated(path):
+    picture(path, side=64)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def text(path):
+    path.write_text("not a picture")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def corrupt(path):
+    picture(path, side=64)
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2 :] = bytes(len(contents) - len(contents) // 2)
+    path.write_bytes(contents)
+
+
+def directory(path):
+    path.mkdir()
+
+
+def dangling_link(path):
+    path.symlink_to("nowhere.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "why"),
+    [
+        (truncated, "bad.jpg", "truncated"),
+        (truncated, "bad.png", "truncated"),
+        (text, "bad.jpg", "not an image"),
+        (empty, "bad.jpg", "empty"),
+        (empty, "bad.png", "empty"),
+        (corrupt, "bad.png", "broken"),
+        (directory, "bad.png", "directory"),
+        (dangling_link, "bad.png", "No such file"),
+    ],
+)
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_a_bad_picture_is_refused_with_its_name(tmp_path, damage, name, why, image_size):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    bad = tmp_path / "train" / "class_2" / name
+    damage(bad)
+    message = refusal(tmp_path, image_size=image_size)
+    assert message.startswith(f"{bad} cannot be used: ")
+    assert why in message.removeprefix(f"{bad} cannot be used: ").partition(";")[0]
+
+
+def test_a_bad_picture_that_comes_first_is_refused_with_its_name(tmp_path):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    bad = tmp_path / "train" / "class_0" / "000.png"
+    empty(bad)
+    assert f"{bad} cannot be used: the file is empty" in refusal(tmp_path)
+
+
+# ---- Damaged folders
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    assert f"{tmp_path / 'none'} does not exist" in refusal(tmp_path / "none")
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    file = picture(tmp_path / "a.png")
+    assert f"{file} is not a directory" in refusal(file)
+
+
+def test_a_folder_without_class_folders_says_what_is_expected(tmp_path):
+    picture(tmp_path / "a.png")
+    message = refusal(tmp_path)
+    assert f"{tmp_path} has no class folders" in message
+    assert "train/<class>/*" in message
+
+
+@pytest.mark.parametrize("contents", [[], ["notes.txt", ".hidden.png"]])
+def test_a_class_folder_without_images_is_named(tmp_path, contents):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    folder = tmp_path / "train" / "class_9"
+    folder.mkdir()
+    for name in contents:
+        (folder / name).write_text("x")
+    assert f"{folder} has no images" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_class_that_train_lacks_is_named(tmp_path, split):
+    write_folder(tmp_path, {"train": 12, "test": 6, "val": 6})
+    picture(tmp_path / split / "wolf" / "a.png", side=16)
+    message = refusal(tmp_path)
+    assert "'wolf'" in message
+    assert str(tmp_path / split) in message
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_a_split_folder_without_train_is_refused(tmp_path, split):
+    write_folder(tmp_path, {split: 6})
+    assert "no train folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "tab\t", "nul\x7f"])
+def test_a_class_name_that_is_not_printable_is_refused(tmp_path, name):
+    for split in ("train", "test"):
+        picture(tmp_path / split / name / "a.png")
+    assert "printable" in refusal(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize("which", [".", "train", "train/class_1"])
+def test_a_locked_folder_is_named(tmp_path, which):
+    root = tmp_path / "root"
+    write_folder(root, {"train": 12, "test": 6})
+    locked = root / which
+    locked.chmod(0)
+    try:
+        message = refusal(root)
+    finally:
+        locked.chmod(0o755)
+    assert str(locked) in message
+    assert "Permission denied" in message
+
+
+@pytest.mark.parametrize("which", [".", "train", "train/class_1"])
+def test_a_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    locked = tmp_path / which
+    iterdir, stat = pathlib.Path.iterdir, pathlib.Path.stat
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # As with mode 000: neither listing it nor looking at what is in it is allowed.
+    monkeypatch.setattr(
+        pathlib.Path, "iterdir", lambda self: refuse(self) if self == locked else iterdir(self)
+    )
+    monkeypatch.setattr(
+        pathlib.Path,
+        "stat",
+        lambda self, **options: refuse(self) if locked in self.parents else stat(self, **options),
+    )
+    message = refusal(tmp_path)
+    assert str(locked) in message
+    assert "Permission denied" in message
+
+
+def test_an_unreadable_picture_is_named(tmp_path, monkeypatch):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    locked = tmp_path / "train" / "class_1" / "001.png"
+    stat = pathlib.Path.stat
+
+    def refuse(self, **options):
+        if self == locked:
+            raise PermissionError(13, "Permission denied", str(self))
+        return stat(self, **options)
+
+    monkeypatch.setattr(pathlib.Path, "stat", refuse)
+    assert f"{locked} cannot be used: Permission denied" in refusal(tmp_path)
+
+
+def test_a_folder_name_with_a_colon_is_a_path(tmp_path):
+    root = tmp_path / "a:b"
+    write_folder(root, {"train": 12, "test": 6})
+    assert len(load(root, val_fraction=0).train) == 12
+
+
+def test_an_image_size_that_does_not_fit_is_refused(tmp_path):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    message = refusal(tmp_path, image_size=10**6)
+    assert "--image_size" in message

@@ -1,0 +1,430 @@
+"""Preprocessing: every kind of picture, every damage, and the same pixels in both decoders."""
+
+import struct
+import time
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from keras_cifar import image
+from keras_cifar.errors import UserError
+
+
+def noise(height: int = 12, width: int = 9, channels: int = 3, seed: int = 0) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    """A smooth picture with edges, as photographs are and noise is not."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    waves = [np.sin(7 * x + c) * np.cos(5 * y - c) + (x + y > 0.9) for c in range(3)]
+    return np.clip(np.stack(waves, -1) * 70 + 100, 0, 255).astype(np.uint8)
+
+
+def saved(tmp_path, picture: Image.Image | np.ndarray, name: str = "a.png", **options):
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    path = tmp_path / name
+    picture.save(path, **options)
+    return path
+
+
+def grey_to_rgb(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    alpha = rgba[..., 3:] / 255
+    return np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+
+# ---- Kinds of picture
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm", "a.webp"])
+def test_rgb_comes_back_exact(tmp_path, name):
+    options = {"lossless": True} if name == "a.webp" else {}
+    pixels = image.load(saved(tmp_path, noise(), name, **options))
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, noise())
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.pgm", "a.gif"])
+def test_grey_becomes_rgb(tmp_path, name):
+    grey = noise(channels=1)
+    np.testing.assert_array_equal(image.load(saved(tmp_path, grey, name)), grey_to_rgb(grey))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp", "a.pbm"])
+def test_one_bit_becomes_black_and_white(tmp_path, name):
+    bits = noise(channels=1) > 127
+    pixels = image.load(saved(tmp_path, Image.fromarray(bits), name))
+    np.testing.assert_array_equal(pixels, grey_to_rgb(bits * np.uint8(255)))
+
+
+def palette_picture() -> Image.Image:
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    return picture
+
+
+RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.tif", "a.bmp"])
+def test_a_palette_becomes_its_colours(tmp_path, name):
+    pixels = image.load(saved(tmp_path, palette_picture(), name))
+    assert pixels.tolist() == [[RED, GREEN, BLUE]]
+
+
+@pytest.mark.parametrize(
+    ("name", "transparency", "expected"),
+    [
+        ("a.png", 1, [RED, WHITE, BLUE]),
+        ("a.gif", 1, [RED, WHITE, BLUE]),
+        ("a.png", b"\x00\xff\x80", [WHITE, GREEN, [127, 127, 255]]),
+    ],
+)
+def test_transparent_palette_colours_are_on_white(tmp_path, name, transparency, expected):
+    path = saved(tmp_path, palette_picture(), name, transparency=transparency)
+    assert image.load(path).tolist() == [expected]
+
+
+def test_the_transparent_colour_of_rgb_is_white(tmp_path):
+    pixels = np.array([[RED, GREEN]], np.uint8)
+    path = saved(tmp_path, pixels, transparency=(255, 0, 0))
+    assert image.load(path).tolist() == [[WHITE, GREEN]]
+
+
+def test_the_transparent_level_of_grey_is_white(tmp_path):
+    path = saved(tmp_path, np.array([[7, 9]], np.uint8), transparency=7)
+    assert image.load(path).tolist() == [[WHITE, [9, 9, 9]]]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
+def test_rgba_is_composited_on_white(tmp_path, name):
+    rgba = noise(channels=4)
+    rgba[0, :, 3], rgba[1, :, 3] = 0, 255
+    options = {"lossless": True, "exact": True} if name == "a.webp" else {}
+    pixels = image.load(saved(tmp_path, rgba, name, **options))
+    assert (pixels[0] == 255).all()
+    np.testing.assert_array_equal(pixels[1], rgba[1, :, :3])
+    np.testing.assert_array_equal(pixels, on_white(rgba))
+
+
+def test_grey_with_alpha_is_composited_on_white(tmp_path):
+    la = np.array([[[10, 0], [10, 255], [0, 128]]], np.uint8)
+    pixels = image.load(saved(tmp_path, Image.fromarray(la, "LA")))
+    assert pixels[0, :, 0].tolist() == [255, 10, 127]
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 128, 0), (255, 255, 255), (20, 20, 20)])
+def test_cmyk_jpeg_has_its_colours(tmp_path, colour):
+    picture = Image.new("RGB", (16, 16), colour).convert("CMYK")
+    pixels = image.load(saved(tmp_path, picture, "a.jpg", quality=95))
+    assert np.abs(pixels.astype(int) - colour).max() <= 4
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_keep_the_high_byte(tmp_path, name):
+    values = np.array([[0, 255, 256, 1000], [32768, 65000, 65279, 65535]], np.uint16)
+    pixels = image.load(saved(tmp_path, values, name))
+    np.testing.assert_array_equal(pixels, grey_to_rgb((values >> 8).astype(np.uint8)))
+
+
+def test_dark_sixteen_bits_stay_dark(tmp_path):
+    values = np.full((3, 3), 200, np.uint16)
+    assert image.load(saved(tmp_path, values)).max() == 0
+
+
+def test_floats_of_unit_range_are_scaled(tmp_path):
+    values = np.array([[0.0, 0.5, 1.0]], np.float32)
+    pixels = image.load(saved(tmp_path, values, "a.tif"))
+    assert pixels[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_floats_that_are_no_numbers_are_black_and_change_no_others(tmp_path):
+    values = np.array([[0.0, 0.5, 1.0, np.nan]], np.float32)
+    pixels = image.load(saved(tmp_path, values, "a.tif"))
+    assert pixels[0, :, 0].tolist() == [0, 128, 255, 0]
+
+
+# EXIF orientation -> what a viewer does with the stored picture.
+UPRIGHT = {
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: np.rot90(p, -1),
+    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda p: np.rot90(p, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_exif_orientation_is_applied(tmp_path, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = photo(16, 24)
+    plain = image.load(saved(tmp_path, stored, f"plain{name}", quality=95))
+    turned = image.load(saved(tmp_path, stored, name, quality=95, exif=exif))
+    np.testing.assert_array_equal(turned, UPRIGHT[orientation](plain))
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, name):
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if name == "a.webp" else {}
+    path = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **options)
+    with Image.open(path) as picture:
+        assert picture.n_frames == 3
+    pixels = image.load(path)
+    assert pixels.shape == (4, 5, 3)
+    assert (pixels == RED).all()
+
+
+@pytest.mark.parametrize("size", [None, (1, 1), (4, 7)])
+def test_one_pixel_is_a_picture(tmp_path, size):
+    path = saved(tmp_path, np.array([[[1, 2, 3]]], np.uint8))
+    pixels = image.load(path, size)
+    assert pixels.shape == (*(size or (1, 1)), 3)
+    assert (pixels == [1, 2, 3]).all()
+
+
+def test_the_suffix_does_not_matter(tmp_path):
+    path = saved(tmp_path, noise())
+    other = path.rename(tmp_path / "picture.txt")
+    np.testing.assert_array_equal(image.load(str(other)), noise())
+
+
+def test_size_is_height_then_width(tmp_path):
+    assert image.load(saved(tmp_path, noise()), (4, 6)).shape == (4, 6, 3)
+
+
+def test_load_resizes_with_resize(tmp_path):
+    pixels = image.load(saved(tmp_path, noise(50, 70)), (8, 8))
+    np.testing.assert_array_equal(pixels, image.resize(noise(50, 70), (8, 8)))
+
+
+def test_transparency_is_composited_before_resizing(tmp_path):
+    # Black that nobody sees must not darken its neighbours.
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[:, ::2] = 255
+    assert (image.load(saved(tmp_path, rgba), (4, 4)) == 255).all()
+
+
+# ---- Large pictures
+
+
+def test_a_huge_picture_is_close_to_a_direct_resize(tmp_path):
+    picture = Image.fromarray(photo(500, 600)).resize((6000, 5000), Image.Resampling.NEAREST)
+    path = saved(tmp_path, picture, "a.bmp")
+    direct = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR))
+    tracemalloc.start()
+    loaded = image.load(path, (32, 32))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.abs(loaded.astype(int) - direct).mean() < 1.5
+    assert peak < 6000 * 5000  # The whole of it would take 3 times that, and 12 as float32.
+
+
+def test_a_long_strip_is_resized(tmp_path):
+    pixels = photo(40, 4000)
+    direct = image.resize(pixels, (32, 32)).numpy().astype(int)
+    assert np.abs(image.load(saved(tmp_path, pixels), (32, 32)) - direct).mean() < 1.5
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has next to nothing in it."""
+
+    def chunk(kind, contents):
+        return (
+            struct.pack(">I", len(contents))
+            + kind
+            + contents
+            + struct.pack(">I", zlib.crc32(kind + contents))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_a_decompression_bomb_is_refused_at_once(tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(40_000, 40_000))
+    start = time.monotonic()
+    assert "bomb" in refusal(path)
+    assert time.monotonic() - start < 2
+
+
+# ---- Damaged files
+
+
+def refusal(path, size=None) -> str:
+    """The message of the ImageError that loading `path` raises: always one line."""
+    with pytest.raises(image.ImageError) as caught:
+        image.load(path, size)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    assert isinstance(caught.value, UserError)
+    return message
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"")
+    assert refusal(path) == "the file is empty"
+
+
+@pytest.mark.parametrize("contents", [b"hello", b"\x00" * 5000, b"<svg/>", b"%PDF-1.7\n", b"GIF"])
+def test_what_is_no_picture_is_said(tmp_path, contents):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(contents)
+    assert refusal(path) == "not an image in a format that can be read"
+
+
+def test_a_missing_file_and_a_directory_are_said(tmp_path):
+    assert refusal(tmp_path / "none.png") == "No such file or directory"
+    assert refusal(tmp_path) == "Is a directory"
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.webp", "a.tif", "a.gif"])
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.97])
+def test_a_truncated_picture_is_refused(tmp_path, name, keep):
+    path = saved(tmp_path, noise(60, 50), name)
+    contents = path.read_bytes()
+    path.write_bytes(contents[: int(keep * len(contents))])
+    refusal(path)
+    refusal(path, (8, 8))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_truncated_picture_is_called_truncated(tmp_path, name):
+    path = saved(tmp_path, noise(60, 50), name)
+    path.write_bytes(path.read_bytes()[:-300])
+    assert "truncated" in refusal(path)
+
+
+@pytest.mark.parametrize("offset", [16, 40, 60, 200])
+def test_a_png_with_damaged_bytes_is_refused(tmp_path, offset):
+    path = saved(tmp_path, noise(60, 50))
+    contents = bytearray(path.read_bytes())
+    contents[offset : offset + 4] = b"\xde\xad\xbe\xef"
+    path.write_bytes(contents)
+    refusal(path)
+
+
+# ---- Both decoders
+
+
+def decoded(path) -> np.ndarray:
+    return image.decode(tf.constant(path.read_bytes())).numpy()
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (33, 47), (120, 81)])
+@pytest.mark.parametrize("make", [noise, photo])
+def test_jpeg_has_the_same_pixels_in_both_decoders(tmp_path, subsampling, shape, make):
+    for quality in (40, 95):
+        path = saved(tmp_path, make(*shape), "a.jpg", quality=quality, subsampling=subsampling)
+        np.testing.assert_array_equal(decoded(path), image.load(path))
+
+
+def test_progressive_and_grey_jpeg_have_the_same_pixels_in_both_decoders(tmp_path):
+    for name, pixels, options in (
+        ("progressive.jpg", photo(50, 60), {"progressive": True}),
+        ("grey.jpg", photo(50, 60)[..., 0], {}),
+        ("restarts.jpg", photo(50, 60), {"restart_marker_blocks": 1}),
+    ):
+        path = saved(tmp_path, pixels, name, **options)
+        np.testing.assert_array_equal(decoded(path), image.load(path), err_msg=name)
+
+
+KINDS = {
+    "grey.png": noise(channels=1),
+    "rgb.png": noise(),
+    "rgba.png": noise(channels=4),
+    "la.png": Image.fromarray(noise(channels=2), "LA"),
+    "bits.png": Image.fromarray(noise(channels=1) > 127),
+    "palette.png": palette_picture(),
+    "sixteen.png": (noise(channels=1).astype(np.uint16) << 8) + 200,
+    "rgb.bmp": noise(),
+    "grey.bmp": noise(channels=1),
+    "rgba.bmp": noise(channels=4),
+    "grey.gif": noise(channels=1),
+    "palette.gif": palette_picture(),
+    "one.png": noise(1, 1),
+    "wide.png": noise(3, 100),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_formats_have_the_same_pixels_in_both_decoders(tmp_path, name):
+    path = saved(tmp_path, KINDS[name], name)
+    np.testing.assert_array_equal(decoded(path), image.load(path))
+
+
+def test_animated_gif_has_the_same_pixels_in_both_decoders(tmp_path):
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "lime", "blue")]
+    path = saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(decoded(path), image.load(path))
+
+
+def test_lossless_webp_has_the_same_pixels_in_both_decoders(tmp_path):
+    for channels in (3, 4):
+        path = saved(tmp_path, noise(channels=channels), "a.webp", lossless=True, exact=True)
+        np.testing.assert_array_equal(decoded(path), image.load(path))
+
+
+def test_decode_works_in_a_graph_for_all_formats_at_once(tmp_path):
+    files = [saved(tmp_path, KINDS[name], name) for name in ("rgba.png", "rgb.bmp", "grey.gif")]
+    files.append(saved(tmp_path, photo(12, 9), "a.jpg"))
+    encoded = tf.data.Dataset.from_tensor_slices([f.read_bytes() for f in files])
+    dataset = encoded.map(lambda e: image.resize(image.decode(e), (4, 4)))
+    assert dataset.element_spec == tf.TensorSpec((4, 4, 3), tf.uint8)
+    for file, pixels in zip(files, dataset, strict=True):
+        np.testing.assert_array_equal(pixels, image.load(file, (4, 4)))
+
+
+@pytest.mark.parametrize("contents", [b"", b"text", b"\xff\xd8\xff", b"BM", b"\x89PNG\r\n\x1a\n"])
+def test_decode_refuses_what_is_no_picture(contents):
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        image.decode(tf.constant(contents))
+
+
+# ---- Resizing
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (32, 32), (7, 50)])
+def test_resizing_to_the_same_size_is_the_identity(shape):
+    np.testing.assert_array_equal(image.resize(noise(*shape), shape), noise(*shape))
+
+
+@pytest.mark.parametrize("shape", [(50, 70), (64, 64), (33, 31), (480, 640), (20, 400)])
+@pytest.mark.parametrize("make", [noise, photo])
+def test_resizing_is_pillows_bilinear(shape, make):
+    pixels = make(*shape)
+    expected = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)
+    resized = image.resize(pixels, (32, 32)).numpy().astype(int)
+    assert np.abs(resized - np.asarray(expected)).mean() < 1
+
+
+def test_a_batch_is_resized_as_its_pictures_are():
+    batch = np.stack([noise(seed=seed) for seed in range(3)])
+    expected = [image.resize(pixels, (5, 6)) for pixels in batch]
+    np.testing.assert_array_equal(image.resize(batch, (5, 6)), expected)
+
+
+@pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
+def test_resizing_keeps_a_flat_colour(level):
+    pixels = np.full((37, 23, 3), level, np.uint8)
+    for size in ((8, 8), (32, 32), (100, 90)):
+        assert (image.resize(pixels, size).numpy() == level).all()

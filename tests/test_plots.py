@@ -1,0 +1,47 @@
+"""The pictures are drawn and show what they are given."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_cifar import plots
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def rows(*accuracies, validated=True):
+    history = []
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        row = {"epoch": epoch, "loss": 2 - accuracy, "accuracy": accuracy}
+        history.append(row | ({"val_loss": 2.0, "val_accuracy": 0.3} if validated else {}))
+    return history
+
+
+def test_curves_change_with_the_history(tmp_path):
+    plots.curves(rows(0.1, 0.5), tmp_path / "a.png")
+    plots.curves(rows(0.1, 0.9), tmp_path / "b.png")
+    plots.curves(rows(0.1, 0.9, validated=False), tmp_path / "c.png")
+    a, b, c = (pixels(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
+    assert a.shape == b.shape
+    assert (a != b).any()
+    assert (b != c).any()
+
+
+def test_curves_of_one_epoch(tmp_path):
+    plots.curves(rows(0.5), tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").std() > 0
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_confusion_of_any_number_of_classes(tmp_path, classes):
+    names = tuple(f"class {i}" for i in range(classes))
+    right, wrong = (
+        np.eye(classes, dtype=int) * 5,
+        np.roll(np.eye(classes, dtype=int) * 5, 1, axis=0),
+    )
+    plots.confusion(right.tolist(), names, tmp_path / "right.png")
+    plots.confusion(wrong.tolist(), names, tmp_path / "wrong.png")
+    assert (pixels(tmp_path / "right.png") != pixels(tmp_path / "wrong.png")).any()

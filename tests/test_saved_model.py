@@ -1,0 +1,162 @@
+"""The exported SavedModel: its signatures, its files, and who can load it."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from keras_cifar import models
+from keras_cifar.exporters import saved_model
+
+NAMES = ("cat", "dog", "frog")
+
+
+def png(pixels: np.ndarray, mode: str | None = None, format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    picture = Image.fromarray(pixels)
+    (picture.convert(mode) if mode else picture).save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module", params=["resnet20", "googlenet", "nin"])
+def exported(request, tmp_path_factory):
+    """(model, export directory, images)."""
+    model = models.build(request.param, (32, 32, 3), 3).deployable
+    random = np.random.default_rng(0)
+    # Statistics as after training: not the identity.
+    for variable in model.non_trainable_variables:
+        if "moving" in variable.path:
+            variable.assign(random.uniform(0.5, 1.5, variable.shape))
+    base = tmp_path_factory.mktemp("models") / "m"
+    path = saved_model.export(model, base, NAMES)
+    return model, path, random.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+
+
+def test_signatures_are_the_contract(exported):
+    _, path, _ = exported
+    signatures = tf.saved_model.load(str(path)).signatures
+    assert set(signatures) == {"serving_default", "serving_bytes", "features"}
+
+    def names(signature):
+        return {
+            k: (v.dtype, v.shape.rank) for k, v in signatures[signature].structured_outputs.items()
+        }
+
+    classes = {
+        "probabilities": (tf.float32, 2),
+        "label": (tf.string, 1),
+        "label_index": (tf.int64, 1),
+    }
+    assert names("serving_default") == classes
+    assert names("serving_bytes") == classes
+    assert names("features") == {"features": (tf.float32, 2)}
+    (images,) = signatures["serving_default"].structured_input_signature[1].values()
+    assert (images.name, images.dtype, images.shape.as_list()) == (
+        "images",
+        tf.uint8,
+        [None, 32, 32, 3],
+    )
+    (encoded,) = signatures["serving_bytes"].structured_input_signature[1].values()
+    assert (encoded.name, encoded.dtype, encoded.shape.as_list()) == (
+        "image_bytes",
+        tf.string,
+        [None],
+    )
+
+
+def test_probabilities_equal_the_models(exported):
+    model, path, images = exported
+    signatures = tf.saved_model.load(str(path)).signatures
+    expected = model(images, training=False).numpy()
+    served = signatures["serving_default"](images=tf.constant(images))
+    np.testing.assert_allclose(served["probabilities"], expected, atol=1e-5)
+    assert served["label_index"].numpy().tolist() == expected.argmax(1).tolist()
+    assert served["label"].numpy().tolist() == [NAMES[i].encode() for i in expected.argmax(1)]
+    encoded = signatures["serving_bytes"](image_bytes=tf.constant([png(x) for x in images]))
+    np.testing.assert_allclose(encoded["probabilities"], expected, atol=1e-5)
+
+
+def test_features_are_what_the_classifier_sees(exported):
+    model, path, images = exported
+    features = tf.saved_model.load(str(path)).signatures["features"](images=tf.constant(images))
+    features = features["features"].numpy()
+    assert features.shape[0] == 5
+    if model.name != "nin":
+        kernel, bias = (v.numpy() for v in model.get_layer("logits").weights)
+        logits = features @ kernel + bias
+        expected = tf.nn.softmax(logits).numpy()
+        np.testing.assert_allclose(model(images, training=False), expected, atol=1e-5)
+    else:
+        assert features.shape == (5, 192)
+
+
+def test_every_format_and_size_is_decoded(exported):
+    _, path, _ = exported
+    serve = tf.saved_model.load(str(path)).signatures["serving_bytes"]
+    random = np.random.default_rng(1)
+    large = random.integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    files = [
+        png(large),
+        png(large, format="BMP"),
+        png(large, format="JPEG"),
+        png(large, "L"),
+        png(large, "P", "GIF"),
+        png(large, format="WEBP"),
+        png(large[:1, :1]),
+    ]
+    answer = serve(image_bytes=tf.constant(files))
+    assert answer["probabilities"].shape == (7, 3)
+    # PNG and BMP hold the same pixels.
+    np.testing.assert_array_equal(answer["probabilities"][0], answer["probabilities"][1])
+
+
+def test_it_loads_without_keras_and_without_this_package(exported, tmp_path):
+    model, path, images = exported
+    np.save(tmp_path / "images.npy", images)
+    code = f"""
+import sys
+sys.modules["keras"] = sys.modules["keras_cifar"] = None  # importing either now fails
+import json, numpy, tensorflow as tf
+loaded = tf.saved_model.load({str(path)!r})
+images = tf.constant(numpy.load({str(tmp_path / "images.npy")!r}))
+answer = loaded.signatures["serving_default"](images=images)
+print(json.dumps(answer["probabilities"].numpy().tolist()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    expected = model(images, training=False).numpy()
+    np.testing.assert_allclose(json.loads(done.stdout), expected, atol=1e-5)
+
+
+def test_class_names_are_an_asset(exported):
+    _, path, _ = exported
+    assert (path / "assets" / "labels.txt").read_text() == "cat\ndog\nfrog\n"
+
+
+def test_versions_count_up_and_nothing_half_written_is_left(tmp_path):
+    model = models.build("lenet5", (32, 32, 3), 3).deployable
+    base = tmp_path / "base"
+    assert saved_model.export(model, base, NAMES).name == "1"
+    assert saved_model.export(model, base, NAMES).name == "2"
+    assert saved_model.export(model, base, NAMES, version=7).name == "7"
+    assert sorted(p.name for p in base.iterdir()) == ["1", "2", "7"]
+    with pytest.raises(FileExistsError):
+        saved_model.export(model, base, NAMES, version=7)
+
+
+def test_a_failed_export_leaves_no_version(tmp_path, monkeypatch):
+    model = models.build("lenet5", (32, 32, 3), 3).deployable
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tf.saved_model, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        saved_model.export(model, tmp_path / "base", NAMES)
+    assert list((tmp_path / "base").iterdir()) == []
