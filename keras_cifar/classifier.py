@@ -184,9 +184,9 @@ class Classifier(keras.Model):
 
 
 def pixels(input_shape: tuple[int, int, int]) -> tuple:
-    """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same in [0, 1]."""
+    """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same in [-1, 1]."""
     images = keras.Input(input_shape, dtype="uint8", name="images")
-    return images, keras.layers.Rescaling(1 / 255, name="scale")(images)
+    return images, keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(images)
 
 
 def is_kernel(variable) -> bool:

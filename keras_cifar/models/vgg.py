@@ -14,8 +14,8 @@ arXiv:1409.1556, table 1. Trainable parameters at 224 x 224 with 1,000 classes, 
 
 The `_bn` variants (Ioffe and Szegedy 2015, arXiv:1502.03167) normalise after each convolution, which
 keeps its bias, as torchvision's do. On small images the dense layers see what five poolings leave:
-one pixel of 512 channels at 32 x 32 instead of 7 x 7. Initial weights are He et al.'s, with which
-the plain networks train without the paper's stepwise start.
+one pixel of 512 channels at 32 x 32 instead of 7 x 7. The plain networks' initial weights are He
+et al.'s, with which they train without the paper's stepwise start.
 
 `vgg_bn_drop` has no published count: it is the chapter's network, whose convolutions and dense
 layers have biases.
