@@ -22,6 +22,7 @@ REQUIRES = [
     "absl-py>=2.1,<3",
     "scikit-learn>=1.6,<2",  # the digits; figures of evaluation
     "matplotlib>=3.9,<4",  # curves and confusion matrices
+    "psutil>=5.9,<8",  # whether a data set fits into memory
     "tqdm>=4.66,<5",
 ]
 

@@ -106,8 +106,9 @@ def _pixels(picture: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
 def _eight_bit(values: np.ndarray) -> np.ndarray:
     """uint8 from the integers or floats of a grey picture of more than 8 bits a pixel."""
     if values.dtype.kind == "f":
+        values = np.nan_to_num(values)
         scale = 255.0 if values.max(initial=0) <= 1.0 else 1.0
-        return np.clip(np.nan_to_num(values) * scale + 0.5, 0, 255).astype(np.uint8)
+        return np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)
     if values.dtype == np.uint16 or values.max(initial=0) > 255:
         values = values.astype(np.int64) >> 8  # as TensorFlow's PNG decoder does
     return np.clip(values, 0, 255).astype(np.uint8)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from keras_cifar import cli
 from keras_cifar.config import check, option
+from keras_cifar.errors import reason
 
 BATCH_SIZE = 64
 
@@ -49,6 +50,8 @@ def main(options: PredictOptions, arguments: list[str]) -> int:
         batch_rows, batch_features = _classify(predictor, batch, options)
         rows += batch_rows
         features += batch_features
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
     _WRITERS[options.format](rows)
     if options.features:
         _write_features(options.features, rows, features)
@@ -83,10 +86,20 @@ def find_files(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
                 yield argument, "nothing matches this pattern"
         for match in matches:
             path = pathlib.Path(match)
-            if not path.is_dir():
-                yield match, None if path.exists() else "no such file"
+            try:
+                if not path.is_dir():
+                    yield match, None if path.exists() else "no such file"
+                    continue
+            except OSError as error:
+                yield match, reason(error)
                 continue
-            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in image.SUFFIXES]
+            files = [
+                p
+                for p in sorted(path.rglob("*"))
+                if p.suffix.lower() in image.SUFFIXES
+                and not any(part.startswith(".") for part in p.relative_to(path).parts)
+                and not p.is_dir()
+            ]
             if not files:
                 yield match, "the folder has no pictures"
             for file in files:
@@ -175,9 +188,9 @@ def _write_features(path: str, rows: list[dict], features: list) -> None:
     with replacing(pathlib.Path(path)) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
-            files=np.array([row["file"] for row in good]),
-            features=np.array(features, np.float32),
-            labels=np.array([row["top"][0]["label"] for row in good]),
+            files=np.array([row["file"] for row in good], np.str_),
+            features=np.array(features, np.float32).reshape(len(good), -1 if good else 0),
+            labels=np.array([row["top"][0]["label"] for row in good], np.str_),
         )
 
 

@@ -58,6 +58,8 @@ class Predictor:
             self.size = tuple(self._classify.structured_input_signature[1]["images"].shape[1:3])
             labels = self.path / "assets" / "labels.txt"
             self.class_names = tuple(labels.read_text("utf-8").splitlines())
+            if len(self.class_names) != self._classify.structured_outputs["probabilities"].shape[1]:
+                raise ValueError(f"{labels.name} does not name its classes")
         except Exception as error:  # Damage shows as any of a dozen classes.
             raise UserError(
                 f"{self.path} is not a model that can be used: {reason(error)}"

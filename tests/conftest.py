@@ -22,7 +22,7 @@ def _fresh_keras():
     """No test sees another's precision or layer names."""
     yield
     keras.config.set_dtype_policy("float32")
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
 
 
 @pytest.fixture

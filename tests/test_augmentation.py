@@ -20,6 +20,11 @@ EACH = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _fresh_keras():
+    """Nothing here leaves anything in Keras."""
+
+
 def augment(text: str, images, labels=None, seed: int = 0) -> tuple:
     if labels is None:
         labels = np.eye(len(images), dtype=np.float32)
@@ -141,7 +146,7 @@ def test_flip_twice_draws_twice():
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_cutout_blackens_one_box_of_the_size_or_less_at_the_edge(size):
-    images = noise(300)
+    images = noise(2000)
     got = augment(f"cutout({size})", images)[0]
     black = (got == 0).all(axis=3)
     assert all(map(is_box, black))
@@ -150,7 +155,7 @@ def test_cutout_blackens_one_box_of_the_size_or_less_at_the_edge(size):
     assert black.any(axis=1).sum(axis=1).max() == size
     areas = black.sum(axis=(1, 2))
     assert areas.max() == size**2
-    assert areas.min() >= ((size + 1) // 2 - (size % 2 == 0)) ** 2 or size == 1
+    assert areas.min() >= (size - size // 2) ** 2
     assert (areas < size**2).any() == (size > 1)
     assert black.any(axis=0).all()
 
@@ -212,17 +217,18 @@ def test_mixup_labels_that_are_mixed_already_still_sum_to_one():
     assert ((labels > 0).sum(axis=1) > 2).any()
 
 
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 10.0])
+def test_shares_are_of_a_beta_distribution(alpha):
+    share, _ = augmentation._mixing(tf.constant([0, 1]), tf.zeros((20_000, 1, 1, 3)), alpha)
+    assert np.mean(share) == pytest.approx(0.5, abs=0.02)
+    assert np.var(share) == pytest.approx(0.25 / (2 * alpha + 1), rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
-@pytest.mark.parametrize(
-    ("alpha", "mean_square"), [(0.2, 0.25 / 1.4), (1, 0.25 / 3), (10, 0.25 / 21)]
-)
-def test_shares_are_of_a_beta_distribution(name, alpha, mean_square):
-    share, _ = augmentation._mixing(tf.constant([0, 1]), tf.zeros((20_000, 1, 1, 3)), float(alpha))
-    assert np.mean(share) == pytest.approx(0.5, abs=0.01)
-    assert np.var(share) == pytest.approx(mean_square, rel=0.05)
-    # And the labels show it: the larger alpha, the more even.
-    spread = [np.ptp(augment(f"{name}({a})", flat(50))[1].max(axis=1)) for a in (0.2, 100)]
-    assert spread[0] > spread[1]
+def test_larger_alpha_leaves_fewer_images_almost_as_they_were(name):
+    whole = [(augment(f"{name}({a})", flat(50))[1] > 0.95).any(axis=1).mean() for a in (0.2, 100)]
+    assert whole[0] > 0.2
+    assert whole[1] < 0.1
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
@@ -464,6 +470,7 @@ def test_wrong_number_of_arguments_names_the_step(step):
         "crop(inf)",
         "crop(four)",
         "crop(4,)",
+        "crop(1e10)",
         "cutout(0)",
         "cutout(-8)",
         "cutout(2.5)",

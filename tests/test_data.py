@@ -1,8 +1,7 @@
 """What every data source has in common: specs, held-out splits, checks, memory."""
 
 import dataclasses
-import os
-import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -208,12 +207,9 @@ def test_what_fits_in_memory_is_allocated():
     assert images.dtype == np.uint8
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/meminfo").exists(), reason="Linux's figures")
-def test_memory_that_only_caches_files_counts_as_free(monkeypatch):
-    sysconf = os.sysconf
-
-    def page_cache_is_full(name):
-        return 1 if name == "SC_AVPHYS_PAGES" else sysconf(name)
-
-    monkeypatch.setattr(os, "sysconf", page_cache_is_full)
-    assert len(splits.allocate(1, (256, 256, 3), "x")) == 1
+def test_what_is_free_now_decides(monkeypatch):
+    free = types.SimpleNamespace(available=8 * 8 * 3)
+    monkeypatch.setattr(splits.psutil, "virtual_memory", lambda: free)
+    assert len(splits.allocate(1, (8, 8, 3), "x")) == 1
+    with pytest.raises(UserError, match="x: 2 images"):
+        splits.allocate(2, (8, 8, 3), "x")

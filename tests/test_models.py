@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar import models
+from keras_cifar import layers, models
 from keras_cifar.errors import UsageError, UserError
 from keras_cifar.models import resnet_cifar
 
@@ -131,6 +131,15 @@ def test_describe_gives_the_size_of_the_deployed_network_of_the_paper():
 # ---- Every network
 
 
+def recalibrate(model: models.Classifier, images, labels) -> None:
+    """On one batch, without tracing, which takes deep networks minutes."""
+    tf.config.run_functions_eagerly(True)
+    try:
+        model.recalibrate(iter([(tf.constant(images), tf.constant(labels))]), 1)
+    finally:
+        tf.config.run_functions_eagerly(False)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_trains_saves_and_loads(name, tmp_path):
     keras.utils.set_random_seed(0)
@@ -146,6 +155,8 @@ def test_trains_saves_and_loads(name, tmp_path):
     ]
     assert unchanged == []
 
+    # Without statistics of its own, a network of 1,202 layers overflows.
+    recalibrate(model, images, labels)
     network, path = model.deployable, tmp_path / "model.keras"
     network.save(path)
     loaded = models.load(path)
@@ -252,11 +263,11 @@ def test_vgg_bn_drop_is_the_chapters_sequence_of_layers():
 
 
 def test_vgg_bn_drop_has_the_chapters_rates_group_by_group():
-    layers = {layer.name: layer for layer in skeleton("vgg_bn_drop", (32, 32, 3)).layers}
+    by_name = {layer.name: layer for layer in skeleton("vgg_bn_drop", (32, 32, 3)).layers}
     rates = []
     for group, count in enumerate((2, 2, 3, 3, 3), start=1):
         names = [f"group{group}_{index}_drop" for index in range(1, count + 1)]
-        rates.append([layers[name].rate if name in layers else 0 for name in names])
+        rates.append([by_name[name].rate if name in by_name else 0 for name in names])
     assert rates == [[0.3, 0], [0.4, 0], [0.4, 0.4, 0], [0.4, 0.4, 0], [0.4, 0.4, 0]]
 
 
@@ -305,6 +316,42 @@ def test_bottleneck_strides_on_its_3_x_3_convolution():
     assert strides == [(1, 1), (2, 2), (1, 1)]
 
 
+# ---- Shared blocks
+
+
+def test_convolution_with_a_stride_pads_both_sides_alike():
+    images = keras.Input((8, 8, 1))
+    model = keras.Model(images, layers.conv(images, 1, 3, 2, name="c", bias=False))
+    model.get_layer("c").kernel.assign(tf.ones((3, 3, 1, 1)))
+    sums = model(np.ones((1, 8, 8, 1), np.float32)).numpy()[0, ..., 0]
+    np.testing.assert_array_equal(sums, [[4, 6, 6, 6], *[[6, 9, 9, 9]] * 3])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("size", "side"), [(1, 8), (3, 8), (3, 7), (7, 9)])
+def test_convolution_rounds_the_sides_up(size, side, stride):
+    images = keras.Input((side, side, 3))
+    assert layers.conv(images, 4, size, stride, name="c").shape[1] == -(-side // stride)
+
+
+@pytest.mark.parametrize("policy", ["float32", "float64"])
+def test_local_response_normalization_is_the_formula_of_the_paper(policy, random):
+    keras.config.set_dtype_policy(policy)
+    activity = random.normal(0, 30, (2, 3, 3, 9))
+    squares = np.pad(activity**2, ((0, 0), (0, 0), (0, 0), (2, 2)))
+    around = sum(squares[..., i : i + 9] for i in range(5))
+    got = layers.LocalResponseNormalization()(activity.astype(policy))
+    assert got.dtype == policy
+    np.testing.assert_allclose(got, activity / (2 + 1e-4 * around) ** 0.75, rtol=1e-5)
+
+
+def test_local_response_normalization_keeps_its_numbers_in_a_file():
+    layer = layers.LocalResponseNormalization(3, 1.0, 1e-3, 0.5, name="lrn")
+    again = layers.LocalResponseNormalization.from_config(layer.get_config())
+    assert (again.radius, again.bias, again.alpha, again.beta) == (3, 1.0, 1e-3, 0.5)
+    assert again.name == "lrn"
+
+
 # ---- GoogLeNet's auxiliary classifiers
 
 
@@ -330,9 +377,9 @@ def test_googlenet_trains_its_auxiliary_classifiers_with_weight_three_tenths():
             loss = tf.add_n([w * tf.reduce_mean(x) for w, x in zip(weights, losses, strict=True)])
         return tape.gradient(loss, [v.value for v in variables])
 
-    layers = {layer.name: layer for layer in model.trained.layers}
+    by_name = {layer.name: layer for layer in model.trained.layers}
     names = ("stem1_conv", "logits", "auxiliary1_logits", "auxiliary2_1x1_conv")
-    variables = [layers[name].kernel for name in names]
+    variables = [by_name[name].kernel for name in names]
     expected = gradients([1.0, 0.3, 0.3])
     unweighted = gradients([1.0, 0.0, 0.0])
     before = [v.numpy() for v in variables]

@@ -12,7 +12,17 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from keras_cifar import cli, data, evaluate, evaluation, export, models, train, trainer
+from keras_cifar import (
+    cli,
+    data,
+    evaluate,
+    evaluation,
+    export,
+    models,
+    pipeline,
+    train,
+    trainer,
+)
 from keras_cifar.config import TrainConfig
 from keras_cifar.errors import UsageError, UserError
 from keras_cifar.run import Run
@@ -205,6 +215,19 @@ def test_two_replicas_are_used(tmp_path, image_folder, plain_weights):
     # The same numbers as on one device: lenet5 has no batch normalization.
     for mine, one_device in zip(weights(run), plain_weights, strict=True):
         np.testing.assert_allclose(mine, one_device, atol=1e-4)
+
+
+def test_calibration_zero_keeps_the_moving_averages(tmp_path, image_folder):
+    flags = {"model": "resnet20", "epochs": 1, "batch_size": 32, "export": False}
+    runs = [
+        train_to(tmp_path / str(n), image_folder, calibration_batches=n, **flags) for n in (0, 10)
+    ]
+    first, second = (models.load(run.model) for run in runs)
+    for a, b in zip(first.trainable_variables, second.trainable_variables, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-5)
+    lagging, calibrated = (m.get_layer("stem_bn").moving_variance.numpy() for m in (first, second))
+    # After two steps the moving average is still near the one it began with.
+    assert np.abs(lagging - 1).mean() < np.abs(calibrated - 1).mean()
 
 
 # ---- Again on the same directory
@@ -462,8 +485,6 @@ def test_the_command_line_end_to_end_in_a_process(tmp_path, image_folder):
 
 def test_fit_is_keras_fit(image_folder):
     """The builders' models train by Keras's own calls, with callbacks."""
-    from keras_cifar import pipeline
-
     dataset = data.load(f"folder:{image_folder}")
     model = models.build("lenet5", (16, 16, 3), 3)
     model.compile(keras.optimizers.Adam(1e-2))

@@ -39,8 +39,8 @@ def load(
     sources = {m.name for m in pkgutil.iter_modules(__path__)} - {"splits", "tfds"}
     if not spec or (colon and name not in sources):
         raise unknown("data source", spec, {"folder:PATH", "archive:PATH", "digits", "a TFDS name"})
-    if name in sources and bool(colon) != (name != "digits"):
-        raise UsageError(f"--data={spec}: write {'digits' if colon else name + ':PATH'}")
+    if name in sources and (bool(argument) != (name != "digits") or spec == "digits:"):
+        raise UsageError(f"--data={spec}: write {'digits' if name == 'digits' else name + ':PATH'}")
     source = importlib.import_module(f"{__name__}.{name if name in sources else 'tfds'}")
     splits = source.load(argument if colon else spec, data_dir, image_size)
     return finish(splits, val_fraction, seed)

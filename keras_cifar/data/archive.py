@@ -4,6 +4,7 @@ python and in binary form, packed or unpacked. Pickles are read without executin
 
 import dataclasses
 import io
+import lzma
 import pathlib
 import pickle
 import tarfile
@@ -91,7 +92,7 @@ def _folder_members(path: pathlib.Path) -> dict[str, bytes]:
     """Base name -> contents, from the folder itself or the one folder in it that has them."""
     for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
         names = _WANTED & {p.name for p in folder.iterdir() if p.is_file()}
-        if any(set(layout.train) & names for layout in LAYOUTS):
+        if any({*layout.train, layout.test} & names for layout in LAYOUTS):
             for name in names:
                 if (folder / name).stat().st_size > LARGEST_MEMBER:
                     raise UserError(f"{folder / name} is too large for a CIFAR file")
@@ -115,7 +116,7 @@ def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
                 members[name] = tar.extractfile(member).read()
                 if len(members[name]) != member.size:
                     raise EOFError("it is truncated")
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
             f"{path} cannot be read at {current}: {reason(error)}; download it again"
         ) from None
@@ -159,12 +160,10 @@ def _class_names(path: pathlib.Path, members: dict, layout: Layout) -> tuple[str
     where = f"{path}: {layout.names}"
     try:
         if layout.names_key:
-            names = [
-                bytes(n).decode() for n in _unpickle(where, members[layout.names])[layout.names_key]
-            ]
+            names = [n.decode() for n in _unpickle(where, members[layout.names])[layout.names_key]]
         else:
             names = members[layout.names].decode().split()
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} has no class names: {reason(error)}") from None
     if not names or len(set(names)) != len(names):
         raise UserError(f"{where} has no class names, or some twice")

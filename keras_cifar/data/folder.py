@@ -25,14 +25,18 @@ def load(argument: str, data_dir: str | None, image_size: int | None) -> Splits:
         UserError: a folder or a file cannot be read; the message names it.
     """
     root = check_directory(argument, "folder")
-    parts = {
-        split: root / name
-        for split, names in SPLIT_FOLDERS.items()
-        for name in names
-        if (root / name).is_dir()
-    }
-    if "test" in parts and "train" not in parts:
-        raise UserError(f"{root} has a test folder but no train folder")
+    below = {p.name: p for p in _entries(root)}
+    try:
+        parts = {
+            split: below[name]
+            for split, names in SPLIT_FOLDERS.items()
+            for name in names
+            if name in below and below[name].is_dir()
+        }
+    except OSError as error:
+        raise UserError(f"folder {root} cannot be read: {reason(error)}") from None
+    if parts and "train" not in parts:
+        raise UserError(f"{root} has a {' and a '.join(parts)} folder but no train folder")
     files = {split: _classes(folder) for split, folder in (parts or {"train": root}).items()}
     names = tuple(sorted(set().union(*files.values())))
     for split, classes in files.items():
@@ -43,6 +47,8 @@ def load(argument: str, data_dir: str | None, image_size: int | None) -> Splits:
             )
     if "test" not in files:
         files["train"], files["test"] = _by_hash(files["train"])
+        if not files["train"]:
+            raise UserError(f"{root} has no training images: it has too few to split")
 
     size = (image_size, image_size) if image_size else _size_of_first(files["train"])
     splits = {

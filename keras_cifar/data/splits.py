@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import hashlib
-import os
 
 import numpy as np
+import psutil
 
 from keras_cifar.errors import UserError
 
@@ -126,7 +126,7 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def allocate(count: int, shape: tuple[int, int, int], where: str) -> np.ndarray:
     """uint8 [count, *shape], or a UserError when the machine's memory cannot hold it."""
     needed = count * int(np.prod(shape))
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = psutil.virtual_memory().available
     if needed > available:
         raise UserError(
             f"{where}: {count} images of {shape[0]} x {shape[1]} pixels need {needed / 1e9:.1f} GB "

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import socket
 import urllib.parse
 
@@ -32,7 +33,9 @@ def load(argument: str, data_dir: str | None, image_size: int | None) -> Splits:
     name = argument
     builder = _builder(name, data_dir)
     features = builder.info.features
-    if builder.info.supervised_keys != ("image", "label"):
+    if builder.info.supervised_keys != ("image", "label") or not hasattr(
+        features["label"], "names"
+    ):
         raise UserError(f"TFDS data set {name} is not for image classification (image -> label)")
     shape = features["image"].shape
     if not image_size and None in shape:
@@ -66,15 +69,21 @@ def _builder(name: str, data_dir: str | None):
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     import tensorflow_datasets as tfds
 
+    if not re.fullmatch(r"\w+(/[\w.+-]+)?", name):
+        raise _unknown(name)
     try:
         return tfds.builder(name, data_dir=os.path.expanduser(data_dir) if data_dir else None)
     except tfds.core.DatasetNotFoundError:
-        raise UsageError(
-            f"unknown data set {name!r}: neither folder:PATH, archive:PATH, digits nor a name "
-            "listed at https://www.tensorflow.org/datasets/catalog"
-        ) from None
-    except (ValueError, OSError, ImportError, AssertionError) as error:
+        raise _unknown(name) from None
+    except Exception as error:
         raise UserError(f"TFDS data set {name} cannot be opened: {reason(error)}") from None
+
+
+def _unknown(name: str) -> UsageError:
+    return UsageError(
+        f"unknown data set {name!r}: neither folder:PATH, archive:PATH, digits nor a name "
+        "listed at https://www.tensorflow.org/datasets/catalog"
+    )
 
 
 def _prepare(builder, name: str) -> None:
@@ -94,7 +103,7 @@ def _check_connection(builder) -> None:
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return
     with contextlib.suppress(StopIteration):
-        url = urllib.parse.urlsplit(next(iter(builder.url_infos)))
+        url = urllib.parse.urlsplit(next(iter(builder.url_infos or ())))
         port = url.port or (80 if url.scheme == "http" else 443)
         try:
             socket.create_connection((url.hostname, port), CONNECT_TIMEOUT).close()

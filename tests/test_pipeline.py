@@ -1,0 +1,173 @@
+"""Batches: what a pass holds, in which order, where a run goes on, and what evaluation sees."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_cifar import augmentation, pipeline
+from keras_cifar.data import Split
+from keras_cifar.errors import UserError
+
+AUGMENT = "crop(2)|flip|mixup(0.2)"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras():
+    """Nothing here leaves anything in Keras."""
+
+
+def numbered(count: int, side: int = 4) -> Split:
+    """A split whose first pixel says which example it is; its label is that modulo 3."""
+    images = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = np.arange(count)
+    return Split(images, np.arange(count) % 3)
+
+
+def take(batches: tf.data.Dataset, count: int) -> list:
+    return [(x.numpy(), y.numpy()) for x, y in itertools.islice(batches, count)]
+
+
+def order(split: Split, steps: int, batch_size: int, **kwargs) -> list[int]:
+    arguments = {"augment": "", "seed": 0} | kwargs
+    batches = take(pipeline.training(split, 3, batch_size, **arguments), steps)
+    return [int(number) for images, _ in batches for number in images[:, 0, 0, 0]]
+
+
+def assert_same_batches(got: list, expected: list) -> None:
+    assert len(got) == len(expected)
+    for mine, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(mine[0], other[0])
+        np.testing.assert_array_equal(mine[1], other[1])
+
+
+# ---- Training
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size"), [(12, 4), (14, 4), (15, 4), (7, 7), (13, 7), (5, 1)]
+)
+def test_a_pass_holds_each_example_at_most_once_and_drops_only_the_remainder(count, batch_size):
+    split = numbered(count)
+    steps = pipeline.steps_in(split, batch_size)
+    assert steps == count // batch_size
+    seen = np.reshape(order(split, 6 * steps, batch_size), (6, steps * batch_size))
+    assert all(len(set(one_pass)) == steps * batch_size for one_pass in seen)
+    assert set(seen.ravel()) <= set(range(count))
+
+
+def test_each_pass_drops_other_examples():
+    seen = np.reshape(order(numbered(14), 3 * 20, 4), (20, 12))
+    assert set(seen.ravel()) == set(range(14))
+
+
+def test_order_differs_between_passes_and_seeds_and_is_the_same_for_the_same_seed():
+    split = numbered(32)
+    first = order(split, 8, 8, seed=3)
+    assert first == order(split, 8, 8, seed=3)
+    assert first[:32] != first[32:]
+    assert first != order(split, 8, 8, seed=4)
+    assert first[:32] != sorted(first[:32])
+
+
+def test_augmentation_differs_between_steps_and_seeds_and_is_the_same_for_the_same_seed():
+    black = Split(np.full((8, 8, 8, 3), 255, np.uint8), np.zeros(8, np.int64))
+
+    def run(seed):
+        return take(pipeline.training(black, 3, 8, "cutout(2)", seed), 3)
+
+    first, again, other = run(0), run(0), run(1)
+    assert_same_batches(first, again)
+    assert not np.array_equal(first[0][0], other[0][0])
+    assert not np.array_equal(first[0][0], first[1][0])
+
+
+@pytest.mark.parametrize("start_step", [1, 2, 3, 4, 7, 9, 1000])
+@pytest.mark.parametrize("augment", ["", AUGMENT])
+def test_start_step_gives_the_batches_of_a_run_from_the_beginning(augment, start_step):
+    split = numbered(14)  # three steps a pass
+    whole = pipeline.training(split, 3, 4, augment, seed=5).skip(start_step)
+    later = pipeline.training(split, 3, 4, augment, seed=5, start_step=start_step)
+    assert_same_batches(take(later, 7), take(whole, 7))
+
+
+def test_augmentation_is_applied_to_each_batch():
+    split = numbered(14, side=8)
+    plain = take(pipeline.training(split, 3, 4, "", seed=0), 6)
+    augmented = take(pipeline.training(split, 3, 4, AUGMENT, seed=0), 6)
+    assert not any(
+        np.array_equal(mine[0], other[0]) for mine, other in zip(augmented, plain, strict=True)
+    )
+    assert any(((labels > 0) & (labels < 1)).any() for _, labels in augmented)
+
+
+def test_augmentation_changes_nothing_else():
+    split = numbered(14)
+    flipped = take(pipeline.training(split, 3, 4, "flip", seed=0), 6)
+    plain = take(pipeline.training(split, 3, 4, "", seed=0), 6)
+    for (mine, labels), (original, expected) in zip(flipped, plain, strict=True):
+        np.testing.assert_array_equal(labels, expected)
+        same = (mine == original).all(axis=(1, 2, 3))
+        mirrored = (mine == original[:, :, ::-1]).all(axis=(1, 2, 3))
+        assert (same | mirrored).all()
+
+
+def test_batches_are_full_pixels_and_one_hot_labels():
+    split = numbered(14)
+    batches = pipeline.training(split, 5, 4, "", seed=0)
+    assert batches.element_spec == (
+        tf.TensorSpec((4, 4, 4, 3), tf.uint8),
+        tf.TensorSpec((4, 5), tf.float32),
+    )
+    for images, labels in take(batches, 6):
+        numbers = images[:, 0, 0, 0]
+        np.testing.assert_array_equal(images, split.images[numbers])
+        np.testing.assert_array_equal(labels, np.eye(5)[numbers % 3])
+
+
+def test_batch_larger_than_the_split_is_refused_in_one_line():
+    split = numbered(7)
+    with pytest.raises(UserError, match=r"--batch_size=8 .* 7 training images") as error:
+        pipeline.training(split, 3, 8, "", seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_augmentation_is_refused_before_the_first_batch():
+    with pytest.raises(augmentation.UsageError, match="unknown augmentation 'crap'"):
+        pipeline.training(numbered(8), 3, 4, "crap(4)", seed=0)
+
+
+# ---- Evaluation
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size"), [(10, 4), (8, 4), (3, 4), (5, 1), (9, 8), (130, 128)]
+)
+def test_evaluation_holds_every_example_once_in_order(count, batch_size):
+    split = numbered(count)
+    batches = take(pipeline.evaluation(split, 3, batch_size), 1000)
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    real = labels.sum(axis=1) == 1
+    assert real.tolist() == [True] * count + [False] * (len(real) - count)
+    np.testing.assert_array_equal(images[real], split.images)
+    np.testing.assert_array_equal(labels[real], np.eye(3)[split.labels])
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9])
+def test_evaluation_fills_the_last_batch_with_labels_of_zero(count):
+    dataset = pipeline.evaluation(numbered(count), 3, 4)
+    assert dataset.element_spec == (
+        tf.TensorSpec((4, 4, 4, 3), tf.uint8),
+        tf.TensorSpec((4, 3), tf.float32),
+    )
+    batches = take(dataset, 1000)
+    assert len(batches) == -(-count // 4)
+    assert len(dataset) == len(batches)
+    labels = np.concatenate([label for _, label in batches])
+    np.testing.assert_array_equal(labels[count:], 0)
+
+
+def test_evaluation_is_the_same_again():
+    dataset = pipeline.evaluation(numbered(10), 3, 4)
+    assert_same_batches(take(dataset, 9), take(dataset, 9))
