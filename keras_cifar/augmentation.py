@@ -16,6 +16,9 @@ import tensorflow as tf
 
 from keras_cifar.errors import UsageError, unknown
 
+MOST_PADDING = 1024  # pixels, of `crop`; more would be a slip of the finger
+MOST_OPERATIONS = 14  # of `randaugment`: as many as there are
+
 # (images, labels, seed) -> (images, labels)
 Augment = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
@@ -91,7 +94,8 @@ def crop(images, labels, seed, padding: float):
     He et al. 2015, arXiv:1512.03385, section 4.2, with 4 pixels on CIFAR-10.
     """
     _require(
-        padding >= 1 and padding == int(padding), "the padding must be a whole number of pixels"
+        1 <= padding <= MOST_PADDING and padding == int(padding),
+        f"the padding must be a whole number of pixels, at most {MOST_PADDING}",
     )
     padding = int(padding)
     batch, height, width = _sizes(images)
@@ -176,13 +180,16 @@ def cutmix(images, labels, seed, alpha: float):
 
 def _mixing(seed, images, alpha):
     """(share float32 [B] of the image itself, partner int32 [B])."""
-    _require(alpha > 0, "alpha must be above 0")
+    _require(0 < alpha <= 1e6, "alpha must be above 0 and at most 1e6")
     batch, _, _ = _sizes(images)
-    gamma = tf.random.stateless_gamma((2, batch), seed, alpha) + 1e-12  # both may underflow
-    partner = tf.random.experimental.stateless_shuffle(
-        tf.range(batch), tf.random.experimental.stateless_fold_in(seed, 1)
-    )
-    return gamma[0] / (gamma[0] + gamma[1]), partner
+    fold = tf.random.experimental.stateless_fold_in
+    # A share of Beta(alpha, alpha) is that of one of two gamma variates. With a small alpha both
+    # underflow, so they are drawn as logarithms: Gamma(a) is Gamma(a + 1) U^(1/a).
+    log_gamma = tf.math.log(tf.random.stateless_gamma((2, batch), seed, alpha + 1.0))
+    uniform = tf.random.stateless_uniform((2, batch), fold(seed, 3), 1e-38, 1.0)
+    log_gamma += tf.math.log(uniform) / alpha
+    partner = tf.random.experimental.stateless_shuffle(tf.range(batch), fold(seed, 1))
+    return tf.sigmoid(log_gamma[0] - log_gamma[1]), partner
 
 
 # ---- RandAugment
@@ -199,7 +206,8 @@ def randaugment(images, labels, seed, operations: float, magnitude: float):
     images that is far faster than choosing a branch for each image.
     """
     _require(
-        operations >= 1 and operations == int(operations), "the number of operations must be whole"
+        1 <= operations <= MOST_OPERATIONS and operations == int(operations),
+        f"the number of operations must be whole and at most {MOST_OPERATIONS}",
     )
     _require(0 <= magnitude <= 10, "the magnitude must be from 0 to 10")
     images = tf.cast(images, tf.float32)

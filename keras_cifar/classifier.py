@@ -20,7 +20,8 @@ class Classifier(keras.Model):
 
     `compile` takes an optimizer and what belongs to the loss; `fit`, `evaluate` and `predict` are
     Keras's. Labels are float32 [B, K]: one-hot, or mixed by augmentation. The loss that is reported
-    is the cross-entropy of the main classifier alone, so that training and validation compare.
+    is the cross-entropy of the main classifier alone, against the labels before smoothing, so that
+    training and validation compare.
 
     Make one with `build`, which also takes auxiliary classifiers: they are trained with the model
     and are no part of its output, of what it saves, or of `deployable`.
@@ -84,14 +85,13 @@ class Classifier(keras.Model):
 
     def train_step(self, data):
         """One step on (images, labels) of one replica."""
-        images, labels = data
+        images, labels = _unpack(data)
         smooth = self.label_smoothing
         targets = labels * (1 - smooth) + smooth / labels.shape[-1] if smooth else labels
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         with tf.GradientTape() as tape:
             logits, *auxiliary = self._logits(images, training=True)
-            losses = _cross_entropy(targets, logits)
-            total = tf.reduce_mean(losses)
+            total = tf.reduce_mean(_cross_entropy(targets, logits))
             for other in auxiliary:
                 total += AUXILIARY_WEIGHT * tf.reduce_mean(_cross_entropy(targets, other))
             if self.weight_decay:
@@ -104,23 +104,24 @@ class Classifier(keras.Model):
             zip(tape.gradient(scaled, [v.value for v in variables]), variables, strict=True)
         )
         self._update_averages()
-        return self._update_metrics(labels, logits, losses)
+        return self._update_metrics(labels, logits)
 
     def test_step(self, data):
         """Loss and accuracy on (images, labels) of one replica."""
-        images, labels = data
+        images, labels = _unpack(data)
         logits = self._logits(images, training=False)[0]
-        return self._update_metrics(labels, logits, _cross_entropy(labels, logits))
+        return self._update_metrics(labels, logits)
 
     def _logits(self, images, training: bool) -> list:
         """[the model's logits, those of each auxiliary classifier]."""
         logits = self.trained(images, training=training)
         return logits if isinstance(logits, list) else [logits]
 
-    def _update_metrics(self, labels, logits, losses) -> dict:
+    def _update_metrics(self, labels, logits) -> dict:
         # A label that sums to 0 marks the filling of a last batch: it counts nothing.
         weights = tf.reduce_sum(labels, axis=1)
         right = tf.equal(tf.argmax(labels, 1), tf.argmax(logits, 1))
+        losses = _cross_entropy(labels, logits)
         self.loss_metric.update_state(losses, sample_weight=weights)
         self.accuracy_metric.update_state(right, sample_weight=weights)
         return {metric.name: metric.result() for metric in self.metrics}
@@ -187,6 +188,14 @@ def pixels(input_shape: tuple[int, int, int]) -> tuple:
     """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same in [-1, 1]."""
     images = keras.Input(input_shape, dtype="uint8", name="images")
     return images, keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(images)
+
+
+def _unpack(data) -> tuple:
+    """(images, labels) of what Keras hands to a step."""
+    images, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
+    if weights is not None:
+        raise ValueError("sample weights are not supported; scale the labels instead")
+    return images, labels
 
 
 def is_kernel(variable) -> bool:

@@ -1,6 +1,7 @@
 """The flags of training as one frozen dataclass. Standard library only: --help reads it."""
 
 import dataclasses
+import math
 import typing
 
 from keras_cifar.errors import UsageError
@@ -113,7 +114,10 @@ class TrainConfig:
         )
         for name in positive:
             value = getattr(self, name)
-            check(value is None or value > 0, f"--{name}={value} must be greater than 0")
+            check(
+                value is None or 0 < value < math.inf,
+                f"--{name}={value} must be greater than 0 and finite",
+            )
         for name in (
             "weight_decay",
             "warmup_epochs",
@@ -121,7 +125,8 @@ class TrainConfig:
             "early_stopping",
             "seed",
         ):
-            check(getattr(self, name) >= 0, f"--{name}={getattr(self, name)} must not be negative")
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"--{name}={value} must be at least 0 and finite")
         for name in ("val_fraction", "momentum", "label_smoothing", "ema"):
             value = getattr(self, name)
             check(0 <= value < 1, f"--{name}={value} must be at least 0 and below 1")

@@ -27,7 +27,7 @@ class Variant:
         builder: (input_shape, num_classes, name) -> Classifier.
         paper: authors, year and arXiv number or venue.
         image_size: the side of the paper's images, in pixels, and the classes it was made for.
-        min_size: the smallest side that leaves every layer at least one pixel.
+        min_size: the smallest side that is taken, in pixels.
     """
 
     builder: Callable[..., Classifier]
