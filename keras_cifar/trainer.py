@@ -154,7 +154,8 @@ def prepare(config: TrainConfig) -> Plan:
     dataset = data.load(
         config.data, config.data_dir, config.image_size, config.val_fraction, config.seed
     )
-    steps = config.steps_per_epoch or pipeline.steps_in(dataset.train, config.batch_size)
+    one_pass = pipeline.steps_in(dataset.train, config.batch_size)
+    steps = config.steps_per_epoch or one_pass
     # XLA makes convolutions slower on a CPU, and Keras 3 fails with it under a strategy's scope.
     xla = bool(tf.config.list_physical_devices("GPU")) and strategy_name == "none"
     with strategy.scope():

@@ -1,8 +1,10 @@
 """Whole runs: what is written, what is selected, going on, and how a run fails."""
 
+import contextlib
 import csv
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -491,6 +493,26 @@ def test_the_command_line_end_to_end_in_a_process(tmp_path, image_folder):
     done = run("keras_cifar.train", "--data=folder:nowhere")
     assert done.returncode == 1
     assert done.stderr == "train: error: folder nowhere does not exist\n"
+
+
+def test_a_terminal_shows_a_progress_bar(tmp_path, image_folder):
+    pty = pytest.importorskip("pty")
+    terminal, end = pty.openpty()
+    argv = [
+        "--model=lenet5", f"--data=folder:{image_folder}", "--epochs=1", "--batch_size=16",
+        f"--run_dir={tmp_path / 'run'}", "--noexport",
+    ]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "keras_cifar.train", *argv], stdout=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    assert process.wait() == 0
+    assert b"5/5" in shown
+    assert b"val_accuracy" in shown
+    assert b"epoch 1/1  loss" not in shown  # the line of a log file
 
 
 def test_fit_is_keras_fit(image_folder):
