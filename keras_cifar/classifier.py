@@ -136,7 +136,8 @@ class Classifier(keras.Model):
 
         The moving statistics lag behind the weights: with a constant learning rate they cost some
         points of accuracy, and those of averaged weights belong to no network at all. "Precise BN":
-        Wu and Johnson 2021, arXiv:2105.07576.
+        Wu and Johnson 2021, arXiv:2105.07576. Dropout is off meanwhile, as it is in the network that
+        is deployed: with it the variances would be too large (Li et al. 2018, arXiv:1801.05134).
 
         Args:
             batches: an iterator of `distribute_strategy` over (images, labels) as in training.
@@ -148,11 +149,25 @@ class Classifier(keras.Model):
         variables = [(x, v) for x in layers for v in (x.moving_mean, x.moving_variance)]
         for _, variable in variables:
             variable.assign(tf.zeros(variable.shape, variable.dtype))
-        for _ in range(count):
-            self._forward(next(batches)[0])
+        with self._without_dropout():
+            for _ in range(count):
+                self._forward(next(batches)[0])
         for layer, variable in variables:
             # From zeros, a moving average of n values weighs 1 - momentum^n in all.
             variable.assign(variable / (1 - layer.momentum**count))
+
+    @contextlib.contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """Sets the rates to 0 for the body, in which alone `_forward` is called and so traced."""
+        dropouts = [x for x in self.trained.layers if isinstance(x, keras.layers.Dropout)]
+        rates = [x.rate for x in dropouts]
+        for layer in dropouts:
+            layer.rate = 0.0
+        try:
+            yield
+        finally:
+            for layer, rate in zip(dropouts, rates, strict=True):
+                layer.rate = rate
 
     @tf.function(autograph=False)
     def _forward(self, images):

@@ -42,14 +42,18 @@ class PredictOptions:
 def main(options: PredictOptions, arguments: list[str]) -> int:
     """Runs the command; returns 1 where a file could not be classified."""
     check(arguments, "name at least one picture, folder or glob")
+    import tqdm
+
     from keras_cifar.predictor import Predictor
 
     predictor = Predictor(options.model)
     rows, features = [], []
-    for batch in _batches(find_files(arguments), predictor.size):
-        batch_rows, batch_features = _classify(predictor, batch, options)
-        rows += batch_rows
-        features += batch_features
+    with tqdm.tqdm(desc="classifying", unit=" files", leave=False, disable=None) as progress:
+        for batch in _batches(find_files(arguments), predictor.size):
+            batch_rows, batch_features = _classify(predictor, batch, options)
+            rows += batch_rows
+            features += batch_features
+            progress.update(len(batch))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
     _WRITERS[options.format](rows)

@@ -10,8 +10,8 @@ _python=${PYTHON:-python3}
 _venv=${VENV:-$_root/.venv}
 _extra=${1:-}
 
-if ! "$_python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'; then
-  echo "Python 3.10, 3.11 or 3.12 is needed; name one with PYTHON=/path/to/python" >&2
+if ! "$_python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
+  echo "Python 3.11 or 3.12 is needed; name one with PYTHON=/path/to/python" >&2
   exit 2
 fi
 

@@ -256,6 +256,30 @@ def test_recalibration_of_nothing_takes_no_batch_and_changes_nothing(norm, count
         np.testing.assert_array_equal(value, before[path])
 
 
+def test_recalibration_sees_the_network_without_dropout():
+    keras.utils.set_random_seed(0)
+    images, x = classifier.pixels((8, 8, 3))
+    x = keras.layers.Dropout(0.5, name="drop")(x)
+    x = layers.conv_norm(x, 4, 3, name="block")
+    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+    logits = keras.layers.Dense(3, name="logits")(x)
+    model = classifier.Classifier.build_from(images, logits, "dropped")
+    model.compile("sgd")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+    seeds = model.get_layer("drop").seed_generator.state.numpy()
+    model.recalibrate(iter([(pixels, None)]), 1)
+    inner = keras.Model(model.inputs[0], model.get_layer("block_conv").output)
+    plain = inner(pixels, training=False).numpy()
+    layer = model.get_layer("block_bn")
+    np.testing.assert_allclose(layer.moving_mean.numpy(), plain.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(layer.moving_variance.numpy(), plain.var((0, 1, 2)), rtol=1e-4)
+    # Training still drops, and goes on where it would have without.
+    assert model.get_layer("drop").rate == 0.5
+    np.testing.assert_array_equal(model.get_layer("drop").seed_generator.state.numpy(), seeds)
+    dropped = inner(pixels, training=True).numpy()
+    assert np.abs(dropped - plain).max() > 0.1
+
+
 # ---- Replicas
 
 STRATEGIES = {
