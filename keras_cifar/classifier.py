@@ -100,9 +100,12 @@ class Classifier(keras.Model):
             # Keras adds the replicas' gradients; each has an equal part of the batch.
             scaled = self.optimizer.scale_loss(total / replicas)
         variables = self.trainable_variables
-        self.optimizer.apply_gradients(
-            zip(tape.gradient(scaled, [v.value for v in variables]), variables, strict=True)
+        gradients = tape.gradient(
+            scaled,
+            [v.value for v in variables],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,  # layers.ConvBeforeNorm's bias
         )
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
         self._update_averages()
         return self._update_metrics(labels, logits)
 

@@ -10,14 +10,104 @@ BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-5
 
 
-def batch_norm(name: str) -> keras.layers.Layer:
-    """Batch normalization (Ioffe and Szegedy 2015, arXiv:1502.03167), over all replicas together."""
-    return keras.layers.BatchNormalization(
-        momentum=BATCH_NORM_MOMENTUM,
-        epsilon=BATCH_NORM_EPSILON,
-        synchronized=tf.distribute.get_strategy().num_replicas_in_sync > 1,
-        name=name,
-    )
+# FusedBatchNormV3 takes these; Keras's own way computes in float32 for the halves, as the kernel does.
+FUSED_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalization (Ioffe and Szegedy 2015, arXiv:1502.03167), faster than Keras's and equal.
+
+    Arguments, weights and results are those of Keras's layer; the defaults of `momentum` and
+    `epsilon` are the chapter's. Keras 3 computes moments and scaling as a dozen elementwise kernels.
+    Here one kernel does it where there is one: 4-D input with channels last, in FUSED_DTYPES, on one
+    replica. The moving variance is the biased one (divided by N, not by N - 1), as Keras's.
+
+    Under several replicas the statistics are always those of the whole batch; each replica must
+    have as many examples as the others.
+    """
+
+    def __init__(self, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON, **kwargs):
+        super().__init__(momentum=momentum, epsilon=epsilon, **kwargs)
+
+    def call(self, inputs, training=None, mask=None):
+        training = bool(training and self.trainable)
+        fused = (
+            mask is None
+            and len(inputs.shape) == 4
+            and self.axis in (-1, 3)
+            and self.scale
+            and self.center
+            and not self.renorm
+            and inputs.dtype.name in FUSED_DTYPES
+            and not (training and _replicas() > 1)
+        )
+        if not fused:
+            return super().call(inputs, training=training, mask=mask)
+        averages = [self.moving_mean, self.moving_variance]
+        weights = [tf.cast(v.value, tf.float32) for v in (self.gamma, self.beta, *averages)]
+        given = ([], []) if training else weights[2:]  # The kernel makes its own in training.
+        outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=inputs,
+            scale=weights[0],
+            offset=weights[1],
+            mean=given[0],
+            variance=given[1],
+            epsilon=self.epsilon,
+            is_training=training,
+        )
+        if training:
+            # The kernel's variance is the unbiased one: N - 1 is its divisor, and 1 where N is 1.
+            count = tf.cast(tf.size(inputs) // tf.shape(inputs)[-1], tf.float32)
+            variance *= tf.maximum(count - 1.0, 1.0) / count
+            for average, old, new in zip(averages, weights[2:], (mean, variance), strict=True):
+                average.assign(old * self.momentum + new * (1 - self.momentum))
+        return outputs
+
+    def _moments(self, inputs, mask):
+        """(mean, variance) over all replicas, each float [C]."""
+        context = tf.distribute.get_replica_context()
+        if mask is not None or _replicas() == 1 or context is None:
+            return super()._moments(inputs, mask)
+        # The mean first: Keras's E[x^2] - E[x]^2 in one pass loses the variance of channels whose
+        # mean is large.
+        mean, variance = tf.nn.moments(inputs, self._reduction_axes)
+        whole = context.all_reduce("MEAN", mean)
+        return whole, context.all_reduce("MEAN", variance + tf.square(mean - whole))
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class Dropout(keras.layers.Dropout):
+    """Dropout (Srivastava et al. 2014, JMLR 15) that takes half of Keras's time on a CPU.
+
+    Most of that time is drawing random numbers, so one of 8 bits decides on an element where Keras
+    draws 32. The threshold, 256 times the rate, is rounded up or down at random in each call: an
+    element's chance to be dropped is the rate exactly. Each replica draws a mask of its own.
+    """
+
+    def call(self, inputs, training=False):
+        if not training or not self.rate:
+            return inputs
+        if self.noise_shape is not None:
+            return super().call(inputs, training=training)
+        seed = tf.cast(self.seed_generator.next(), tf.int32)
+        if _replicas() > 1:
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            seed = tf.random.experimental.stateless_fold_in(seed, replica)
+        shape, channels = tf.shape(inputs), inputs.shape[-1]
+        if channels % 4 or self.rate > 255 / 256:
+            kept = tf.random.stateless_uniform(shape, seed) >= self.rate
+        else:
+            quarter = tf.concat([shape[:-1], [channels // 4]], 0)
+            words = tf.random.stateless_uniform(quarter, seed, None, None, tf.int32)
+            dither = tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 1))
+            threshold = tf.cast(256 * self.rate + dither, tf.uint8)
+            kept = tf.reshape(tf.bitcast(words, tf.uint8), shape) >= threshold
+        return inputs * (tf.cast(kept, inputs.dtype) * (1 / (1 - self.rate)))
+
+
+def _replicas() -> int:
+    return tf.distribute.get_strategy().num_replicas_in_sync
 
 
 def conv(
@@ -30,6 +120,7 @@ def conv(
     padding="same",
     bias=True,
     initializer="he_normal",
+    layer=keras.layers.Conv2D,
 ):
     """Convolution alone, with He et al.'s initial weights (2015, arXiv:1502.01852).
 
@@ -39,7 +130,7 @@ def conv(
     if padding == "same" and stride > 1:
         x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x) if size > 1 else x
         padding = "valid"
-    return keras.layers.Conv2D(
+    return layer(
         filters,
         size,
         stride,
@@ -48,6 +139,20 @@ def conv(
         kernel_initializer=initializer,
         name=name,
     )(x)
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class ConvBeforeNorm(keras.layers.Conv2D):
+    """A convolution with a bias that batch normalization takes away again.
+
+    The bias is added but gets no gradient. The exact gradient is 0; the computed one would be
+    rounding noise, which Adam turns into steps as long as any other, and a tenth of the time of a
+    step of `vgg_bn_drop`.
+    """
+
+    def call(self, inputs):
+        outputs = self.convolution_op(inputs, self.kernel)
+        return self.activation(tf.nn.bias_add(outputs, tf.stop_gradient(self.bias.value)))
 
 
 def conv_norm(x, filters: int, size: int, stride: int = 1, *, name: str, relu=True, bias=False):
@@ -62,15 +167,16 @@ def conv_norm(x, filters: int, size: int, stride: int = 1, *, name: str, relu=Tr
         name=f"{name}_conv",
         bias=bias,
         initializer="glorot_uniform",
+        layer=ConvBeforeNorm if bias else keras.layers.Conv2D,
     )
-    x = batch_norm(f"{name}_bn")(x)
+    x = BatchNormalization(name=f"{name}_bn")(x)
     return keras.layers.ReLU(name=f"{name}_relu")(x) if relu else x
 
 
 def dense_relu(x, units: int, *, name: str, dropout: float = 0.0):
     """Dense -> ReLU -> dropout, as in the heads of AlexNet and VGG."""
     x = keras.layers.Dense(units, "relu", kernel_initializer="he_normal", name=name)(x)
-    return keras.layers.Dropout(dropout, name=f"{name}_drop")(x) if dropout else x
+    return Dropout(dropout, name=f"{name}_drop")(x) if dropout else x
 
 
 def max_pool(x, size: int, stride: int, *, name: str, padding: str = "valid"):

@@ -59,6 +59,41 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return {name: getattr(self, name) for name in names}
 
 
+class _OneKernel:
+    """Adam's update as one kernel a variable (ResourceApplyAdam); Keras's takes about 14."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self.amsgrad or isinstance(gradient, tf.IndexedSlices):
+            return super().update_step(gradient, variable, learning_rate)
+        index, dtype = self._get_variable_index(variable), variable.dtype
+        rate = tf.cast(learning_rate, dtype)
+        step = tf.cast(self.iterations.value + 1, dtype)
+        beta_1, beta_2 = (tf.constant(beta, dtype) for beta in (self.beta_1, self.beta_2))
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=tf.pow(beta_1, step),
+            beta2_power=tf.pow(beta_2, step),
+            lr=rate,
+            beta1=beta_1,
+            beta2=beta_2,
+            epsilon=tf.constant(self.epsilon, dtype),
+            grad=tf.cast(gradient, dtype),
+        )
+        return None
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class Adam(_OneKernel, keras.optimizers.Adam):
+    """keras.optimizers.Adam (Kingma and Ba 2014, arXiv:1412.6980), with fewer kernels a step."""
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class AdamW(_OneKernel, keras.optimizers.AdamW):
+    """keras.optimizers.AdamW (Loshchilov and Hutter 2017), with fewer kernels a step."""
+
+
 def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
     """(kind, milestones) of --lr_schedule, such as `step(0.5,0.75)`.
 
@@ -102,11 +137,11 @@ def compile_model(model: Classifier, config: TrainConfig, steps_per_epoch: int, 
     rate = schedule(config, steps_per_epoch)
     l2 = config.weight_decay
     if config.optimizer == "adam":
-        optimizer = keras.optimizers.Adam(rate)
+        optimizer = Adam(rate)
     elif config.optimizer == "sgd":
         optimizer = keras.optimizers.SGD(rate, config.momentum)
     else:
-        optimizer, l2 = keras.optimizers.AdamW(rate, config.weight_decay), 0.0
+        optimizer, l2 = AdamW(rate, config.weight_decay), 0.0
         optimizer.exclude_from_weight_decay(
             [v for v in model.trainable_variables if not is_kernel(v)]
         )

@@ -59,7 +59,7 @@ def alexnet(
     x = keras.layers.Flatten(name="flatten")(x)
     x = layers.dense_relu(x, 4096, name="dense1", dropout=DROPOUT)
     x = layers.dense_relu(x, 4096, name="features")
-    x = keras.layers.Dropout(DROPOUT, name="features_drop")(x)
+    x = layers.Dropout(DROPOUT, name="features_drop")(x)
     logits = keras.layers.Dense(num_classes, name="logits")(x)
     return classifier.Classifier.build_from(images, logits, name)
 

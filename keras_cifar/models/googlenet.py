@@ -107,7 +107,7 @@ def googlenet(
                 auxiliary_classifier(x, num_classes, conv, f"auxiliary{len(auxiliary) + 1}")
             )
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
-    x = keras.layers.Dropout(DROPOUT, name="features_drop")(x)
+    x = layers.Dropout(DROPOUT, name="features_drop")(x)
     logits = keras.layers.Dense(num_classes, name="logits")(x)
     return classifier.Classifier.build_from(images, logits, name, auxiliary)
 

@@ -52,7 +52,7 @@ def conv_group(x, filters: int, dropouts: tuple[float, ...], batch_norm: bool, n
             x = layers.conv(x, filters, 3, name=f"{conv_name}_conv")
             x = keras.layers.ReLU(name=f"{conv_name}_relu")(x)
         if rate:
-            x = keras.layers.Dropout(rate, name=f"{conv_name}_drop")(x)
+            x = layers.Dropout(rate, name=f"{conv_name}_drop")(x)
     return layers.max_pool(x, 2, 2, name=f"{name}_pool")
 
 
@@ -75,7 +75,7 @@ def vgg(
     x = keras.layers.Flatten(name="flatten")(x)
     x = layers.dense_relu(x, 4096, name="dense1", dropout=HEAD_DROPOUT)
     x = layers.dense_relu(x, 4096, name="features")
-    x = keras.layers.Dropout(HEAD_DROPOUT, name="features_drop")(x)
+    x = layers.Dropout(HEAD_DROPOUT, name="features_drop")(x)
     logits = keras.layers.Dense(num_classes, name="logits")(x)
     return classifier.Classifier.build_from(images, logits, name)
 
@@ -91,11 +91,11 @@ def vgg_bn_drop(
         rate = FIRST_DROPOUT if index == 0 else DROPOUT
         x = conv_group(x, filters, (rate,) * (count - 1) + (0.0,), True, f"group{index + 1}")
     x = keras.layers.Flatten(name="flatten")(x)
-    x = keras.layers.Dropout(HEAD_DROPOUT, name="flatten_drop")(x)
+    x = layers.Dropout(HEAD_DROPOUT, name="flatten_drop")(x)
     x = keras.layers.Dense(512, name="dense1")(x)
-    x = layers.batch_norm("dense1_bn")(x)
+    x = layers.BatchNormalization(name="dense1_bn")(x)
     x = keras.layers.ReLU(name="dense1_relu")(x)
-    x = keras.layers.Dropout(HEAD_DROPOUT, name="dense1_drop")(x)
+    x = layers.Dropout(HEAD_DROPOUT, name="dense1_drop")(x)
     x = keras.layers.Dense(512, name="features")(x)
     logits = keras.layers.Dense(num_classes, name="logits")(x)
     return classifier.Classifier.build_from(images, logits, name)
