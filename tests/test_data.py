@@ -29,7 +29,9 @@ def splits_of(train, test, val=None) -> Splits:
 # ---- Specs
 
 
-@pytest.mark.parametrize("spec", ["", ":", "zip:x.zip", "folders:x", "splits:x", "tfds:cifar10"])
+@pytest.mark.parametrize(
+    "spec", ["", ":", "zip:x.zip", "folders:x", "splits:x", "cache:x", "tfds:cifar10"]
+)
 def test_an_unknown_source_lists_the_choices(spec):
     with pytest.raises(UsageError) as caught:
         data.load(spec)
@@ -164,7 +166,7 @@ def test_an_empty_split_is_refused(train, test, word):
 def changed_pixel(split):
     images = split.images.copy()
     images[-1, -1, -1, -1] += 1
-    return dataclasses.replace(split, images=images)
+    return dataclasses.replace(split, stored=images)
 
 
 def changed_label(split):
