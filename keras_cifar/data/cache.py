@@ -35,6 +35,8 @@ DECODER = [LAYOUT, image.VERSION, PIL.__version__, tf.__version__]
 
 SAMPLE = 16  # images of an entry that are compared with their digests when it is opened
 
+BLOCK = 2**23  # bytes of pixels that are decoded before they are written
+
 # write(start, images) puts uint8 [n, H, W, 3] into rows start ... start + n; threads may call it.
 Write = Callable[[int, np.ndarray], None]
 
@@ -121,6 +123,11 @@ class Cache:
             return place
         flag = f"--cache_dir={self._given}: " if self._given else ""
         raise UserError(f"{flag}the cache {errors[0]}; choose another --cache_dir")
+
+
+def in_block(image_shape: tuple[int, int, int]) -> int:
+    """How many images of (H, W, 3) are decoded before they are written."""
+    return min(64, max(1, BLOCK // int(np.prod(image_shape))))
 
 
 def default_places() -> list[pathlib.Path]:

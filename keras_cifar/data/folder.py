@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 from keras_cifar import image
-from keras_cifar.data.cache import Cache, Write
+from keras_cifar.data.cache import Cache, Write, in_block
 from keras_cifar.data.splits import Split, Splits
 from keras_cifar.errors import UserError, check_directory, reason
 
@@ -19,7 +19,6 @@ SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "te
 TEST_SHARE = 10  # one file in so many, where there is no test folder
 
 AHEAD = 64  # files that the system is told of before they are read
-BLOCK = 2**23  # bytes of pixels that a thread decodes before it writes them
 
 # Bytes of a file, on average. Below, threads that decode mostly wait for Python's lock: two of them
 # took 1.3 times as long as one for 32 x 32 pixels, and half as long for 256 x 256.
@@ -205,7 +204,7 @@ def _decode(
 ) -> None:
     """Decodes the files into rows of `shape` [N, H, W, 3], in blocks."""
     size = shape[1:3]
-    block = min(AHEAD, max(1, BLOCK // int(np.prod(shape[1:]))))
+    block = in_block(shape[1:])
 
     def decode(start):
         part = range(start, min(start + block, len(paths)))

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar import image
-from keras_cifar.data.cache import Cache
+from keras_cifar.data.cache import Cache, in_block
 from keras_cifar.data.splits import Split, Splits, hold_out
 from keras_cifar.errors import UsageError, UserError, reason
 
@@ -175,7 +175,7 @@ def _batches(builder, split: str, size: tuple[int, int]) -> tf.data.Dataset:
 
     options = {"split": split, "decoders": {"image": tfds.decode.SkipDecoding()}}
     if builder.info.file_format in tfds.core.file_adapters.FileFormat.with_random_access():
-        source = builder.data_source(**options)  # array_record, which has no tf.data.Dataset
+        source = builder.as_data_source(**options)  # array_record, which has no tf.data.Dataset
         dataset = tf.data.Dataset.from_generator(
             lambda: ((example["image"], example["label"]) for example in source),
             output_signature=(tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int64)),
@@ -187,4 +187,8 @@ def _batches(builder, split: str, size: tuple[int, int]) -> tf.data.Dataset:
             shuffle_files=False,
             read_config=tfds.ReadConfig(try_autocache=False),  # It is read once.
         )
-    return dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE).batch(256).prefetch(2)
+    return (
+        dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+        .batch(in_block((*size, 3)))
+        .prefetch(2)
+    )
