@@ -2,6 +2,7 @@
 same seed gives the same batches, and a run can go on at any step.
 """
 
+import types
 import weakref
 
 import numpy as np
@@ -29,10 +30,13 @@ def _shared(array: np.ndarray) -> tf.Tensor:
 
     It keeps the array alive. Where an array is laid out as no tensor is, the tensor is a copy.
     """
-    aligned = array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous
-    if not (aligned and array.flags.writeable and array.size):
+    if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous or not array.size:
         return tf.constant(array)
-    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    # DLPack cannot say that memory is not to be written, so NumPy refuses to give it a mapped file.
+    # Nothing writes to a tensor that a data set has captured.
+    description = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+    alias = np.asarray(types.SimpleNamespace(__array_interface__=description, owner=array))
+    return tf.experimental.dlpack.from_dlpack(alias.__dlpack__())
 
 
 def _in_place(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -13,13 +13,14 @@ import textwrap
 import threading
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
-from keras_cifar import data, evaluation, image, trainer
+from keras_cifar import data, evaluation, image, pipeline, trainer
 from keras_cifar.config import TrainConfig
 from keras_cifar.data import cache as cache_module
-from keras_cifar.data import folder
+from keras_cifar.data import folder, splits
 from keras_cifar.data.cache import Cache
 from keras_cifar.data.splits import Split
 from keras_cifar.errors import UserError
@@ -94,8 +95,8 @@ def test_images_are_mapped_where_tensors_take_them_without_a_copy(tmp_path):
     stored = Cache(str(tmp_path)).find(MADE_OF).stored
     assert isinstance(stored.base, np.memmap)
     assert stored.ctypes.data % 64 == 0
-    stored[:] = 0  # Of this process alone: the file stays as it is.
-    assert_right(Cache(str(tmp_path)).find(MADE_OF))
+    with pytest.raises(ValueError, match="read-only"):
+        stored[0] = 0
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,36 @@ def test_an_empty_split_needs_no_entry(tmp_path):
     split = Cache(str(tmp_path)).make(MADE_OF, (0, 4, 5, 3), "x", must_not_fill)
     assert split.images.shape == (0, 4, 5, 3)
     assert left(tmp_path) == []
+
+
+def test_more_than_the_memory_holds_is_mapped_and_read(tmp_path):
+    small = make(tmp_path, lambda write: write(0, np.zeros(SHAPE, np.uint8)) or labels())
+    assert len(small) == SHAPE[0]
+    shape = (2 * psutil.virtual_memory().total // (3 * 2**20), 1024, 1024, 3)
+    path, about = entry(tmp_path), json.loads((entry(tmp_path) / "entry.json").read_text())
+    with open(path / "images.npy", "wb") as file:  # a file of holes, which read as zeros
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
+        size = file.tell() + int(np.prod(shape))
+        file.truncate(size)
+    digests = np.tile(splits.pixel_digests(np.zeros((1, *shape[1:]), np.uint8)), (shape[0], 1))
+    numbers = np.arange(shape[0]) % 3
+    np.save(path / "labels.npy", numbers)
+    np.save(path / "digests.npy", digests)
+    # Of the shape and the digests, without the pixels.
+    fingerprint = Split(np.empty((0, *shape[1:]), np.uint8), numbers, None, digests).fingerprint
+    about |= {"shape": shape, "bytes": size, "fingerprint": fingerprint}
+    (path / "entry.json").write_text(json.dumps(about))
+    split = Cache(str(tmp_path)).find(MADE_OF)
+    assert len(split) == shape[0]
+    for batches in (
+        pipeline.training(split, 3, 4, "flip", seed=0),
+        pipeline.evaluation(split.take(np.arange(shape[0])[::-1]), 3, 4),
+    ):
+        images, _ = next(iter(batches))
+        assert images.shape == (4, 1024, 1024, 3)
+        assert not np.any(images)
 
 
 def shorten(path):
@@ -535,7 +566,7 @@ def test_splits_from_the_cache_are_those_of_images_in_memory(tmp_path, pictures)
     whole = load(pictures, tmp_path / "cache", val_fraction=0)
     memory = Split(np.array(whole.train.images), whole.train.labels)
     dataset = load(pictures, tmp_path / "cache", val_fraction=0.3, seed=5)
-    expected = data.splits.finish(
+    expected = splits.finish(
         data.Splits(memory, None, whole.test, whole.class_names, "x"), 0.3, seed=5
     )
     assert dataset.describe() == expected.describe()

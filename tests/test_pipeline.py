@@ -185,10 +185,13 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def test_tensors_share_the_memory_of_aligned_images():
-    images = aligned(numbered(9).images)
+@pytest.mark.parametrize("writeable", [True, False])
+def test_tensors_share_the_memory_of_aligned_images(writeable):
+    memory = aligned(numbered(9).images)
+    images = memory[:]
+    images.flags.writeable = writeable
     batches = pipeline.evaluation(Split(images, np.zeros(9, np.int64)), 3, 9)
-    images[4] = 77
+    memory[4] = 77
     (batch,) = take(batches, 2)
     np.testing.assert_array_equal(batch[0], images)
 

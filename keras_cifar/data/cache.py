@@ -156,8 +156,8 @@ def _open(path: pathlib.Path) -> Split | None:
         about = json.loads((path / "entry.json").read_text("utf-8"))
         if (path / "images.npy").stat().st_size != about["bytes"]:
             return None
-        # Mode "c" (private) is the one whose arrays TensorFlow takes without a copy.
-        images = np.load(path / "images.npy", mmap_mode="c").view(np.ndarray)
+        # Not to be written, even privately: Linux would refuse to map more than it has memory for.
+        images = np.load(path / "images.npy", mmap_mode="r").view(np.ndarray)
         split = Split(images, np.load(path / "labels.npy"), digests=np.load(path / "digests.npy"))
         if list(images.shape) != about["shape"] or images.dtype != np.uint8:
             return None
