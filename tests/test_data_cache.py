@@ -78,6 +78,11 @@ def in_new_process(code: str, **options) -> subprocess.Popen:
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, **options)
 
 
+needs_proc = pytest.mark.skipif(
+    not pathlib.Path("/proc/self/status").exists(), reason="Linux says it in /proc"
+)
+
+
 # ---- Entries
 
 
@@ -265,6 +270,27 @@ def test_a_disk_that_gets_full_is_one_line_and_leaves_nothing(tmp_path, monkeypa
         make(tmp_path)
     assert "\n" not in str(caught.value)
     assert left(tmp_path) == []
+
+
+@needs_proc
+def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def record_sync(descriptor):
+        events.append(("sync", pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def record_rename(old, new):
+        if pathlib.Path(old).exists():
+            events.append(("rename", pathlib.Path(new).name))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    make(tmp_path)
+    names = [name for _, name in events]
+    assert {"images.npy", "labels.npy", "digests.npy", "entry.json"} <= set(names[:5])
+    assert events[5:] == [("rename", entry(tmp_path).name), ("sync", tmp_path.name)]
 
 
 HALF = """
@@ -516,6 +542,11 @@ def rename_file(root):
     path.rename(path.with_name("zzz.png"))
 
 
+def rename_in_order(root):
+    path = root / "train" / "class_1" / "001.png"
+    path.rename(path.with_name("001a.png"))
+
+
 def rename_class(root):
     for split in ("train", "test"):
         (root / split / "class_1").rename(root / split / "other")
@@ -537,7 +568,15 @@ def remove_file(root):
 
 @pytest.mark.parametrize(
     "change",
-    [change_pixels, rename_file, rename_class, move_to_another_class, add_file, remove_file],
+    [
+        change_pixels,
+        rename_file,
+        rename_in_order,
+        rename_class,
+        move_to_another_class,
+        add_file,
+        remove_file,
+    ],
 )
 def test_a_changed_folder_is_decoded_again(tmp_path, pictures, decoded, change):
     before = load(pictures, tmp_path / "cache", val_fraction=0)
@@ -546,7 +585,7 @@ def test_a_changed_folder_is_decoded_again(tmp_path, pictures, decoded, change):
     dataset = load(pictures, tmp_path / "cache", val_fraction=0)
     assert len(decoded) >= 29
     assert_decoded(dataset.train, pictures / "train", dataset.class_names)
-    if change is not rename_class:
+    if change not in (rename_class, rename_in_order):
         assert dataset.train.fingerprint != before.train.fingerprint
 
 
@@ -728,10 +767,6 @@ PEAK = """
             self.done.set()
             self.thread.join()
 """
-
-needs_proc = pytest.mark.skipif(
-    not pathlib.Path("/proc/self/status").exists(), reason="Linux says it in /proc"
-)
 
 
 def peaks(code: str) -> dict[str, float]:

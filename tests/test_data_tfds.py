@@ -356,10 +356,13 @@ def test_array_records_are_read_as_tfrecords_are(data_dir, tmp_path, decoded):
     assert dataset.describe() == load(data_dir, "tiny_validation").describe()
 
 
-def test_damaged_array_records_are_refused_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.write_bytes(file.read_bytes()[:-100]), lambda file: file.unlink()]
+)
+def test_damaged_array_records_are_refused_in_one_line(tmp_path, damage):
     TinyPlain(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
     for file in (tmp_path / "tiny_plain" / "1.0.0").glob("*-train.array_record-*"):
-        file.write_bytes(file.read_bytes()[:-100])
+        damage(file)
     with pytest.raises(UserError, match="tiny_plain train cannot be read") as caught:
         load(tmp_path, "tiny_plain", cache_dir=str(tmp_path / "cache"))
     assert "\n" not in str(caught.value)

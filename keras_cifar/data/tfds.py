@@ -124,15 +124,19 @@ def _read(builder, split: str, size: tuple[int, int], where: str, cache: Cache) 
         "files": _files(info),
         "image_size": size,
     }
-    split_of_cache = cache.find(made_of)
-    if split_of_cache is not None:
-        return split_of_cache
+    found = cache.find(made_of)
+    if found is not None:
+        return found
 
     def fill(write):
+        try:
+            batches = _batches(builder, split, size)
+        except Exception as error:  # Each format has errors of its own for files that are missing.
+            raise UserError(f"{where} cannot be read: {reason(error)}; prepare it again") from None
         labels = np.empty(info.num_examples, np.int64)
         position = 0
         try:
-            for pixels, batch_labels in _batches(builder, split, size).as_numpy_iterator():
+            for pixels, batch_labels in batches.as_numpy_iterator():
                 stop = position + len(pixels)
                 if stop <= len(labels):
                     labels[position:stop] = batch_labels
@@ -158,11 +162,12 @@ def _files(info) -> str:
     digest = hashlib.sha256()
     for path in info.filepaths:
         digest.update(path.name.encode())
-        with contextlib.suppress(OSError, tf.errors.OpError), path.open("rb") as file:
-            digest.update(file.read(ENDS))
-            length = file.seek(0, os.SEEK_END)
-            file.seek(max(0, length - ENDS))
-            digest.update(b"%d" % length + file.read(ENDS))
+        with contextlib.suppress(OSError, tf.errors.OpError):  # Reading it will say why.
+            length = path.stat().length
+            with path.open("rb") as file:
+                digest.update(b"%d" % length + file.read(ENDS))
+                file.seek(max(0, length - ENDS))
+                digest.update(file.read(ENDS))
     return digest.hexdigest()
 
 
