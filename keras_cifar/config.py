@@ -33,6 +33,12 @@ class TrainConfig:
         "Model and data",
     )
     data_dir: str | None = option(None, "where TFDS keeps its data sets", "Model and data")
+    cache_dir: str | None = option(
+        None,
+        "where the decoded images of folders and TFDS are kept for the next start; it may be deleted "
+        "(default: $XDG_CACHE_HOME/keras_cifar or ~/.cache/keras_cifar)",
+        "Model and data",
+    )
     image_size: int | None = option(
         None,
         "pixels; images are resized to a square of it (default: as they are)",
@@ -143,7 +149,7 @@ class TrainConfig:
 
 
 # Flags that do not change what is computed (the data's fingerprint is compared beside the flags).
-OUTPUT_ONLY = ("run_dir", "export", "dry_run", "list_models", "data_dir")
+OUTPUT_ONLY = ("run_dir", "export", "dry_run", "list_models", "data_dir", "cache_dir")
 
 
 def check(condition: bool, message: str) -> None:

@@ -20,6 +20,9 @@ class EvaluateOptions:
         None, "other data of the same classes (default: the run's)", "Evaluation"
     )
     data_dir: str | None = option(None, "where TFDS keeps its data sets", "Evaluation")
+    cache_dir: str | None = option(
+        None, "where decoded images are kept (default: the run's)", "Evaluation"
+    )
 
     def __post_init__(self):
         check(self.run, "--run=RUN is needed: the run directory")
@@ -30,7 +33,9 @@ def main(options: EvaluateOptions) -> None:
     from keras_cifar import evaluation, metrics
 
     run = Run(options.run)
-    figures = evaluation.evaluate_run(run, options.split, options.data, options.data_dir)
+    figures = evaluation.evaluate_run(
+        run, options.split, options.data, options.data_dir, options.cache_dir
+    )
     print(metrics.table(figures))
     print(
         f"\n{options.split} accuracy {figures['accuracy']:.4f}, top-5 {figures['top5_accuracy']:.4f}, "

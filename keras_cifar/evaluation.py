@@ -17,7 +17,7 @@ def predict(model: keras.Model, split: Split) -> np.ndarray:
     classes = model.output_shape[-1]
 
     @tf.function(
-        input_signature=[tf.TensorSpec((None, *split.images.shape[1:]), tf.uint8)], autograph=False
+        input_signature=[tf.TensorSpec((None, *split.image_shape), tf.uint8)], autograph=False
     )
     def step(images):
         return tf.cast(model(images, training=False), tf.float32)
@@ -42,13 +42,20 @@ def evaluate(
     return figures
 
 
-def evaluate_run(run: Run, name: str, spec: str | None = None, data_dir: str | None = None) -> dict:
+def evaluate_run(
+    run: Run,
+    name: str,
+    spec: str | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+) -> dict:
     """Evaluates a run's selected model on a split of the run's data, or of other data.
 
     Args:
         name: of the split: train, val or test.
         spec: other data (as --data) of the same classes; None is the run's.
         data_dir: where TFDS keeps it; None is the run's.
+        cache_dir: where decoded images are kept; None is the run's.
 
     Raises:
         UserError: the run or the data is not there, damaged, or not what the run was made with.
@@ -60,10 +67,12 @@ def evaluate_run(run: Run, name: str, spec: str | None = None, data_dir: str | N
     dataset = data.load(
         spec or flags["data"],
         data_dir or flags["data_dir"],
-        height if height == width else None,
+        # As the run had it, so that the images it decoded are found again.
+        flags["image_size"] if spec is None else height if height == width else None,
         # Of other data, nothing need be held out to look at all of train.
         flags["val_fraction"] if spec is None or name == "val" else 0.0,
         flags["seed"],
+        cache_dir or flags.get("cache_dir"),  # Runs of the first version have none.
     )
     if dataset.class_names != class_names:
         raise UserError(

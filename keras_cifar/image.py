@@ -6,6 +6,7 @@ give equal pixels for JPEG, PNG, BMP and GIF. They differ where TensorFlow has n
 orientation, CMYK colours and palette transparency are Pillow's alone.
 """
 
+import io
 import pathlib
 import warnings
 
@@ -14,6 +15,9 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from keras_cifar.errors import UserError, reason
+
+# Of everything below: another number makes all decoded images on disk be made again.
+VERSION = 1
 
 # Files with these endings are pictures when a folder is searched (lower case).
 SUFFIXES = frozenset(
@@ -49,14 +53,14 @@ class ImageError(UserError):
     """A file is not an image that can be read; the message is the reason alone."""
 
 
-def load(path: str | pathlib.Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def load(source: str | pathlib.Path | bytes, size: tuple[int, int] | None = None) -> np.ndarray:
     """Reads an image file as a person would see it.
 
     The first frame of an animation; EXIF orientation applied; transparency composited on white;
     grey, palette, CMYK and 16-bit pictures converted.
 
     Args:
-        path: the file.
+        source: the file, or its contents.
         size: (height, width) in pixels, or None for the picture's own.
 
     Returns:
@@ -65,11 +69,14 @@ def load(path: str | pathlib.Path, size: tuple[int, int] | None = None) -> np.nd
     Raises:
         ImageError: the file is empty, truncated, too large, missing or no image.
     """
-    path = pathlib.Path(path)
     try:
-        if path.stat().st_size == 0:
+        if isinstance(source, bytes):
+            length, file = len(source), io.BytesIO(source)
+        else:
+            length, file = pathlib.Path(source).stat().st_size, source
+        if length == 0:
             raise ImageError("the file is empty")
-        with Image.open(path) as picture:
+        with Image.open(file) as picture:
             pixels = _pixels(picture, size)
     except ImageError:
         raise

@@ -2,22 +2,53 @@
 same seed gives the same batches, and a run can go on at any step.
 """
 
+import types
 import weakref
 
+import numpy as np
 import tensorflow as tf
 
 from keras_cifar import augmentation
 from keras_cifar.data import Split
+from keras_cifar.data.splits import ALIGNMENT
 from keras_cifar.errors import UserError
 
 # The tensors of each split, so that several pipelines share one copy.
 _tensors = weakref.WeakKeyDictionary()
 
 
-def _as_tensors(split: Split) -> tuple[tf.Tensor, tf.Tensor]:
+def _as_tensors(split: Split) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """(stored uint8 [M, H, W, 3], rows int64 [N] of it, labels int64 [N]) of a split."""
     if split not in _tensors:
-        _tensors[split] = tf.constant(split.images), tf.constant(split.labels)
+        rows = np.arange(len(split)) if split.rows is None else split.rows
+        _tensors[split] = _shared(split.stored), tf.constant(rows), tf.constant(split.labels)
     return _tensors[split]
+
+
+def _shared(array: np.ndarray) -> tf.Tensor:
+    """A tensor in the memory of an array, so that pixels are there once and a mapped file stays one.
+
+    It keeps the array alive. Where an array is laid out as no tensor is, the tensor is a copy.
+    """
+    if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous or not array.size:
+        return tf.constant(array)
+    # DLPack cannot say that memory is not to be written, so NumPy refuses to give it a mapped file.
+    # Nothing writes to a tensor that a data set has captured.
+    description = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+    alias = np.asarray(types.SimpleNamespace(__array_interface__=description, owner=array))
+    return tf.experimental.dlpack.from_dlpack(alias.__dlpack__())
+
+
+def _in_place(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Keeps TensorFlow from copying the tensors that a data set captures.
+
+    Every rewriting of its graph does so: each of the optimizations, and sharding, which is for more
+    workers than one. That would be all images once more, and in memory.
+    """
+    options = tf.data.Options()
+    options.experimental_optimization.apply_default_optimizations = False
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return dataset.with_options(options)
 
 
 def steps_in(split: Split, batch_size: int) -> int:
@@ -45,7 +76,7 @@ def training(
         start_step: the step of the run that the first batch is for.
     """
     steps = steps_in(split, batch_size)
-    images, labels = _as_tensors(split)
+    stored, rows, labels = _as_tensors(split)
     transform = augmentation.parse(augment)
     order_seed, augment_seed = (seed, 0), (seed, 1)
 
@@ -59,14 +90,15 @@ def training(
     def batch(step, indices):
         fold = tf.random.experimental.stateless_fold_in
         return transform(
-            tf.gather(images, indices),
+            tf.gather(stored, tf.gather(rows, indices)),
             tf.one_hot(tf.gather(labels, indices), classes),
             fold(tf.constant(augment_seed), tf.cast(step, tf.int32)),
         )
 
     passes = tf.data.Dataset.range(start_step // steps, tf.int64.max)
     batches = passes.flat_map(one_pass).skip(start_step % steps).enumerate(start_step)
-    return batches.map(batch, tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    batches = batches.map(batch, tf.data.AUTOTUNE, deterministic=True)
+    return _in_place(batches.prefetch(tf.data.AUTOTUNE))
 
 
 def evaluation(split: Split, classes: int, batch_size: int) -> tf.data.Dataset:
@@ -75,7 +107,7 @@ def evaluation(split: Split, classes: int, batch_size: int) -> tf.data.Dataset:
     All batches are full, so that any number of replicas can share them: the last is filled up with
     images whose label is all zero, which `Classifier` does not count.
     """
-    images, labels = _as_tensors(split)
+    stored, rows, labels = _as_tensors(split)
     batches = -(-len(split) // batch_size)
 
     def batch(indices):
@@ -83,7 +115,8 @@ def evaluation(split: Split, classes: int, batch_size: int) -> tf.data.Dataset:
         indices = tf.where(filling, tf.zeros_like(indices), indices)
         # one_hot makes an index of -1 all zero.
         label = tf.where(filling, -tf.ones_like(indices), tf.gather(labels, indices))
-        return tf.gather(images, indices), tf.one_hot(label, classes)
+        return tf.gather(stored, tf.gather(rows, indices)), tf.one_hot(label, classes)
 
     indices = tf.data.Dataset.range(batches * batch_size).batch(batch_size, drop_remainder=True)
-    return indices.map(batch, tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    batches = indices.map(batch, tf.data.AUTOTUNE, deterministic=True)
+    return _in_place(batches.prefetch(tf.data.AUTOTUNE))

@@ -152,7 +152,12 @@ def prepare(config: TrainConfig) -> Plan:
     keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.dtype_policy)
     dataset = data.load(
-        config.data, config.data_dir, config.image_size, config.val_fraction, config.seed
+        config.data,
+        config.data_dir,
+        config.image_size,
+        config.val_fraction,
+        config.seed,
+        config.cache_dir,
     )
     one_pass = pipeline.steps_in(dataset.train, config.batch_size)
     steps = config.steps_per_epoch or one_pass

@@ -127,6 +127,7 @@ def test_all_differences_are_named():
         ("run_dir", "elsewhere"),
         ("export", False),
         ("data_dir", "elsewhere"),
+        ("cache_dir", "elsewhere"),
         ("dry_run", True),
         ("list_models", True),
     ],

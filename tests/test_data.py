@@ -29,7 +29,9 @@ def splits_of(train, test, val=None) -> Splits:
 # ---- Specs
 
 
-@pytest.mark.parametrize("spec", ["", ":", "zip:x.zip", "folders:x", "splits:x", "tfds:cifar10"])
+@pytest.mark.parametrize(
+    "spec", ["", ":", "zip:x.zip", "folders:x", "splits:x", "cache:x", "tfds:cifar10"]
+)
 def test_an_unknown_source_lists_the_choices(spec):
     with pytest.raises(UsageError) as caught:
         data.load(spec)
@@ -164,7 +166,7 @@ def test_an_empty_split_is_refused(train, test, word):
 def changed_pixel(split):
     images = split.images.copy()
     images[-1, -1, -1, -1] += 1
-    return dataclasses.replace(split, images=images)
+    return dataclasses.replace(split, stored=images)
 
 
 def changed_label(split):
@@ -182,6 +184,33 @@ def test_fingerprint_changes_with_the_data(change):
     split = split_of([0, 1, 2])
     assert change(split).fingerprint != split.fingerprint
     assert split_of([0, 1, 2]).fingerprint == split.fingerprint
+
+
+def test_fingerprint_of_a_part_is_that_of_its_images():
+    split = split_of(np.arange(10) % 3)
+    known = dataclasses.replace(split, digests=splits.pixel_digests(split.stored))
+    rows = np.array([7, 2, 2, 9])
+    expected = Split(split.images[rows], split.labels[rows]).fingerprint
+    for whole in (split, known):
+        assert whole.take(rows).fingerprint == expected
+        assert whole.take(rows[::-1]).fingerprint != expected
+        assert whole.take(np.arange(10)).fingerprint == split.fingerprint
+
+
+def test_fingerprint_changes_with_the_shape():
+    split = split_of([0, 1, 2])
+    other = Split(split.images.reshape(3, 2, 8, 3), split.labels)
+    assert other.fingerprint != split.fingerprint
+
+
+def test_parts_of_parts_are_the_same_rows_and_share_their_images():
+    split = split_of(np.arange(10) % 3)
+    part = split.take(np.array([9, 1, 5, 3])).take(np.array([2, 0]))
+    assert part.stored is split.stored
+    assert part.images[:, 0, 0, 0].tolist() == [5, 9]
+    assert part.labels.tolist() == [2, 0]
+    assert len(part) == 2
+    assert part.image_shape == (4, 4, 3)
 
 
 def test_fingerprint_does_not_depend_on_the_memory_layout():
@@ -205,6 +234,7 @@ def test_what_fits_in_memory_is_allocated():
     images = splits.allocate(3, (4, 5, 3), "x")
     assert images.shape == (3, 4, 5, 3)
     assert images.dtype == np.uint8
+    assert images.ctypes.data % 64 == 0  # as tensors are
 
 
 def test_what_is_free_now_decides(monkeypatch):

@@ -314,20 +314,14 @@ def test_a_locked_folder_is_named(tmp_path, which):
 def test_a_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch):
     write_folder(tmp_path, {"train": 12, "test": 6})
     locked = tmp_path / which
-    iterdir, stat = pathlib.Path.iterdir, pathlib.Path.stat
+    scandir = os.scandir
 
     def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
+        if pathlib.Path(path) == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
 
-    # As with mode 000: neither listing it nor looking at what is in it is allowed.
-    monkeypatch.setattr(
-        pathlib.Path, "iterdir", lambda self: refuse(self) if self == locked else iterdir(self)
-    )
-    monkeypatch.setattr(
-        pathlib.Path,
-        "stat",
-        lambda self, **options: refuse(self) if locked in self.parents else stat(self, **options),
-    )
+    monkeypatch.setattr(os, "scandir", refuse)
     message = refusal(tmp_path)
     assert str(locked) in message
     assert "Permission denied" in message
@@ -336,14 +330,14 @@ def test_a_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch)
 def test_an_unreadable_picture_is_named(tmp_path, monkeypatch):
     write_folder(tmp_path, {"train": 12, "test": 6})
     locked = tmp_path / "train" / "class_1" / "001.png"
-    stat = pathlib.Path.stat
+    real = open
 
-    def refuse(self, **options):
-        if self == locked:
-            raise PermissionError(13, "Permission denied", str(self))
-        return stat(self, **options)
+    def refuse(path, *args, **options):
+        if str(path) == str(locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
 
-    monkeypatch.setattr(pathlib.Path, "stat", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     assert f"{locked} cannot be used: Permission denied" in refusal(tmp_path)
 
 

@@ -9,7 +9,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from keras_cifar import data, image
+from keras_cifar.data import tfds as source
 from keras_cifar.errors import UsageError, UserError
+from tests.test_data_cache import left, needs_proc, peaks
 
 NAMES = ("cat", "dog", "frog")
 
@@ -115,6 +117,17 @@ class TinyWithheld(TinyValidation):
         )
 
 
+class TinyMany(_Tiny):
+    """More than a block of them."""
+
+    SPLITS = {"train": 1000, "test": 8}  # noqa: RUF012
+    SHAPE = (2, 3, 3)
+
+    @classmethod
+    def examples(cls, split):
+        return zip(*pictures(cls.SPLITS[split], seed=1, sides=(2, 3)), strict=True)
+
+
 class TinyUnsupervised(_Tiny):
     """Without supervised keys."""
 
@@ -142,6 +155,7 @@ BUILDERS = (
     TinyOnlyTrain,
     TinyOnlyTest,
     TinyWithheld,
+    TinyMany,
     TinyUnsupervised,
     TinyOtherKeys,
     TinyRegression,
@@ -253,6 +267,146 @@ def test_a_data_set_of_train_alone_gets_a_test_split_whatever_the_seed(data_dir)
 def test_a_data_set_without_train_is_refused(data_dir):
     with pytest.raises(UserError, match="no split train; it has test"):
         load(data_dir, "tiny_only_test")
+
+
+# ---- The cache
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list:
+    """Which splits were decoded since the list was emptied."""
+    splits, real = [], source._batches
+
+    def count(builder, split, size):
+        splits.append(split)
+        return real(builder, split, size)
+
+    monkeypatch.setattr(source, "_batches", count)
+    return splits
+
+
+def test_a_second_load_decodes_nothing(data_dir, tmp_path, decoded):
+    first = load(data_dir, "tiny_plain", cache_dir=str(tmp_path))
+    assert decoded == ["train", "test"]
+    second = load(data_dir, "tiny_plain", cache_dir=str(tmp_path))
+    assert decoded == ["train", "test"]
+    assert second.describe() == first.describe()
+    assert_is(second.test, TinyPlain, "test")
+    assert len(left(tmp_path)) == 2
+
+
+def test_another_image_size_is_another_entry(data_dir, tmp_path, decoded):
+    for image_size in (None, 4, 5):
+        decoded.clear()
+        load(data_dir, "tiny_plain", cache_dir=str(tmp_path), image_size=image_size)
+        assert decoded == ["train", "test"]
+
+
+def test_splits_of_the_same_shape_are_different_entries(data_dir, tmp_path):
+    dataset = load(data_dir, "tiny_validation", cache_dir=str(tmp_path))
+    assert len(left(tmp_path)) == 3
+    assert_is(dataset.val, TinyValidation, "validation")
+
+
+def test_what_is_prepared_again_with_other_pictures_is_decoded_again(
+    data_dir, tmp_path, monkeypatch
+):
+    before = load(data_dir, "tiny_plain", cache_dir=str(tmp_path / "cache"))
+    examples = TinyPlain.examples
+    monkeypatch.setattr(
+        TinyPlain, "examples", lambda self, split: ((255 - p, y) for p, y in examples(split))
+    )
+    TinyPlain(data_dir=str(tmp_path)).download_and_prepare()
+    after = load(tmp_path, "tiny_plain", cache_dir=str(tmp_path / "cache"))
+    np.testing.assert_array_equal(after.test.images, 255 - before.test.images)
+
+
+@pytest.mark.parametrize("place", ["beginning", "end"])
+def test_a_changed_record_file_is_read_again(data_dir, tmp_path, place, decoded):
+    shutil.copytree(data_dir / "tiny_plain", tmp_path / "tiny_plain")
+    load(tmp_path, "tiny_plain", cache_dir=str(tmp_path / "cache"))
+    file = record_file(tmp_path)
+    contents = bytearray(file.read_bytes())
+    contents[30 if place == "beginning" else -30] ^= 0xFF
+    file.write_bytes(contents)
+    with pytest.raises(UserError, match="tiny_plain train cannot be read"):
+        load(tmp_path, "tiny_plain", cache_dir=str(tmp_path / "cache"))
+    assert len(left(tmp_path / "cache")) == 2  # those of before
+
+
+def test_only_the_ends_of_record_files_are_looked_at(data_dir, tmp_path, monkeypatch, decoded):
+    monkeypatch.setattr(source, "ENDS", 16)
+    shutil.copytree(data_dir / "tiny_plain", tmp_path / "tiny_plain")
+    load(tmp_path, "tiny_plain", cache_dir=str(tmp_path / "cache"))
+    file = record_file(tmp_path)
+    contents = bytearray(file.read_bytes())
+    contents[200] ^= 0xFF
+    file.write_bytes(contents)
+    decoded.clear()
+    load(tmp_path, "tiny_plain", cache_dir=str(tmp_path / "cache"))
+    assert decoded == []
+
+
+def test_array_records_are_read_as_tfrecords_are(data_dir, tmp_path, decoded):
+    TinyValidation(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
+    assert list((tmp_path / "tiny_validation" / "1.0.0").glob("*.array_record-*"))
+    dataset = load(tmp_path, "tiny_validation", cache_dir=str(tmp_path / "cache"))
+    for name, split in (("train", "train"), ("validation", "val"), ("test", "test")):
+        assert_is(dataset.split(split), TinyValidation, name)
+    assert dataset.describe() == load(data_dir, "tiny_validation").describe()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.write_bytes(file.read_bytes()[:-100]), lambda file: file.unlink()]
+)
+def test_damaged_array_records_are_refused_in_one_line(tmp_path, damage):
+    TinyPlain(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
+    for file in (tmp_path / "tiny_plain" / "1.0.0").glob("*-train.array_record-*"):
+        damage(file)
+    with pytest.raises(UserError, match="tiny_plain train cannot be read") as caught:
+        load(tmp_path, "tiny_plain", cache_dir=str(tmp_path / "cache"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_that_lost_records_is_refused(data_dir, tmp_path):
+    shutil.copytree(data_dir / "tiny_plain", tmp_path / "tiny_plain")
+    short = data_dir / "tiny_plain" / "1.0.0"
+    shutil.copy(next(short.glob("*-test.tfrecord-*")), record_file(tmp_path))  # 8 records, not 20
+    with pytest.raises(UserError, match=r"tiny_plain train cannot be read: .*only 8"):
+        load(tmp_path, "tiny_plain", cache_dir=str(tmp_path / "cache"))
+    assert left(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("change", [lambda b: b.unbatch().take(13).batch(5), lambda b: b.repeat(2)])
+def test_another_number_of_images_than_is_said_is_refused(data_dir, tmp_path, monkeypatch, change):
+    real = source._batches
+    monkeypatch.setattr(source, "_batches", lambda *a: change(real(*a)))
+    with pytest.raises(UserError, match=r"tiny_plain train has (13|40) images instead of 20"):
+        load(data_dir, "tiny_plain", cache_dir=str(tmp_path))
+    assert left(tmp_path) == []
+
+
+@needs_proc
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_reading_takes_no_memory_for_all_of_it(tmp_path, file_format):
+    TinyMany(data_dir=str(tmp_path)).download_and_prepare(file_format=file_format)
+    result = peaks(f"""
+        import json
+        from keras_cifar import data
+
+        arguments = dict(data_dir={str(tmp_path)!r}, cache_dir={str(tmp_path / "cache")!r})
+        data.load("tiny_many", image_size=8, **arguments)  # what TensorFlow needs for anything
+        result = {{}}
+        for name in ("first", "second"):
+            with Peak() as peak:
+                dataset = data.load("tiny_many", image_size=384, **arguments)
+                dataset.describe()
+            result[name] = peak.most
+        print(json.dumps(result))
+    """)
+    shutil.rmtree(tmp_path)  # 446 MB
+    assert result["first"] < 200, result
+    assert result["second"] < 30, result
 
 
 # ---- What cannot be used

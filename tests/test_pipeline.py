@@ -1,6 +1,8 @@
 """Batches: what a pass holds, in which order, where a run goes on, and what evaluation sees."""
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tensorflow as tf
 
 from keras_cifar import augmentation, pipeline
 from keras_cifar.data import Split
+from keras_cifar.data.splits import allocate
 from keras_cifar.errors import UserError
 
 AUGMENT = "crop(2)|flip|mixup(0.2)"
@@ -171,3 +174,74 @@ def test_evaluation_fills_the_last_batch_with_labels_of_zero(count):
 def test_evaluation_is_the_same_again():
     dataset = pipeline.evaluation(numbered(10), 3, 4)
     assert_same_batches(take(dataset, 9), take(dataset, 9))
+
+
+# ---- Where the images are
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    copy = allocate(len(array), array.shape[1:], "x")
+    copy[:] = array
+    return copy
+
+
+@pytest.mark.parametrize("writeable", [True, False])
+def test_tensors_share_the_memory_of_aligned_images(writeable):
+    memory = aligned(numbered(9).images)
+    images = memory[:]
+    images.flags.writeable = writeable
+    batches = pipeline.evaluation(Split(images, np.zeros(9, np.int64)), 3, 9)
+    memory[4] = 77
+    (batch,) = take(batches, 2)
+    np.testing.assert_array_equal(batch[0], images)
+
+
+def test_the_memory_lives_as_long_as_its_batches():
+    split = Split(aligned(numbered(9).images), np.zeros(9, np.int64))
+    reference, expected = weakref.ref(split.stored), split.images.copy()
+    batches = pipeline.evaluation(split, 3, 9)
+    del split
+    gc.collect()
+    np.testing.assert_array_equal(take(batches, 2)[0][0], expected)
+    del batches
+    gc.collect()
+    assert reference() is None
+
+
+def unaligned(array):
+    memory = np.empty(array.size + 65, np.uint8)
+    start = -memory.ctypes.data % 64 + 1
+    copy = memory[start : start + array.size].reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
+def read_only(array):
+    array = aligned(array)
+    array.flags.writeable = False
+    return array
+
+
+def other_layout(array):
+    return aligned(np.concatenate([array, array], axis=2))[:, :, : array.shape[2]]
+
+
+@pytest.mark.parametrize("arrange", [aligned, unaligned, read_only, other_layout])
+def test_images_may_lie_in_memory_as_they_like(arrange):
+    split = numbered(9)
+    other = Split(arrange(split.images), split.labels)
+    assert_same_batches(
+        take(pipeline.training(other, 3, 4, AUGMENT, seed=0), 5),
+        take(pipeline.training(split, 3, 4, AUGMENT, seed=0), 5),
+    )
+
+
+def test_a_part_of_a_split_is_trained_and_evaluated_on_as_if_it_were_all():
+    whole = numbered(20)
+    rows = np.array([17, 3, 4, 11, 0, 9, 2])
+    part, copy = whole.take(rows), Split(whole.images[rows], whole.labels[rows])
+    for build in (
+        lambda split: pipeline.training(split, 3, 3, AUGMENT, seed=0),
+        lambda split: pipeline.evaluation(split, 3, 3),
+    ):
+        assert_same_batches(take(build(part), 5), take(build(copy), 5))

@@ -13,6 +13,7 @@ import zlib
 import numpy as np
 
 from keras_cifar import image
+from keras_cifar.data.cache import Cache
 from keras_cifar.data.splits import Split, Splits, allocate
 from keras_cifar.errors import UserError, reason
 
@@ -57,7 +58,7 @@ LAYOUTS = (
 )  # fmt: skip
 
 
-def load(argument: str, data_dir: str | None, image_size: int | None) -> Splits:
+def load(argument: str, data_dir: str | None, image_size: int | None, cache: Cache) -> Splits:
     """Reads an archive, or the folder it was unpacked to.
 
     Raises:

@@ -9,32 +9,63 @@ import psutil
 
 from keras_cifar.errors import UserError
 
+ALIGNMENT = 64  # bytes, of TensorFlow's tensors
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels in memory.
+    """Images and labels: some rows, in some order, of images in memory or mapped from a disk.
 
     Attributes:
-        images: uint8 [N, H, W, 3], RGB in [0, 255].
+        stored: uint8 [M, H, W, 3], RGB in [0, 255]; splits that were taken from one share it.
         labels: int64 [N], indices into the class names.
+        rows: int64 [N], the rows of `stored` that are this split's; None is all of them.
+        digests: uint8 [M, 16], `pixel_digests` of `stored`, where they are known already.
     """
 
-    images: np.ndarray
+    stored: np.ndarray
     labels: np.ndarray
+    rows: np.ndarray | None = None
+    digests: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def images(self) -> np.ndarray:
+        """uint8 [N, H, W, 3]: a copy in memory, unless the split is all of what is stored."""
+        return self.stored if self.rows is None else self.stored[self.rows]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, 3)."""
+        return self.stored.shape[1:]
+
     def take(self, indices: np.ndarray) -> "Split":
-        """The examples at `indices`, in that order."""
-        return Split(self.images[indices], self.labels[indices])
+        """The examples at `indices`, in that order; no pixels are copied."""
+        rows = np.asarray(indices if self.rows is None else self.rows[indices], np.int64)
+        return dataclasses.replace(self, labels=self.labels[indices], rows=rows)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the pixels and labels in order: equal for equal data only."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.images))
+        if self.digests is None:
+            digests = pixel_digests(self.stored, self.rows)
+        else:
+            digests = self.digests if self.rows is None else self.digests[self.rows]
+        digest = hashlib.sha256(repr(tuple(self.image_shape)).encode())
+        digest.update(np.ascontiguousarray(digests))
         digest.update(np.ascontiguousarray(self.labels))
         return digest.hexdigest()[:16]
+
+
+def pixel_digests(images: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [n, 16]: a hash of each image uint8 [H, W, 3], of all or of those in `rows`."""
+    rows = range(len(images)) if rows is None else rows
+    joined = b"".join(
+        hashlib.blake2b(np.ascontiguousarray(images[row]), digest_size=16).digest() for row in rows
+    )
+    return np.frombuffer(joined, np.uint8).reshape(-1, 16)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +137,7 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
                 f"as many as {1 / val_fraction:.0f}; use a larger share, or 0"
             )
         val, train = train.take(np.flatnonzero(held_out)), train.take(np.flatnonzero(~held_out))
-    return Dataset(train, val, test, splits.class_names, train.images.shape[1:])
+    return Dataset(train, val, test, splits.class_names, train.image_shape)
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -124,7 +155,7 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def allocate(count: int, shape: tuple[int, int, int], where: str) -> np.ndarray:
-    """uint8 [count, *shape], or a UserError when the machine's memory cannot hold it."""
+    """uint8 [count, *shape] in memory, or a UserError when the machine's cannot hold it."""
     needed = count * int(np.prod(shape))
     available = psutil.virtual_memory().available
     if needed > available:
@@ -132,4 +163,7 @@ def allocate(count: int, shape: tuple[int, int, int], where: str) -> np.ndarray:
             f"{where}: {count} images of {shape[0]} x {shape[1]} pixels need {needed / 1e9:.1f} GB "
             f"of memory and {available / 1e9:.1f} GB are free; choose a smaller --image_size"
         )
-    return np.empty((count, *shape), np.uint8)
+    # NumPy aligns to 16 bytes; TensorFlow takes what is aligned to 64 without a copy.
+    memory = np.empty(needed + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + needed].reshape(count, *shape)

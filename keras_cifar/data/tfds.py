@@ -1,6 +1,7 @@
 """Image-classification data sets of TensorFlow Datasets, by name."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -11,10 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar import image
-from keras_cifar.data.splits import Split, Splits, allocate, hold_out
+from keras_cifar.data.cache import Cache, in_block
+from keras_cifar.data.splits import Split, Splits, hold_out
 from keras_cifar.errors import UsageError, UserError, reason
 
 CONNECT_TIMEOUT = 10  # seconds; TFDS itself tries again for more than 3 minutes
+ENDS = 2**16  # bytes at the beginning and at the end of a file
 TEST_FRACTION = 0.1  # held out of train where a data set has neither test nor validation
 
 OTHER_WAYS = (
@@ -23,7 +26,7 @@ OTHER_WAYS = (
 )
 
 
-def load(argument: str, data_dir: str | None, image_size: int | None) -> Splits:
+def load(argument: str, data_dir: str | None, image_size: int | None, cache: Cache) -> Splits:
     """Reads a TFDS data set, downloading and preparing it where `data_dir` has it not.
 
     Raises:
@@ -44,7 +47,7 @@ def load(argument: str, data_dir: str | None, image_size: int | None) -> Splits:
     _prepare(builder, name)
 
     def read(split):
-        return _read(builder, split, size, f"{name} {split}")
+        return _read(builder, split, size, f"{name} {split}", cache)
 
     available = builder.info.splits
     if "train" not in available:
@@ -111,29 +114,86 @@ def _check_connection(builder) -> None:
             raise OSError(f"no connection to {url.hostname}: {reason(error)}") from None
 
 
-def _read(builder, split: str, size: tuple[int, int], where: str) -> Split:
-    """Decodes a split with our own decoder, so that training sees what serving will see."""
+def _read(builder, split: str, size: tuple[int, int], where: str, cache: Cache) -> Split:
+    """The images of a split, decoded unless `cache` has them."""
+    info = builder.info.splits[split]
+    made_of = {
+        "source": "tfds",
+        "name": builder.info.full_name,
+        "split": split,
+        "files": _files(info),
+        "image_size": size,
+    }
+    found = cache.find(made_of)
+    if found is not None:
+        return found
+
+    def fill(write):
+        try:
+            batches = _batches(builder, split, size)
+        except Exception as error:  # Each format has errors of its own for files that are missing.
+            raise UserError(f"{where} cannot be read: {reason(error)}; prepare it again") from None
+        labels = np.empty(info.num_examples, np.int64)
+        position = 0
+        try:
+            for pixels, batch_labels in batches.as_numpy_iterator():
+                stop = position + len(pixels)
+                if stop <= len(labels):
+                    labels[position:stop] = batch_labels
+                    write(position, pixels)
+                position = stop
+        except tf.errors.OpError as error:
+            raise UserError(f"{where} cannot be read: {reason(error)}; prepare it again") from None
+        if position != len(labels):
+            raise UserError(
+                f"{where} has {position} images instead of {len(labels)}; prepare it again"
+            )
+        return labels
+
+    return cache.make(made_of, (info.num_examples, *size, 3), where, fill)
+
+
+def _files(info) -> str:
+    """A hash of the names, sizes, beginnings and ends of a split's files.
+
+    What was prepared is not changed afterwards, so this needs to see no more than another
+    preparation, and ImageNet is not read whole at each start.
+    """
+    digest = hashlib.sha256()
+    for path in info.filepaths:
+        digest.update(path.name.encode())
+        with contextlib.suppress(OSError, tf.errors.OpError):  # Reading it will say why.
+            length = path.stat().length
+            with path.open("rb") as file:
+                digest.update(b"%d" % length + file.read(ENDS))
+                file.seek(max(0, length - ENDS))
+                digest.update(file.read(ENDS))
+    return digest.hexdigest()
+
+
+def _batches(builder, split: str, size: tuple[int, int]) -> tf.data.Dataset:
+    """(uint8 [n, H, W, 3], int64 [n]), decoded by us, so that training sees what serving will see."""
     import tensorflow_datasets as tfds
 
     def decode(encoded, label):
         return image.resize(image.decode(encoded), size), label
 
-    info = builder.info.splits[split]
-    images = allocate(info.num_examples, (*size, 3), where)
-    labels = np.empty(info.num_examples, np.int64)
-    dataset = builder.as_dataset(
-        split=split,
-        as_supervised=True,
-        decoders={"image": tfds.decode.SkipDecoding()},
-        shuffle_files=False,
+    options = {"split": split, "decoders": {"image": tfds.decode.SkipDecoding()}}
+    if builder.info.file_format in tfds.core.file_adapters.FileFormat.with_random_access():
+        source = builder.as_data_source(**options)  # array_record, which has no tf.data.Dataset
+        dataset = tf.data.Dataset.from_generator(
+            lambda: ((example["image"], example["label"]) for example in source),
+            output_signature=(tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int64)),
+        )
+    else:
+        dataset = builder.as_dataset(
+            **options,
+            as_supervised=True,
+            shuffle_files=False,
+            read_config=tfds.ReadConfig(try_autocache=False),  # It is read once.
+        )
+    return (
+        dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+        .batch(in_block((*size, 3)))
+        .prefetch(2)
     )
-    dataset = dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE).batch(256).prefetch(2)
-    position = 0
-    try:
-        for pixels, batch_labels in dataset.as_numpy_iterator():
-            stop = position + len(pixels)
-            images[position:stop], labels[position:stop] = pixels, batch_labels
-            position = stop
-    except tf.errors.OpError as error:
-        raise UserError(f"{where} cannot be read: {reason(error)}; prepare it again") from None
-    return Split(images[:position], labels[:position])

@@ -1,0 +1,298 @@
+"""Decoded images on disk, made once and mapped into memory from then on.
+
+An entry is one split of a source at one size: a directory named by a hash of all that decides its
+pixels. It is written under another name, put on the disk and renamed, so it is whole or not there.
+Entries are never changed: whoever has one mapped keeps it, also when it is replaced or deleted.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import PIL
+import tensorflow as tf
+import tqdm
+
+from keras_cifar import image
+from keras_cifar.data.splits import Split, pixel_digests
+from keras_cifar.errors import UserError, reason
+from keras_cifar.run import sync
+
+# Of the files of an entry. What decodes is part of the name too, so that no entry outlives it.
+LAYOUT = 1
+DECODER = [LAYOUT, image.VERSION, PIL.__version__, tf.__version__]
+
+SAMPLE = 16  # images of an entry that are compared with their digests when it is opened
+
+BLOCK = 2**23  # bytes of pixels that are decoded before they are written
+
+# write(start, images) puts uint8 [n, H, W, 3] into rows start ... start + n; threads may call it.
+Write = Callable[[int, np.ndarray], None]
+
+
+class Cache:
+    """A directory of entries.
+
+    Args:
+        directory: None is `$XDG_CACHE_HOME/keras_cifar` or `~/.cache/keras_cifar`, and a directory
+            for temporary files where that cannot be written.
+    """
+
+    def __init__(self, directory: str | None = None):
+        self._given = directory
+        self._places = [pathlib.Path(directory).expanduser()] if directory else default_places()
+
+    def find(self, made_of: dict) -> Split | None:
+        """The entry of that description; None where there is none, or a damaged one."""
+        for place in self._places:
+            split = _open(place / _name(made_of))
+            if split is not None:
+                return split
+        return None
+
+    def make(
+        self,
+        made_of: dict,
+        shape: tuple[int, int, int, int],
+        what: str,
+        fill: Callable[[Write], np.ndarray],
+    ) -> Split:
+        """Makes an entry, unless another process does so at the same time, and opens it.
+
+        Args:
+            made_of: all that decides the pixels and labels, for JSON; "source" names the kind.
+            shape: (N, H, W, 3).
+            what: the split, for messages.
+            fill: writes all images and returns the labels, int64 [N].
+
+        Raises:
+            UserError: the directory cannot be written, or the disk is too full; and what `fill`
+                raises. Nothing is left then.
+        """
+        if not shape[0]:
+            return Split(np.empty(shape, np.uint8), np.empty(0, np.int64))
+        name, place = _name(made_of), self._writable
+        with _lock(place / f"{name}.lock", what) as locked:
+            split = locked and _open(place / name)
+            if split:
+                return split
+            if locked:
+                _clean(place, name)
+            _check_space(place, shape, what)
+            temporary = place / f"{name}.building-{secrets.token_hex(8)}"
+            try:
+                temporary.mkdir()
+                _write(temporary, made_of, shape, what, fill)
+                _install(temporary, place / name)
+            except OSError as error:
+                raise UserError(
+                    f"{what}: the cache {place} cannot be written: {reason(error)}; "
+                    "choose another --cache_dir"
+                ) from None
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            split = _open(place / name)
+        if split is None:
+            raise UserError(f"{what}: {place / name} was damaged while it was written; start again")
+        return split
+
+    @functools.cached_property
+    def _writable(self) -> pathlib.Path:
+        """The first place that can be written."""
+        errors = []
+        for place in self._places:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=place).close()
+            except OSError as error:
+                errors.append(f"{place} cannot be written ({reason(error)})")
+                continue
+            if errors:
+                print(f"cache     {errors[0]}; {place} is used", file=sys.stderr, flush=True)
+            return place
+        flag = f"--cache_dir={self._given}: " if self._given else ""
+        raise UserError(f"{flag}the cache {errors[0]}; choose another --cache_dir")
+
+
+def in_block(image_shape: tuple[int, int, int]) -> int:
+    """How many images of (H, W, 3) are decoded before they are written."""
+    return min(64, max(1, BLOCK // int(np.prod(image_shape))))
+
+
+def default_places() -> list[pathlib.Path]:
+    """Where entries are where no --cache_dir is given, the preferred place first."""
+    places = []
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # The standard has such a value ignored.
+        base = pathlib.Path(os.path.expanduser("~"), ".cache")
+    if base.is_absolute():  # "~" stays where the user has no home.
+        places.append(base / "keras_cifar")
+    # Of one user, who alone may write what he will train on.
+    return [*places, pathlib.Path(tempfile.gettempdir(), f"keras_cifar-{os.getuid()}")]
+
+
+def _name(made_of: dict) -> str:
+    text = json.dumps({"made_of": made_of, "decoder": DECODER}, sort_keys=True)
+    return f"{made_of['source']}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+# ---- Reading
+
+
+def _open(path: pathlib.Path) -> Split | None:
+    """The entry at `path`, its images mapped; None where there is none or it is damaged."""
+    try:
+        about = json.loads((path / "entry.json").read_text("utf-8"))
+        if (path / "images.npy").stat().st_size != about["bytes"]:
+            return None
+        # Not to be written, even privately: Linux would refuse to map more than it has memory for.
+        images = np.load(path / "images.npy", mmap_mode="r").view(np.ndarray)
+        split = Split(images, np.load(path / "labels.npy"), digests=np.load(path / "digests.npy"))
+        if list(images.shape) != about["shape"] or images.dtype != np.uint8:
+            return None
+        # Of labels and digests, and by some of the digests of the pixels: all of them may be more
+        # than the memory holds.
+        if len(images) != len(split) or split.fingerprint != about["fingerprint"]:
+            return None
+        sample = np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)
+        intact = np.array_equal(pixel_digests(images, sample), split.digests[sample])
+        return split if intact else None
+    except Exception:  # A damaged file can raise almost anything.
+        return None
+
+
+# ---- Writing
+
+
+def _write(path: pathlib.Path, made_of: dict, shape: tuple, what: str, fill: Callable) -> None:
+    """Writes the files of an entry into the directory `path` and puts them on the disk."""
+    digests = np.empty((shape[0], 16), np.uint8)
+    stride = int(np.prod(shape[1:]))
+    with (
+        open(path / "images.npy", "wb", buffering=0) as file,
+        tqdm.tqdm(total=shape[0], desc=f"reading {what}", leave=False, disable=None) as bar,
+    ):
+        # NumPy fills the header up to a multiple of 64 bytes, to which TensorFlow's tensors align.
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
+        header = file.tell()
+
+        def write(start, images):
+            images = np.ascontiguousarray(images)
+            digests[start : start + len(images)] = pixel_digests(images)
+            # Written and not mapped: on a full disk this raises where a mapping kills the process.
+            done = os.pwrite(file.fileno(), images, header + start * stride)
+            if done != images.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            bar.update(len(images))
+
+        labels = fill(write)
+        os.fsync(file.fileno())
+    np.save(path / "labels.npy", labels)
+    np.save(path / "digests.npy", digests)
+    about = {
+        "what": what,
+        "made_of": made_of,
+        "decoder": DECODER,
+        "shape": shape,
+        "bytes": header + shape[0] * stride,
+        "fingerprint": Split(
+            np.empty((0, *shape[1:]), np.uint8), labels, None, digests
+        ).fingerprint,
+    }
+    (path / "entry.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+    for name in ("labels.npy", "digests.npy", "entry.json", "."):
+        sync(path / name)
+
+
+def _install(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Renames a complete entry to its place, which a damaged or an equal one may hold."""
+    for _ in range(10):
+        with contextlib.suppress(FileNotFoundError):
+            aside = path.with_name(f"{path.name}.building-{secrets.token_hex(8)}")
+            if _open(path) is not None:
+                return
+            os.rename(path, aside)
+            _remove(aside)
+        try:
+            os.rename(temporary, path)
+            sync(path.parent)
+            return
+        except OSError as error:  # Another process was faster.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def _remove(path: pathlib.Path) -> None:
+    """Removes a directory, or the file in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _lock(path: pathlib.Path, what: str) -> Iterator[bool]:
+    """Holds the lock of an entry, which ends with the process however that ends.
+
+    It saves two processes from doing the same work; the entry is safe without it. So where the file
+    system has no locks, False is yielded instead of True.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that reads {what}", file=sys.stderr, flush=True)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def _clean(place: pathlib.Path, mine: str) -> None:
+    """Removes what killed processes left: half-written entries whose lock nobody holds."""
+    for path in place.glob("*.building-*"):
+        name = path.name.partition(".building-")[0]
+        if name == mine:
+            _remove(path)
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(place / f"{name}.lock", os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(descriptor)
+
+
+def _check_space(place: pathlib.Path, shape: tuple, what: str) -> None:
+    needed = int(np.prod(shape, dtype=object)) + shape[0] * 24  # with labels and digests
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{what}: {shape[0]} images of {shape[1]} x {shape[2]} pixels need {needed / 1e9:.1f} GB "
+            f"of disk and {free / 1e9:.1f} GB are free in {place}; choose another --cache_dir or a "
+            "smaller --image_size"
+        )
