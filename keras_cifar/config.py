@@ -8,7 +8,7 @@ from keras_cifar.errors import UsageError
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 STRATEGIES = ("auto", "none", "mirrored", "multiworker")
-DTYPE_POLICIES = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
+DTYPE_POLICIES = ("auto", "float32", "float64", "mixed_float16", "mixed_bfloat16")
 SPLITS = ("train", "val", "test")
 
 
@@ -98,7 +98,12 @@ class TrainConfig:
     replicas: int | None = option(
         None, "replicas to use; on a machine without GPU, virtual CPU devices", "Devices"
     )
-    dtype_policy: str = option("float32", "mixed ones are for GPUs", "Devices", DTYPE_POLICIES)
+    dtype_policy: str = option(
+        "auto",
+        "auto: mixed_bfloat16 on GPUs that are made for it, else float32",
+        "Devices",
+        DTYPE_POLICIES,
+    )
 
     run_dir: str | None = option(
         None,

@@ -1,23 +1,83 @@
-"""What must be set before TensorFlow is imported. Everything the user has set stays as it is."""
+"""The switches of TensorFlow and Keras that this package sets, all of them, and why.
+
+| switch | where nothing else is asked for | why |
+|---|---|---|
+| `TF_ENABLE_ONEDNN_OPTS` | 1 | TensorFlow turns oneDNN on by itself only on CPUs with AVX-512 VNNI \
+or newer; on others it is 1.7 to 3 times faster too |
+| `TF_CPP_MIN_LOG_LEVEL` | 3 | start-up noise; import_tensorflow silences the rest of it |
+| `KERAS_BACKEND` | tensorflow | the only one whose graphs we write |
+| `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS` | the CPU quota, where a container has one \
+that is less than its cores | TensorFlow counts cores, and more threads than quota are throttled |
+| XLA | one GPU: on; otherwise off | on a CPU it makes convolutions slower (ResNet-32: half the \
+speed), and Keras 3 fails with it under a strategy |
+| `--dtype_policy=auto` | mixed_bfloat16 on GPUs with tensor cores for it, else float32 | twice the \
+speed and half the memory there; slow on CPUs without bfloat16 instructions |
+
+The first four are environment variables: they are set before TensorFlow is imported, and one that
+the user has set stays as it is. Threads are otherwise TensorFlow's own choice, one for each core;
+one inter-op thread, and larger malloc thresholds, were tried and were not faster.
+"""
 
 import contextlib
+import math
 import os
+import pathlib
 import sys
 import tempfile
 
-# TensorFlow turns oneDNN on by itself only on CPUs with AVX-512 VNNI or newer; on others it is
-# 1.7 to 3 times faster too, but must be asked for.
 DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "1",
     "KERAS_BACKEND": "tensorflow",
 }
+THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+
+# Where Linux says how many microseconds of CPU a container may use in each period.
+CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
+
+BFLOAT16_CAPABILITY = (8, 0)  # of GPUs: NVIDIA's Ampere, the first with bfloat16 tensor cores
+
+
+# The variables that `configure` has set in this process.
+changed: set[str] = set()
 
 
 def configure() -> None:
     """Sets the defaults of the environment that the user has not set."""
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    defaults, quota = dict(DEFAULTS), cpu_quota()
+    if quota and quota < len(os.sched_getaffinity(0)):
+        defaults |= dict.fromkeys(THREADS, str(quota))
+    for name in defaults.keys() - os.environ.keys():
+        os.environ[name] = defaults[name]
+        changed.add(name)
+
+
+def cpu_quota() -> int | None:
+    """The CPUs that this process's container may use, rounded up; None where there is no limit."""
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def use_xla(strategy: str) -> bool:
+    """Whether to compile the training step with XLA, under the strategy of that name."""
+    import tensorflow as tf
+
+    return strategy == "none" and bool(tf.config.list_physical_devices("GPU"))
+
+
+def dtype_policy(name: str) -> str:
+    """The Keras dtype policy that `--dtype_policy=name` stands for on this machine."""
+    import tensorflow as tf
+
+    if name != "auto":
+        return name
+    gpus = tf.config.list_physical_devices("GPU")
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    capable = [d.get("compute_capability", (0, 0)) >= BFLOAT16_CAPABILITY for d in details]
+    return "mixed_bfloat16" if gpus and all(capable) else "float32"
 
 
 def import_tensorflow() -> None:

@@ -100,7 +100,9 @@ class Dropout(keras.layers.Dropout):
         else:
             quarter = tf.concat([shape[:-1], [channels // 4]], 0)
             words = tf.random.stateless_uniform(quarter, seed, None, None, tf.int32)
-            dither = tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 1))
+            dither = tf.random.stateless_uniform(
+                [], tf.random.experimental.stateless_fold_in(seed, 1)
+            )
             threshold = tf.cast(256 * self.rate + dither, tf.uint8)
             kept = tf.reshape(tf.bitcast(words, tf.uint8), shape) >= threshold
         return inputs * (tf.cast(kept, inputs.dtype) * (1 / (1 - self.rate)))

@@ -18,6 +18,7 @@ from keras_cifar import (
     checkpoint,
     data,
     distribution,
+    environment,
     evaluation,
     models,
     optimizers,
@@ -43,6 +44,7 @@ class Plan:
     steps_per_epoch: int
     strategy: str
     strategy_reason: str
+    dtype_policy: str
     xla: bool
 
     def batches(self, start_step: int) -> tf.data.Dataset:
@@ -68,7 +70,7 @@ class Plan:
                 f"training  {config.epochs} epochs of {self.steps_per_epoch} steps of "
                 f"{config.batch_size} images ({left_out} others are left out each pass), "
                 f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_schedule}",
-                f"devices   strategy {self.strategy} ({self.strategy_reason}), {config.dtype_policy}, "
+                f"devices   strategy {self.strategy} ({self.strategy_reason}), {self.dtype_policy}, "
                 f"XLA {'on' if self.xla else 'off'}",
             ]
         )
@@ -150,7 +152,8 @@ def prepare(config: TrainConfig) -> Plan:
         raise UsageError("--early_stopping needs validation: --val_fraction must be above 0")
 
     keras.utils.set_random_seed(config.seed)
-    keras.config.set_dtype_policy(config.dtype_policy)
+    dtype_policy = environment.dtype_policy(config.dtype_policy)
+    keras.config.set_dtype_policy(dtype_policy)
     dataset = data.load(
         config.data,
         config.data_dir,
@@ -161,12 +164,11 @@ def prepare(config: TrainConfig) -> Plan:
     )
     one_pass = pipeline.steps_in(dataset.train, config.batch_size)
     steps = config.steps_per_epoch or one_pass
-    # XLA makes convolutions slower on a CPU, and Keras 3 fails with it under a strategy's scope.
-    xla = bool(tf.config.list_physical_devices("GPU")) and strategy_name == "none"
+    xla = environment.use_xla(strategy_name)
     with strategy.scope():
         model = models.build(config.model, dataset.image_shape, len(dataset.class_names))
         optimizers.compile_model(model, config, steps, jit_compile=xla)
-    return Plan(config, dataset, model, steps, strategy_name, reason, xla)
+    return Plan(config, dataset, model, steps, strategy_name, reason, dtype_policy, xla)
 
 
 def describe_run(plan: Plan) -> dict:
@@ -181,6 +183,8 @@ def describe_run(plan: Plan) -> dict:
         "multiply_adds": models.count_multiply_adds(network),
         "steps_per_epoch": plan.steps_per_epoch,
         "strategy": plan.strategy,
+        "dtype_policy": plan.dtype_policy,
+        "xla": plan.xla,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
         "git_revision": _git_revision(),
@@ -200,7 +204,7 @@ def _git_revision() -> str | None:
         return None
 
 
-def fit(plan: Plan, run: Run) -> None:
+def fit(plan: Plan, run: Run, callbacks: tuple[keras.callbacks.Callback, ...] = ()) -> None:
     """Trains from the last checkpoint to the end; `RUN/model.keras` is the selected model then."""
     config = plan.config
     state = checkpoint.restore(run.checkpoint, plan.model)
@@ -216,7 +220,7 @@ def fit(plan: Plan, run: Run) -> None:
         steps_per_epoch=plan.steps_per_epoch,
         initial_epoch=recorder.epochs_done,
         shuffle=False,  # The batches are shuffled already.
-        callbacks=[recorder, tensorboard],
+        callbacks=[recorder, tensorboard, *callbacks],
         verbose=1 if sys.stdout.isatty() else 0,
     )
 

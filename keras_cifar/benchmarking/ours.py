@@ -1,0 +1,167 @@
+"""What this package does, one kind of work a process: step, pipeline, fit, predict or profile."""
+
+import collections
+import pathlib
+import tempfile
+import time
+
+from keras_cifar import environment
+from keras_cifar.benchmarking.turns import Turns
+
+environment.import_tensorflow()
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_cifar import data, models, optimizers, pipeline, trainer
+from keras_cifar.config import TrainConfig
+from keras_cifar.exporters import saved_model
+from keras_cifar.predictor import Predictor
+from keras_cifar.run import Run
+
+SHAPE = (32, 32, 3)
+CLASSES = 10
+PROFILED_STEPS = 3
+
+# The first that is part of a kernel's name is its kind.
+KINDS = {
+    "Conv2D": "convolutions",
+    "BatchNorm": "batch normalization",
+    "ResourceApply": "optimizer",
+    "Random": "dropout",
+    "Pool": "pooling",
+    "MatMul": "dense layers",
+}
+
+
+def random_split(count: int) -> data.Split:
+    """Noise in place of pictures."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (count, *SHAPE), np.uint8)
+    return data.Split(images, random.integers(0, CLASSES, count))
+
+
+def train_function(settings: dict):
+    """A training step, compiled as `fit` compiles it, on one batch of noise that stays."""
+    keras.config.set_dtype_policy(environment.dtype_policy(settings["dtype_policy"]))
+    model = models.build(settings["model"], SHAPE, CLASSES)
+    model.compile(optimizers.Adam(1e-3), jit_compile=environment.use_xla("none"))
+    size = settings["batch_size"]
+    batch = next(iter(pipeline.training(random_split(size), CLASSES, size, "", 0)))
+    batches = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    model.make_train_function()
+    return lambda: model.train_function(batches)
+
+
+def step(turns: Turns) -> None:
+    """Images a second of the bare training step."""
+    turns.repeat(train_function(turns.settings), turns.settings["batch_size"])
+
+
+def profile(turns: Turns) -> None:
+    """Reports the share of each kind of kernel in the time of all kernels of a step."""
+    run = train_function(turns.settings)
+    for _ in range(turns.settings["warm_up"]):
+        run()
+    turns.wait()
+    with tempfile.TemporaryDirectory() as directory:
+        options = tf.profiler.experimental.ProfilerOptions(
+            host_tracer_level=2, python_tracer_level=0
+        )
+        with tf.profiler.experimental.Profile(directory, options):
+            for _ in range(PROFILED_STEPS):
+                run()
+        kernels = kernel_times(pathlib.Path(directory))
+    shares = collections.Counter()
+    for kernel, seconds in kernels.items():
+        kind = next((kind for part, kind in KINDS.items() if part in kernel), "elementwise")
+        shares[kind] += seconds / kernels.total()
+    turns.report(0.0, shares=dict(shares.most_common()))
+
+
+def kernel_times(directory: pathlib.Path) -> collections.Counter:
+    """Kernel type -> seconds, of the CPU kernels in a trace of TensorFlow's profiler."""
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    times = collections.Counter()
+    for path in directory.rglob("*.xplane.pb"):
+        space = xplane_pb2.XSpace.FromString(path.read_bytes())
+        for plane in space.planes:
+            names = {key: value.name for key, value in plane.event_metadata.items()}
+            for event in (event for line in plane.lines for event in line.events):
+                # "stage0_block0_1_conv/convolution:_MklNativeConv2D"; "::" are the runtime's own.
+                name, colon, kernel = names[event.metadata_id].rpartition(":")
+                if colon and "/" in name and not name.endswith(":") and kernel.isidentifier():
+                    times[kernel] += event.duration_ps / 1e12
+    return times
+
+
+def batches_of(turns: Turns) -> None:
+    """Images a second of the input pipeline alone."""
+    settings = turns.settings
+    if settings["data"]:
+        split = data.load(settings["data"], val_fraction=0).train
+    else:
+        split = random_split(settings["images"])
+    size = settings["batch_size"]
+    batches = iter(pipeline.training(split, CLASSES, size, settings["augment"], 0))
+    turns.repeat(lambda: next(batches), size)
+
+
+class TakesTurns(keras.callbacks.Callback):
+    """Makes each epoch of a `fit` a turn."""
+
+    def __init__(self, turns: Turns, warm_up: int = 1):
+        super().__init__()
+        self.turns, self.warm_up = turns, warm_up
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch >= self.warm_up:
+            self.turns.wait()
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.ended = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        settings = self.turns.settings
+        if epoch >= self.warm_up:
+            images = settings["steps"] * settings["batch_size"]
+            self.turns.report(images / (self.ended - self.started))
+
+
+def fit(turns: Turns) -> None:
+    """Images a second of training as the command trains: `fit` with everything that watches it."""
+    settings = turns.settings
+    with tempfile.TemporaryDirectory() as directory:
+        config = TrainConfig(
+            model=settings["model"],
+            data=settings["data"] or "digits",
+            augment=settings["augment"],
+            batch_size=settings["batch_size"],
+            steps_per_epoch=settings["steps"],
+            dtype_policy=settings["dtype_policy"],
+            epochs=10**6,
+            val_fraction=0.0,
+        )
+        plan = trainer.prepare(config)
+        trainer.fit(plan, Run(pathlib.Path(directory)), (TakesTurns(turns),))
+
+
+def predict(turns: Turns) -> None:
+    """Images a second of an exported model, on images in memory."""
+    settings = turns.settings
+    keras.config.set_dtype_policy(environment.dtype_policy(settings["dtype_policy"]))
+    model = models.build(settings["model"], SHAPE, CLASSES).deployable
+    names = tuple(str(number) for number in range(CLASSES))
+    path = saved_model.export(model, pathlib.Path(settings["export"]), names)
+    predictor = Predictor(str(path))
+    images = random_split(settings["count"]).images
+    turns.repeat(lambda: predictor.classify(images), len(images))
+
+
+if __name__ == "__main__":
+    kinds = {f.__name__: f for f in (step, profile, fit, predict)} | {"pipeline": batches_of}
+    turns = Turns()
+    kinds[turns.settings["what"]](turns)
