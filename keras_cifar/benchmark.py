@@ -305,7 +305,9 @@ def bound(figures: dict, fraction: float, shares: dict) -> str:
     """What training is bound by, in words."""
     step, fit, pipe = (figures[name]["median"] for name in (STEP, FIT, PIPELINE))
     if pipe < step:
-        return f"the input pipeline: it makes {pipe:,.0f} images a second and the step takes {step:,.0f}"
+        return (
+            f"the input pipeline: it makes {pipe:,.0f} images a second, the step takes {step:,.0f}"
+        )
     if fit < SLOWER * step:
         return (
             f"what surrounds the step: fit has {fit / step:.2f} of its rate, while the pipeline alone "
@@ -336,12 +338,10 @@ def _print(options: BenchmarkOptions, result: dict) -> None:
         title = {"predict": "predict one picture, s", "import": "import tensorflow, s"}[name]
         print(f"{title:<34}{row['median']:>10.2f}{row['low']:>10.2f}{row['high']:>10.2f}")
     print("\nratios of medians")
+    ours = (STEP, FIT, PIPELINE, PREDICT, GEMM)
     pairs = [(FIT, STEP), (PIPELINE, STEP)]
-    pairs += [
-        (PREDICT if "prediction" in name else STEP, name)
-        for name in figures
-        if name in _peers(figures)
-    ]
+    for name in (name for name in figures if name not in ours):
+        pairs.append((PREDICT if name == PLAIN_PREDICT else STEP, name))
     for mine, other in pairs:
         ratio = figures[mine]["median"] / figures[other]["median"]
         print(f"{ratio:>8.2f}  {mine} / {other}")
