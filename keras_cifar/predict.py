@@ -3,6 +3,7 @@
 python -m keras_cifar.predict --model RUN_or_EXPORT dog.png holiday/ 'more/*.jpg'
 """
 
+import collections
 import concurrent.futures
 import csv
 import dataclasses
@@ -18,7 +19,9 @@ from keras_cifar import cli
 from keras_cifar.config import check, option
 from keras_cifar.errors import reason
 
-BATCH_SIZE = 64
+BATCH_SIZE = 128  # 64 and 256 were slower with ResNet-32
+AHEAD = 1  # batches that are decoded while one is classified
+THREADS = min(32, os.cpu_count() or 1)  # that decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,23 +113,55 @@ def find_files(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
                 yield str(file), None
 
 
-def _batches(files: Iterator[tuple[str, str | None]], size: tuple[int, int]) -> Iterator[list]:
-    """Lists of (file, pixels or None, reason or None), decoded several at a time."""
+def _batches(
+    files: Iterator[tuple[str, str | None]], size: tuple[int, int]
+) -> Iterator[list[tuple]]:
+    """Lists of (file, pixels or None, reason or None), in order.
+
+    While the caller works on one list the next AHEAD are decoded, and no more: a folder of any size
+    takes the same memory.
+    """
+    started = collections.deque()  # of (what is left to read, what was read, who reads)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        try:
+            while True:
+                while len(started) <= AHEAD and (
+                    batch := list(itertools.islice(files, BATCH_SIZE))
+                ):
+                    left, done = collections.deque(enumerate(batch)), [None] * len(batch)
+                    # A task a thread, not a file: a task costs as much as decoding a small picture.
+                    tasks = [pool.submit(_read, left, done, size) for _ in range(THREADS)]
+                    started.append((left, done, tasks))
+                if not started:
+                    return
+                _, done, tasks = started.popleft()
+                for task in tasks:
+                    task.result()
+                yield done
+        finally:
+            for left, _, _ in started:
+                left.clear()  # so that an interrupt does not wait for pictures nobody wants
+
+
+def _read(left: collections.deque, done: list, size: tuple[int, int]) -> None:
+    """Moves the items of `left`, (position, (file, reason or None)), to `done`, pictures decoded.
+
+    Several threads do so at once; each takes what comes next.
+    """
     from keras_cifar import image
 
-    def read(item):
-        file, error = item
-        if error:
-            return file, None, error
+    while left:
         try:
-            return file, image.load(file, size), None
-        except image.ImageError as problem:
-            return file, None, str(problem)
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending = iter(files)
-        while batch := list(itertools.islice(pending, BATCH_SIZE)):
-            yield list(pool.map(read, batch))
+            position, (file, error) = left.popleft()
+        except IndexError:  # Another thread was faster.
+            return
+        pixels = None
+        if error is None:
+            try:
+                pixels = image.load(file, size)
+            except image.ImageError as problem:
+                error = str(problem)
+        done[position] = (file, pixels, error)
 
 
 # ---- Classes out
@@ -199,4 +234,7 @@ def _write_features(path: str, rows: list[dict], features: list) -> None:
 
 
 if __name__ == "__main__":
+    # Importing TensorFlow imports Keras too, which takes a third of the time and is of no use here;
+    # not so where TensorFlow is told to use an older Keras, which is rarely installed.
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     cli.run("predict", main, PredictOptions, __doc__, "IMAGE|FOLDER|GLOB ...")

@@ -1,13 +1,17 @@
 """The predict command: what goes in, what comes out, and how it fails."""
 
+import concurrent.futures
 import csv
 import io
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -315,11 +319,144 @@ def test_more_pictures_than_a_batch_agree_with_single_ones(rows, tmp_path):
     status, answer, _ = rows(tmp_path)
     assert status == 1
     assert [row["file"] for row in answer] == [str(path) for path in paths]
-    for index in (0, 2, 4, 63, 64, 65, 70):
+    for index in (0, 2, 4, *range(predict.BATCH_SIZE - 1, predict.BATCH_SIZE + 2), len(paths) - 1):
         _, (single,), _ = rows(paths[index])
         assert {c["label"]: c["probability"] for c in single["top"]} == pytest.approx(
             {c["label"]: c["probability"] for c in answer[index]["top"]}, abs=1e-5
         )
+
+
+# ---- Decoding beside classifying
+
+PATIENCE = 30  # seconds until what should happen counts as not happening
+
+
+class Watch:
+    """Stands in for `image.load`: pictures are their numbers, and who reads when is known."""
+
+    def __init__(self, monkeypatch, threads: int = 2):
+        self.lock, self.read, self.released = threading.Lock(), [], threading.Event()
+        self.released.set()
+        self.broken = {}
+        monkeypatch.setattr(image, "load", self.load)
+        monkeypatch.setattr(predict, "BATCH_SIZE", 4)
+        monkeypatch.setattr(predict, "THREADS", threads)
+
+    def load(self, name, size):
+        assert self.released.wait(PATIENCE)
+        with self.lock:
+            self.read.append(int(name))
+        if name in self.broken:
+            raise self.broken[name]
+        return np.full((*size, 3), int(name) % 256, np.uint8)
+
+    def until(self, count: int):
+        """Waits until `count` pictures were read; whether that happened."""
+        end = time.monotonic() + PATIENCE
+        while len(self.read) < count and time.monotonic() < end:
+            time.sleep(0.001)
+        return len(self.read) >= count
+
+
+def names(count: int):
+    return ((str(i), None) for i in range(count))
+
+
+@pytest.fixture(params=[1, 2, 5])
+def watch(request, monkeypatch) -> Watch:
+    return Watch(monkeypatch, request.param)
+
+
+def test_the_next_batch_is_decoded_while_one_is_classified(watch):
+    batches = predict._batches(names(12), (2, 2))
+    next(batches)
+    # The caller is classifying the first four now: it asks for nothing.
+    assert watch.until(8)
+    next(batches)
+    assert watch.until(12)
+
+
+def test_a_batch_is_classified_while_the_next_is_not_decoded_yet(watch):
+    batches = predict._batches(names(12), (2, 2))
+    next(batches)
+    assert watch.until(8)
+    watch.released.clear()
+    assert [name for name, _, _ in next(batches)] == ["4", "5", "6", "7"]
+    watch.released.set()
+    assert len(list(batches)) == 1
+
+
+def test_pictures_keep_their_order_whoever_reads_them(watch):
+    batches = list(predict._batches(names(1001), (2, 2)))
+    assert [len(batch) for batch in batches] == [4] * 250 + [1]
+    done = [item for batch in batches for item in batch]
+    assert [name for name, _, _ in done] == [str(i) for i in range(1001)]
+    assert all((pixels == int(name) % 256).all() for name, pixels, _ in done)
+    assert sorted(watch.read) == list(range(1001))
+
+
+def test_errors_between_pictures_stay_where_they_are(watch):
+    watch.broken = {"5": image.ImageError("torn")}
+    given = [("0", None), ("x", "no such file"), *((str(i), None) for i in range(2, 10))]
+    done = [item for batch in predict._batches(iter(given), (2, 2)) for item in batch]
+    assert [(name, error) for name, _, error in done if error] == [
+        ("x", "no such file"),
+        ("5", "torn"),
+    ]
+    assert [pixels is None for _, pixels, _ in done] == [i in (1, 5) for i in range(10)]
+    assert 1 not in watch.read
+
+
+def test_only_so_many_pictures_are_held(watch):
+    # At most the batch that the caller has and those that are decoded ahead of it.
+    bound = predict.BATCH_SIZE * (1 + predict.AHEAD)
+    handed = 0
+    taken = []
+
+    def endless():
+        for i in itertools.count():
+            taken.append(i)
+            yield str(i), None
+
+    batches = predict._batches(endless(), (2, 2))
+    for _ in range(50):
+        handed += len(next(batches))
+        before = handed - predict.BATCH_SIZE
+        assert watch.until(handed + predict.BATCH_SIZE)
+        assert len(watch.read) <= before + bound
+        assert len(taken) <= before + bound
+    batches.close()
+
+
+def test_a_bug_in_decoding_is_not_hidden(watch):
+    watch.broken = {"6": ZeroDivisionError("bug")}
+    batches = predict._batches(names(100), (2, 2))
+    next(batches)
+    with pytest.raises(ZeroDivisionError, match="bug"):
+        list(batches)
+    assert len(watch.read) < 100
+
+
+def test_who_stops_early_waits_for_no_more_than_what_is_being_read(monkeypatch):
+    watch = Watch(monkeypatch, threads=2)
+    shutdown = concurrent.futures.ThreadPoolExecutor.shutdown
+
+    def release(pool, *args, **kwargs):
+        watch.released.set()
+        shutdown(pool, *args, **kwargs)
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "shutdown", release)
+    batches = predict._batches(names(100), (2, 2))
+    next(batches)
+    assert watch.until(8)
+    watch.released.clear()
+    next(batches)  # Two of the next four are being read, or soon will be.
+    batches.close()
+    assert len(watch.read) <= 10
+
+
+def test_no_files_are_no_batches(watch):
+    assert list(predict._batches(names(0), (2, 2))) == []
 
 
 # ---- Features
@@ -514,3 +651,23 @@ def test_the_script_runs_from_another_directory(export, pictures, tmp_path):
         str(pictures[0]),
     ]
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_program_imports_only_what_it_needs(export, pictures, tmp_path):
+    code = """
+import atexit, runpy, sys
+heavy = ("keras", "sklearn", "matplotlib", "pandas", "tensorflow_datasets", "tensorboard")
+atexit.register(lambda: print("imported", [name for name in heavy if name in sys.modules]))
+sys.argv[0] = "predict"
+runpy.run_module("keras_cifar.predict", run_name="__main__")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--model", export, pictures[0]],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["imported []"]

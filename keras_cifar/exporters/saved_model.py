@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_cifar import image
+from keras_cifar.exporters import folding
 from keras_cifar.run import next_version, sync
 
 LABELS = "labels.txt"  # in assets/: a class name a line
@@ -46,21 +47,13 @@ def export(
 def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Path) -> tf.Module:
     """The functions to save. Plain TensorFlow: whoever loads them needs neither Keras nor us."""
     size = model.input_shape[1:3]
+    model = folding.fold(model, kept="features")
     features = keras.Model(model.inputs[0], model.get_layer("features").output)
     names = tf.constant(class_names)
     module = tf.Module()
     # Keras's own variables are not found by tf.Module; these are what they wrap.
-    module.weights = [v.value for v in model.variables]
+    module.weights = [v.value for v in model.weights]
     module.labels = tf.saved_model.Asset(str(labels))
-
-    def classify(images):
-        probabilities = tf.cast(model(images, training=False), tf.float32)
-        index = tf.argmax(probabilities, axis=1)
-        return {
-            "probabilities": probabilities,
-            "label": tf.gather(names, index),
-            "label_index": index,
-        }
 
     def decode(encoded):
         return image.resize(image.decode(encoded), size)
@@ -70,12 +63,19 @@ def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Pa
 
     @tf.function(input_signature=[pixels], autograph=False)
     def serving_default(images):
-        return classify(images)
+        probabilities = tf.cast(model(images, training=False), tf.float32)
+        index = tf.argmax(probabilities, axis=1)
+        return {
+            "probabilities": probabilities,
+            "label": tf.gather(names, index),
+            "label_index": index,
+        }
 
     @tf.function(input_signature=[encoded], autograph=False)
     def serving_bytes(image_bytes):
         decoded = tf.TensorSpec((*size, 3), tf.uint8)
-        return classify(tf.map_fn(decode, image_bytes, fn_output_signature=decoded))
+        # A call, so that the network is stored, and loaded, once for both.
+        return serving_default(tf.map_fn(decode, image_bytes, fn_output_signature=decoded))
 
     @tf.function(input_signature=[pixels], autograph=False)
     def features_of(images):

@@ -1,0 +1,107 @@
+"""Batch normalization folded into the layer before it: the same network, for prediction alone.
+
+With fixed statistics normalization is a scale and an offset of each channel, which the convolution
+or dense layer before it can do as well. What is left, convolution, bias, addition and ReLU, is one
+kernel in TensorFlow on CPUs.
+"""
+
+import collections
+import itertools
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+
+# Kernels whose last axis is the output's channels.
+FOLDABLE = (keras.layers.Conv2D, keras.layers.Dense)
+
+
+def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
+    """A copy of a functional model without the normalization that can be folded.
+
+    Folded is a BatchNormalization over channels whose input is a linear convolution or dense layer
+    that nothing else uses. It becomes an Identity, so that all layers keep their names. The copy
+    computes what `model(..., training=False)` does, up to rounding; the model stays as it is.
+
+    Args:
+        model: functional, channels last.
+        kept: the name of a layer whose output is asked for too, and so stays as it is.
+    """
+    # A plain model: a copy of a compiled one would be compiled too.
+    model = keras.Model(model.input, model.output, name=model.name)
+    normalized = _foldable(model, kept)
+    norms = {norm.name for norm in normalized.values()}
+
+    def clone(layer):
+        if layer.name in norms:
+            return keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy)
+        config = layer.get_config()
+        if layer.name in normalized:
+            config["use_bias"] = True
+        return type(layer).from_config(config)
+
+    def call(layer, *args, **kwargs):
+        # An Identity does not take the mask that normalization was called with.
+        return layer(args[0]) if layer.name in norms else layer(*args, **kwargs)
+
+    folded = keras.models.clone_model(model, clone_function=clone, call_function=call)
+    for layer in model.layers:
+        copy = folded.get_layer(layer.name)
+        if layer.name in normalized:
+            for variable, value in zip(
+                (copy.kernel, copy.bias), _weights(layer, normalized[layer.name]), strict=True
+            ):
+                variable.assign(value)
+        elif layer.name not in norms:
+            copy.set_weights(layer.get_weights())
+    return folded
+
+
+def _foldable(model: keras.Model, kept: str | None) -> dict[str, keras.Layer]:
+    """The normalization behind each layer that it can be folded into, by the name of the latter."""
+    # The stored form says who uses what within this model; layers know of other models too.
+    config = model.get_config()
+    calls = {entry["name"]: entry["inbound_nodes"] for entry in config["layers"]}
+    sources = {name: list(_sources(nodes)) for name, nodes in calls.items()}
+    uses = collections.Counter(itertools.chain(*sources.values()))
+    uses.update(x for x in keras.tree.flatten(config["output_layers"]) if isinstance(x, str))
+    layers = {layer.name: layer for layer in model.layers}
+    found = {}
+    for norm in model.layers:
+        if not isinstance(norm, keras.layers.BatchNormalization) or len(calls[norm.name]) != 1:
+            continue
+        source, axes = sources[norm.name][0], (-1, len(norm.output.shape) - 1)
+        layer = layers.get(source)  # None is an operation that is no layer
+        if (
+            isinstance(layer, FOLDABLE)
+            and source != kept
+            and layer.activation is keras.activations.linear
+            and uses[source] == len(calls[source]) == 1
+            and norm.axis in axes
+            and not calls[norm.name][0]["kwargs"].get("training")
+        ):
+            found[source] = norm
+    return found
+
+
+def _sources(stored) -> Iterator[str]:
+    """The names of the layers whose outputs are among the stored arguments of calls."""
+    if isinstance(stored, dict):
+        if "keras_history" in stored:
+            yield stored["keras_history"][0]
+        stored = list(stored.values())
+    if isinstance(stored, (list, tuple)):
+        for item in stored:
+            yield from _sources(item)
+
+
+def _weights(layer: keras.Layer, norm: keras.Layer) -> tuple[np.ndarray, np.ndarray]:
+    """The kernel and the bias that do what `layer` and then `norm` do."""
+    kernel, *bias = (np.asarray(v, np.float64) for v in layer.get_weights())
+    scale = 1 / np.sqrt(np.asarray(norm.moving_variance, np.float64) + norm.epsilon)
+    if norm.scale:
+        scale *= np.asarray(norm.gamma, np.float64)
+    offset = (sum(bias) - np.asarray(norm.moving_mean, np.float64)) * scale
+    if norm.center:
+        offset += np.asarray(norm.beta, np.float64)
+    return kernel * scale, offset
