@@ -88,14 +88,15 @@ class Dropout(keras.layers.Dropout):
     def call(self, inputs, training=False):
         if not training or not self.rate:
             return inputs
-        if self.noise_shape is not None:
+        if self.noise_shape is not None or self.rate == 1:
             return super().call(inputs, training=training)
         seed = tf.cast(self.seed_generator.next(), tf.int32)
-        if _replicas() > 1:
-            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        context = tf.distribute.get_replica_context()
+        if _replicas() > 1 and context is not None:
+            replica = context.replica_id_in_sync_group
             seed = tf.random.experimental.stateless_fold_in(seed, replica)
         shape, channels = tf.shape(inputs), inputs.shape[-1]
-        if channels % 4 or self.rate > 255 / 256:
+        if channels is None or channels % 4 or self.rate >= 255 / 256:
             kept = tf.random.stateless_uniform(shape, seed) >= self.rate
         else:
             quarter = tf.concat([shape[:-1], [channels // 4]], 0)

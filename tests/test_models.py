@@ -240,7 +240,14 @@ def blocks(stage_counts: tuple, width_first: int) -> list:
 
 def outline(model: keras.Model) -> list:
     number = {"Conv2D": "filters", "Dense": "units", "Dropout": "rate"}
-    kinds = [(type(layer).__name__, layer) for layer in model.layers]
+    ours = ("Conv2D", "BatchNormalization", "Dropout")
+
+    def kind(layer) -> str:
+        """The name of Keras's layer that it is a kind of."""
+        same = [name for name in ours if isinstance(layer, getattr(keras.layers, name))]
+        return same[0] if same else type(layer).__name__
+
+    kinds = [(kind(layer), layer) for layer in model.layers]
     return [(kind, getattr(layer, number.get(kind, ""), None)) for kind, layer in kinds]
 
 

@@ -165,8 +165,8 @@ def move(network, gradient: float, steps: int = 1) -> dict[str, tuple]:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("adam", keras.optimizers.Adam),
-        ("adamw", keras.optimizers.AdamW),
+        ("adam", optimizers.Adam),
+        ("adamw", optimizers.AdamW),
         ("sgd", keras.optimizers.SGD),
     ],
 )
@@ -248,3 +248,197 @@ def test_rate_and_steps_can_be_read_under_mixed_precision(name):
     network.fit(images, np.eye(3, dtype=np.float32)[:2], batch_size=2, verbose=0)
     assert int(network.optimizer.iterations.numpy()) == 1
     assert float(network.optimizer.learning_rate) == pytest.approx(0.05)
+
+
+# ---- Adam as one kernel
+
+PAIRS = {
+    "adam": (optimizers.Adam, keras.optimizers.Adam),
+    "adamw": (optimizers.AdamW, keras.optimizers.AdamW),
+}
+SHAPES = {"kernel": (3, 4), "bias": (4,), "scale": (1,)}
+
+
+def start(kind, dtype: str = "float32", **arguments) -> tuple:
+    """A built optimizer and its variables."""
+    random = np.random.default_rng(0)
+    variables = [
+        keras.Variable(random.normal(0, 1, shape), dtype=dtype, name=name)
+        for name, shape in SHAPES.items()
+    ]
+    optimizer = kind(**({"learning_rate": 0.1} | arguments))
+    if kind in PAIRS["adamw"]:
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+def slopes(step: int) -> list:
+    random = np.random.default_rng(100 + step)
+    return [random.normal(0, 10.0 ** (step % 3 - 1), shape) for shape in SHAPES.values()]
+
+
+def go(optimizer, variables, steps: range, apply=None) -> list:
+    """The variables after each of the steps."""
+    taken = []
+    for step in steps:
+        gradients = [tf.constant(g, variables[0].dtype) for g in slopes(step)]
+        (apply or optimizer.apply)(gradients, variables)
+        taken.append([v.numpy() for v in (*variables, *optimizer.variables)])
+    return taken
+
+
+def assert_steps_equal(one: list, other: list, tolerance: float) -> None:
+    for mine, theirs in zip(one, other, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    moved = [a - b for a, b in zip(one[-1], one[0], strict=True)][: len(SHAPES)]
+    assert min(np.abs(m).max() for m in moved) > 0.1
+
+
+def applied(optimizer, variables, gradients) -> int:
+    """Adam's kernels in the graph of one step."""
+    call = tf.function(lambda: optimizer.apply(gradients, variables), autograph=False)
+    operations = call.get_concrete_function().graph.get_operations()
+    return sum(operation.type == "ResourceApplyAdam" for operation in operations)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"learning_rate": Schedule("cosine", 0.2, 12, 3)},
+        {"beta_1": 0.5, "beta_2": 0.9, "epsilon": 1e-2},
+        {"clipnorm": 0.5},
+        {"global_clipnorm": 0.5},
+        {"clipvalue": 0.1},
+        {"weight_decay": 0.3},
+        {"amsgrad": True},
+        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3},
+        {"gradient_accumulation_steps": 2},
+        {"loss_scale_factor": 8.0},
+    ],
+    ids=lambda arguments: "-".join(arguments) or "defaults",
+)
+def test_each_of_ten_steps_is_that_of_keras(pair, arguments, dtype):
+    # Keras rounds the betas to float32 also with float64; those of the paper follow below.
+    taken = [go(*start(kind, dtype, **arguments), range(10)) for kind in PAIRS[pair]]
+    assert_steps_equal(*taken, 1e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"learning_rate": Schedule("cosine", 0.2, 12, 3)},
+        {"beta_1": 0.5, "beta_2": 0.9, "epsilon": 1e-2},
+        {"weight_decay": 0.25},
+    ],
+    ids=lambda arguments: "-".join(arguments) or "defaults",
+)
+def test_steps_in_float64_are_those_of_the_paper(pair, arguments):
+    optimizer, variables = start(PAIRS[pair][0], "float64", **arguments)
+    beta_1, beta_2, epsilon = optimizer.beta_1, optimizer.beta_2, optimizer.epsilon
+    weights = [v.numpy() for v in variables]
+    moments = [[np.zeros(s), np.zeros(s)] for s in SHAPES.values()]
+    for step in range(10):
+        rate = float(optimizer.learning_rate)
+        go(optimizer, variables, range(step, step + 1))
+        for index, (name, gradient) in enumerate(zip(SHAPES, slopes(step), strict=True)):
+            decays = optimizer.weight_decay and not (pair == "adamw" and name == "bias")
+            decay = float(np.float32(optimizer.weight_decay)) if decays else 0.0
+            weight, (m, v) = weights[index] * (1 - rate * decay), moments[index]
+            m = beta_1 * m + (1 - beta_1) * gradient
+            v = beta_2 * v + (1 - beta_2) * gradient**2
+            size = rate * (1 - beta_2 ** (step + 1)) ** 0.5 / (1 - beta_1 ** (step + 1))
+            weights[index], moments[index] = weight - size * m / (v**0.5 + epsilon), [m, v]
+            np.testing.assert_allclose(variables[index].numpy(), weights[index], 1e-12, 1e-13)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_ten_steps_compiled_by_xla_are_those_of_keras(pair):
+    arguments = {"learning_rate": Schedule("cosine", 0.2, 12, 3), "global_clipnorm": 0.5}
+    ours, variables = start(PAIRS[pair][0], **arguments)
+    apply = tf.function(
+        lambda gradients, _: ours.apply(gradients, variables), jit_compile=True, autograph=False
+    )
+    taken = go(ours, variables, range(10), apply)
+    assert_steps_equal(taken, go(*start(PAIRS[pair][1], **arguments), range(10)), 2e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_sparse_gradients_are_taken_as_keras_takes_them(pair):
+    results = []
+    for kind in PAIRS[pair]:
+        optimizer, (kernel, *_) = start(kind)
+        for step in range(3):
+            rows = tf.constant(slopes(step)[0][:2], tf.float32)
+            gradient = tf.IndexedSlices(rows, tf.constant([2, 0]), tf.constant([3, 4]))
+            optimizer.apply([gradient], [kernel])
+        results.append(kernel.numpy())
+        assert applied(optimizer, [kernel], [gradient]) == 0
+    np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_one_kernel_updates_each_variable(pair):
+    gradients = [tf.constant(g, tf.float32) for g in slopes(0)]
+    ours, theirs = PAIRS[pair]
+    assert applied(*start(ours), gradients) == len(SHAPES)
+    assert applied(*start(theirs), gradients) == 0
+    assert applied(*start(ours, amsgrad=True), gradients) == 0
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_training_step_has_one_kernel_for_each_variable(name):
+    network = model(optimizer=name)
+    data = (tf.zeros((2, 4, 4, 3), tf.uint8), tf.constant(np.eye(3, dtype=np.float32)[:2]))
+    step = tf.function(network.train_step, autograph=False).get_concrete_function(data)
+    kinds = [operation.type for operation in step.graph.get_operations()]
+    assert kinds.count("ResourceApplyAdam") == len(network.trainable_variables) == 6
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_state_is_that_of_keras_and_goes_on_both_ways(pair, amsgrad):
+    def layout(optimizer):
+        return [(v.name, v.path, v.shape, v.dtype) for v in optimizer.variables]
+
+    built = [start(kind, amsgrad=amsgrad, name="same") for kind in PAIRS[pair]]
+    assert layout(built[0][0]) == layout(built[1][0])
+    straight = go(*built[1], range(10))
+    for first, second in (PAIRS[pair], PAIRS[pair][::-1]):
+        one, variables = start(first, amsgrad=amsgrad)
+        go(one, variables, range(5))
+        state: dict = {}
+        one.save_own_variables(state)
+        other, others = start(second, amsgrad=amsgrad)
+        other.load_own_variables(state)
+        for mine, theirs in zip(others, variables, strict=True):
+            mine.assign(theirs)
+        assert_steps_equal(go(other, others, range(5, 10)), straight[5:], 2e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_optimizer_can_be_written_and_read(pair):
+    ours, theirs = PAIRS[pair]
+    arguments = {"learning_rate": 0.02, "beta_1": 0.8, "clipnorm": 1.5, "weight_decay": 0.1}
+    config = ours(name="same", **arguments).get_config()
+    assert config == theirs(name="same", **arguments).get_config()
+    assert ours.from_config(config).get_config() == config
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(ours(**arguments)))
+    assert type(again) is ours
+    assert again.get_config()["beta_1"] == 0.8
+
+
+def test_excluded_variables_do_not_decay():
+    optimizer, variables = start(optimizers.AdamW, weight_decay=0.5)
+    before = [v.numpy() for v in variables]
+    optimizer.apply([tf.zeros(shape) for shape in SHAPES.values()], variables)
+    for variable, old in zip(variables, before, strict=True):
+        share = 1 if variable.name == "bias" else 1 - 0.1 * 0.5
+        np.testing.assert_allclose(variable.numpy(), old * share, rtol=1e-6)
