@@ -16,10 +16,9 @@ import sys
 from collections.abc import Iterator
 
 from keras_cifar import cli
-from keras_cifar.config import check, option
+from keras_cifar.config import BATCH_SIZE, check, option
 from keras_cifar.errors import reason
 
-BATCH_SIZE = 128  # 64 and 256 were slower with ResNet-32
 AHEAD = 1  # batches that are decoded while one is classified
 THREADS = min(32, os.cpu_count() or 1)  # that decode
 

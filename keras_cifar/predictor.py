@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import tensorflow as tf
 
+from keras_cifar.config import BATCH_SIZE
 from keras_cifar.errors import UserError, reason
 from keras_cifar.run import versions
 
@@ -66,9 +67,19 @@ class Predictor:
             ) from None
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities float32 [N, K] of uint8 [N, H, W, 3]."""
-        return self._classify(images=tf.constant(images))["probabilities"].numpy()
+        """Probabilities float32 [N, K] of uint8 [N, H, W, 3], N of any size."""
+        return self._run(self._classify, "probabilities", images)
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Feature vectors float32 [N, D] of uint8 [N, H, W, 3]: what the last layer classifies."""
-        return self._features(images=tf.constant(images))["features"].numpy()
+        return self._run(self._features, "features", images)
+
+    @staticmethod
+    def _run(signature, output: str, images: np.ndarray) -> np.ndarray:
+        """One output of a signature, batch after batch, so that memory does not grow with N."""
+        # Of no images too: oneDNN's kernels fail on an empty batch.
+        rows = [np.empty((0, signature.structured_outputs[output].shape[1]), np.float32)]
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = tf.constant(images[start : start + BATCH_SIZE])
+            rows.append(signature(images=batch)[output].numpy())
+        return np.concatenate(rows)

@@ -187,14 +187,23 @@ def test_an_extreme_scale_is_folded_in_double_precision():
     assert (np.abs(got - expected).max((0, 1, 2)) <= 1e-5 * scale).all()
 
 
-def test_mixed_precision_is_folded_too():
-    keras.config.set_dtype_policy("mixed_bfloat16")
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_what_mixed_precision_trained_is_exported_in_float32(policy):
+    keras.config.set_dtype_policy(policy)
     model = trained("resnet20")
     folded = folding.fold(model)
     assert norms(folded) == 0
-    assert folded.get_layer("stem_conv").compute_dtype == "bfloat16"
+    assert folded.inputs[0].dtype == "uint8"
+    assert {layer.compute_dtype for layer in folded.layers[1:]} == {"float32"}
     before, after = (m(images(), training=False).numpy() for m in (model, folded))
+    assert after.dtype == np.float32
     np.testing.assert_allclose(after, before, atol=0.1)
+
+
+def test_double_precision_stays():
+    keras.config.set_dtype_policy("float64")
+    folded = folding.fold(trained("resnet20"))
+    assert folded.get_layer("stem_conv").compute_dtype == "float64"
 
 
 # ---- What runs

@@ -15,9 +15,11 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from keras_cifar import cli, image, predict
+from keras_cifar.config import BATCH_SIZE
 from keras_cifar.predictor import Predictor
 from tests.conftest import colour_images
 
@@ -671,3 +673,20 @@ runpy.run_module("keras_cifar.predict", run_name="__main__")
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1:] == ["imported []"]
+
+
+def test_classify_takes_any_number_of_images(trained_run):
+    images, _ = colour_images(BATCH_SIZE + 3, 16, 3, seed=3)
+    predictor = Predictor(str(trained_run.path))
+    for function in (predictor.classify, predictor.features):
+        every = function(images)
+        assert len(every) == len(images)
+        np.testing.assert_allclose(every[-5:], function(images[-5:]), atol=1e-6)
+        assert len(function(images[:0])) == 0
+
+
+def test_classify_works_in_batches(trained_run, monkeypatch):
+    predictor, sizes, constant = Predictor(str(trained_run.path)), [], tf.constant
+    monkeypatch.setattr(tf, "constant", lambda x: sizes.append(len(x)) or constant(x))
+    predictor.classify(np.zeros((2 * BATCH_SIZE + 1, 16, 16, 3), np.uint8))
+    assert sizes == [BATCH_SIZE, BATCH_SIZE, 1]

@@ -21,7 +21,8 @@ def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
 
     Folded is a BatchNormalization over channels whose input is a linear convolution or dense layer
     that nothing else uses. It becomes an Identity, so that all layers keep their names. The copy
-    computes what `model(..., training=False)` does, up to rounding; the model stays as it is.
+    computes what `model(..., training=False)` does, up to rounding; the model stays as it is. What
+    a mixed policy computes in half precision, the copy computes in float32.
 
     Args:
         model: functional, channels last.
@@ -34,8 +35,11 @@ def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
 
     def clone(layer):
         if layer.name in norms:
-            return keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy)
+            return keras.layers.Identity(name=layer.name, dtype=_precision(layer))
         config = layer.get_config()
+        # An input has the images' type, and operations that are no layers have none.
+        if "dtype" in config and not isinstance(layer, keras.layers.InputLayer):
+            config["dtype"] = _precision(layer)
         if layer.name in normalized:
             config["use_bias"] = True
         return type(layer).from_config(config)
@@ -55,6 +59,13 @@ def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
         elif layer.name not in norms:
             copy.set_weights(layer.get_weights())
     return folded
+
+
+def _precision(layer: keras.Layer):
+    """The dtype policy of a layer's copy. Half precision is for the machine that trains: elsewhere
+    it may be slow.
+    """
+    return "float32" if layer.compute_dtype in ("float16", "bfloat16") else layer.dtype_policy
 
 
 def _foldable(model: keras.Model, kept: str | None) -> dict[str, keras.Layer]:
