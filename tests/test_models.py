@@ -369,7 +369,7 @@ def googlenet() -> models.Classifier:
 
 @pytest.fixture
 def without_dropout(monkeypatch):
-    monkeypatch.setattr(keras.layers.Dropout, "call", lambda self, x, training=False: x)
+    monkeypatch.setattr(layers.Dropout, "call", lambda self, x, training=False: x)
 
 
 @pytest.mark.usefixtures("without_dropout")
