@@ -42,7 +42,7 @@ class Turns:
         while True:
             self.wait()
             done, start = 0, time.perf_counter()
-            while (seconds := time.perf_counter() - start) < self.settings["seconds"] or done < 2:
+            while (seconds := time.perf_counter() - start) < self.settings["seconds"] or not done:
                 once()
                 done += 1
             self.report(done * amount / seconds)
