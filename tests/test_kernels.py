@@ -13,6 +13,7 @@ CODE = """
 from keras_cifar import environment
 environment.import_tensorflow()
 import collections
+import os
 import pathlib
 import tempfile
 import numpy as np
@@ -40,13 +41,15 @@ ran = collections.Counter(
     for line in plane.lines
     for event in line.events
 )
-print({"variables": len(model.trainable_variables)} | ran)
+switch = os.environ.get("TF_ENABLE_ONEDNN_OPTS")
+print({"switch": switch, "variables": len(model.trainable_variables)} | ran)
 """
 
 
 def start(**changes) -> subprocess.Popen:
     """The step in a new process, with nothing of ours set before but `changes`."""
-    env = {k: v for k, v in os.environ.items() if k not in environment.DEFAULTS} | changes
+    ours = {"TF_ENABLE_ONEDNN_OPTS", *environment.DEFAULTS}
+    env = {k: v for k, v in os.environ.items() if k not in ours} | changes
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", CODE], text=True, env=env, **pipes)
 
@@ -68,6 +71,7 @@ LAYERS = 19 + 2  # convolutions of ResNet-20 with the two shortcuts, each with n
 
 def test_step_runs_the_kernels_of_onednn_by_our_defaults(ran):
     counts = ran["ours"]
+    assert counts["switch"] == "1"  # newer processors take oneDNN without it
     assert counts["_MklNativeConv2D"] == LAYERS
     assert counts["_MklNativeConv2DBackpropFilter"] == LAYERS
     assert counts["_MklNativeConv2DBackpropInput"] == LAYERS - 1  # images need no gradient
@@ -79,6 +83,7 @@ def test_step_runs_the_kernels_of_onednn_by_our_defaults(ran):
 
 def test_user_can_turn_onednn_off(ran):
     counts = ran["off"]
+    assert counts["switch"] == "0"
     assert not [kind for kind in counts if "Mkl" in kind]
     assert counts["Conv2D"] == counts["FusedBatchNormGradV3"] == LAYERS
     fused = [counts.get(kind, 0) for kind in ("FusedBatchNormV3", "_FusedBatchNormEx")]
