@@ -8,7 +8,7 @@ or newer; on others it is 1.7 to 3 times faster too |
 | `KERAS_BACKEND` | tensorflow | the only one whose graphs we write |
 | `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS` | the CPU quota, where a container has one \
 that is less than its cores | TensorFlow counts cores, and more threads than quota are throttled |
-| XLA | one GPU: on; otherwise off | on a CPU it makes convolutions slower (ResNet-32: half the \
+| XLA | one GPU: on; otherwise off | on a CPU it makes convolutions slower (ResNet-32: 0.4 of the \
 speed), and Keras 3 fails with it under a strategy |
 | `--dtype_policy=auto` | mixed_bfloat16 on GPUs with tensor cores for it, else float32 | twice the \
 speed and half the memory there; slow on CPUs without bfloat16 instructions |
