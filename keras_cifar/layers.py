@@ -9,7 +9,6 @@ import tensorflow as tf
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-5
 
-
 # FusedBatchNormV3 takes these; Keras's own way computes in float32 for the halves, as the kernel does.
 FUSED_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -80,9 +79,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
 class Dropout(keras.layers.Dropout):
     """Dropout (Srivastava et al. 2014, JMLR 15) that takes half of Keras's time on a CPU.
 
-    Most of that time is drawing random numbers, so one of 8 bits decides on an element where Keras
-    draws 32. The threshold, 256 times the rate, is rounded up or down at random in each call: an
-    element's chance to be dropped is the rate exactly. Each replica draws a mask of its own.
+    Most of that time is drawing random numbers: here a number of 8 bits decides on an element, where
+    Keras draws 32. The threshold, 256 times the rate, is rounded up or down at random in each call,
+    so an element's chance to be dropped is the rate exactly. Each replica draws a mask of its own.
     """
 
     def call(self, inputs, training=False):

@@ -112,10 +112,9 @@ def test_the_command_measures_everything(tmp_path):
     assert result["fraction_of_matrix_multiply"] == pytest.approx(fraction)
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert 0.1 < result["shares"]["convolutions"] < 0.95
-    # Importing is a part of predicting.
-    assert (
-        result["cold_start"]["predict"]["median"] > result["cold_start"]["import"]["median"] * 0.8
-    )
+    # Predicting imports TensorFlow too, but not Keras.
+    cold = result["cold_start"]
+    assert cold["predict"]["median"] > 0.3 * cold["import"]["median"] > 0
 
 
 @pytest.mark.slow
