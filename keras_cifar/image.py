@@ -53,7 +53,9 @@ class ImageError(UserError):
     """A file is not an image that can be read; the message is the reason alone."""
 
 
-def load(source: str | pathlib.Path | bytes, size: tuple[int, int] | None = None) -> np.ndarray:
+def load(
+    source: str | pathlib.Path | bytes, size: tuple[int, int] | None = None, *, exact: bool = True
+) -> np.ndarray:
     """Reads an image file as a person would see it.
 
     The first frame of an animation; EXIF orientation applied; transparency composited on white;
@@ -62,6 +64,7 @@ def load(source: str | pathlib.Path | bytes, size: tuple[int, int] | None = None
     Args:
         source: the file, or its contents.
         size: (height, width) in pixels, or None for the picture's own.
+        exact: False leaves the last step to `resize_all`, which is cheaper for many pictures.
 
     Returns:
         uint8 [height, width, 3], RGB.
@@ -88,9 +91,21 @@ def load(source: str | pathlib.Path | bytes, size: tuple[int, int] | None = None
         raise ImageError(reason(error)) from None
     if pixels.shape[-1] == 4:
         pixels = on_white(pixels).numpy()
-    if size is not None and pixels.shape[:2] != tuple(size):
-        pixels = resize(pixels, size).numpy()
-    return pixels
+    return resize_all([pixels], size)[0] if exact and size is not None else pixels
+
+
+def resize_all(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Resizes uint8 [height, width, 3] each to uint8 [N, *size, 3]; those of one size at once.
+
+    A call costs 0.5 ms and an image in it 0.05 ms (64 x 64 to 32 x 32).
+    """
+    resized = np.empty((len(pictures), *size, 3), np.uint8)
+    shapes = np.array([picture.shape[:2] for picture in pictures])
+    for shape in np.unique(shapes, axis=0):
+        rows = np.flatnonzero((shapes == shape).all(1))
+        stack = np.stack([pictures[row] for row in rows])
+        resized[rows] = stack if tuple(shape) == tuple(size) else resize(stack, size).numpy()
+    return resized
 
 
 def _pixels(picture: Image.Image, size: tuple[int, int] | None) -> np.ndarray:

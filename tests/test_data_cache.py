@@ -491,9 +491,9 @@ def decoded(monkeypatch) -> list:
     """What `image.load` was called with since the list was emptied."""
     calls, real = [], image.load
 
-    def count(contents, size=None):
+    def count(contents, *args, **kwargs):
         calls.append(contents)
-        return real(contents, size)
+        return real(contents, *args, **kwargs)
 
     monkeypatch.setattr(image, "load", count)
     return calls

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cifar import data
+from keras_cifar import data, image
+from keras_cifar.data import folder
 from keras_cifar.errors import UserError
 from tests.conftest import colour_images, write_folder
 
@@ -351,3 +352,23 @@ def test_an_image_size_that_does_not_fit_is_refused(tmp_path):
     write_folder(tmp_path, {"train": 12, "test": 6})
     message = refusal(tmp_path, image_size=10**6)
     assert "--image_size" in message
+
+
+def test_pictures_of_many_sizes_are_resized_as_one_by_one(tmp_path, monkeypatch):
+    """Together where they have one size, in their own order, a few megabytes at a time."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 2)):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for index in range(count):
+            height, width = ((20, 30), (16, 16), (30, 20), (100, 90))[index % 4]
+            pixels = random.integers(0, 256, (height, width, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / "a" / f"{index:03}.png")
+    monkeypatch.setattr(folder, "BLOCK", 60_000)
+    sizes, resize = [], image.resize
+    monkeypatch.setattr(image, "resize", lambda x, size: sizes.append(len(x)) or resize(x, size))
+    split = data.load(f"folder:{tmp_path}", image_size=16, val_fraction=0).train
+    assert max(sizes) > 1
+    # Two of 27 KB are in a group with the smaller ones, a third is not.
+    assert len(sizes) >= 40 / 4 / 2
+    one_by_one = [image.load(path, (16, 16)) for path in sorted((tmp_path / "train/a").iterdir())]
+    np.testing.assert_array_equal(split.images, one_by_one)

@@ -6,12 +6,13 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import tqdm
 
 from keras_cifar import image
-from keras_cifar.data.cache import Cache, Write, in_block
+from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
 from keras_cifar.data.splits import Split, Splits
 from keras_cifar.errors import UserError, check_directory, reason
 
@@ -206,15 +207,17 @@ def _decode(
     size = shape[1:3]
     block = in_block(shape[1:])
 
+    def pictures(part):
+        for index in part:
+            picture = _picture(paths[index], digests[index], size if given else None)
+            if not given and picture.shape[:2] != size:
+                raise _other_size(paths[index], picture.shape, size)
+            yield picture
+
     def decode(start):
         part = range(start, min(start + block, len(paths)))
-        images = np.empty((len(part), *shape[1:]), np.uint8)
-        for pixels, index in zip(images, part, strict=True):
-            picture = _picture(paths[index], digests[index], size if given else None)
-            if picture.shape != pixels.shape:
-                raise _other_size(paths[index], picture.shape, size)
-            pixels[:] = picture
-        write(start, images)
+        groups = _together(pictures(part))
+        write(start, np.concatenate([image.resize_all(group, size) for group in groups]))
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
@@ -225,13 +228,25 @@ def _decode(
             raise
 
 
+def _together(pictures: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Lists of pictures in order, each of at most BLOCK bytes or one picture."""
+    group, held = [], 0
+    for picture in pictures:
+        if group and held + picture.nbytes > BLOCK:
+            yield group
+            group, held = [], 0
+        group.append(picture)
+        held += picture.nbytes
+    yield group
+
+
 def _picture(path: str, digest: bytes, size: tuple[int, int] | None) -> np.ndarray:
-    """Decodes a file, unless it is no longer the one that was hashed."""
+    """Decodes a file, unless it is no longer the one that was hashed; not quite to `size` yet."""
     contents = _contents(path)
     if _hash(contents) != digest:
         raise UserError(f"{path} was changed while the folder was read; start again")
     try:
-        return image.load(contents, size)
+        return image.load(contents, size, exact=False)
     except image.ImageError as error:
         raise _unusable(path, str(error)) from None
 
