@@ -152,13 +152,12 @@ class Worker:
     @property
     def figures(self) -> dict:
         """{median, lowest and highest rate, peak memory in bytes}."""
-        rates = [turn["rate"] for turn in self.turns]
-        return {
-            "median": statistics.median(rates),
-            "low": min(rates),
-            "high": max(rates),
-            "peak_memory": max(turn["peak_memory"] for turn in self.turns),
-        }
+        peak = max(turn["peak_memory"] for turn in self.turns)
+        return _spread([turn["rate"] for turn in self.turns]) | {"peak_memory": peak}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 class Contest(contextlib.ExitStack):
@@ -295,10 +294,7 @@ def cold_start(options: BenchmarkOptions, export: pathlib.Path) -> dict:
             if number:  # The first fills the disk's cache.
                 seconds[name].append(time.perf_counter() - start)
     _say("")
-    return {
-        name: {"median": statistics.median(values), "low": min(values), "high": max(values)}
-        for name, values in seconds.items()
-    }
+    return {name: _spread(values) for name, values in seconds.items()}
 
 
 def bound(figures: dict, fraction: float, shares: dict) -> str:
@@ -328,12 +324,8 @@ def _print(options: BenchmarkOptions, result: dict) -> None:
     print(
         f"{options.model}, batches of {options.batch_size}, {options.dtype_policy}, {options.data}"
     )
-    print(f"\n{'images a second':<34}{'median':>10}{'low':>10}{'high':>10}{'peak memory':>14}")
-    for name, row in figures.items():
-        print(
-            f"{name:<34}{row['median']:>10,.0f}{row['low']:>10,.0f}{row['high']:>10,.0f}"
-            f"{row['peak_memory'] / 2**20:>10,.0f} MiB"
-        )
+    print()
+    _print_table("images a second", "median", 34, figures)
     for name, row in cold.items():
         title = {"predict": "predict one picture, s", "import": "import tensorflow, s"}[name]
         print(f"{title:<34}{row['median']:>10.2f}{row['low']:>10.2f}{row['high']:>10.2f}")
@@ -352,6 +344,16 @@ def _print(options: BenchmarkOptions, result: dict) -> None:
     print(f"bound by {result['bound']}")
 
 
+def _print_table(first: str, second: str, width: int, figures: dict) -> None:
+    """A row of figures a name, under two headings and what all tables have."""
+    print(f"{first:<{width}}{second:>10}{'low':>10}{'high':>10}{'peak memory':>14}")
+    for name, row in figures.items():
+        print(
+            f"{name:<{width}}{row['median']:>10,.0f}{row['low']:>10,.0f}{row['high']:>10,.0f}"
+            f"{row['peak_memory'] / 2**20:>10,.0f} MiB"
+        )
+
+
 def growth(options: BenchmarkOptions) -> dict:
     """Measures and prints speed and memory at several batch sizes, depths and data sizes."""
     tables = {}
@@ -365,12 +367,7 @@ def growth(options: BenchmarkOptions) -> dict:
                     settings = {"what": "pipeline", "data": None, what: value}
                 contest.add(f"{value:,}", "ours", **settings)
             tables[what] = contest.take_turns()
-        print(f"{what:<12}{'images/s':>10}{'low':>10}{'high':>10}{'peak memory':>14}")
-        for value, row in tables[what].items():
-            print(
-                f"{value:<12}{row['median']:>10,.0f}{row['low']:>10,.0f}{row['high']:>10,.0f}"
-                f"{row['peak_memory'] / 2**20:>10,.0f} MiB"
-            )
+        _print_table(what, "images/s", 12, tables[what])
         print(flush=True)
     return tables
 

@@ -1,7 +1,6 @@
 """Peer: PaddlePaddle, the framework of the book's chapter, dynamic graph. Run by its path."""
 
-import re
-
+from networks import GROUPS, blocks, build
 from turns import Turns
 
 turns = Turns()
@@ -12,8 +11,6 @@ try:
 except ImportError:
     turns.fail("is not installed (pip install paddlepaddle)")
 from paddle import nn
-
-GROUPS = ((64, 2, 0.3), (128, 2, 0.4), (256, 3, 0.4), (512, 3, 0.4), (512, 3, 0.4))
 
 
 def conv_norm(inputs, filters, size=3, stride=1, relu=True, bias=None):
@@ -37,10 +34,9 @@ class Block(nn.Layer):
 
 def resnet(depth):
     layers, inputs = [conv_norm(3, 16, bias=False)], 16
-    for stage, filters in enumerate((16, 32, 64)):
-        for block in range((depth - 2) // 6):
-            layers.append(Block(inputs, filters, 2 if stage and not block else 1))
-            inputs = filters
+    for filters, stride in blocks(depth):
+        layers.append(Block(inputs, filters, stride))
+        inputs = filters
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(64, 10))
 
 
@@ -56,11 +52,8 @@ def vgg_bn_drop():
     return nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(512, 512), nn.Linear(512, 10))
 
 
-name, batch_size = settings["model"], settings["batch_size"]
-depth = re.fullmatch(r"resnet(\d+)", name)
-if not depth and name != "vgg_bn_drop":
-    turns.fail(f"has no {name}")
-model = resnet(int(depth[1])) if depth else vgg_bn_drop()
+batch_size = settings["batch_size"]
+model = build(turns, resnet, vgg_bn_drop)
 model.train()
 images = paddle.rand([batch_size, 3, 32, 32])
 labels = paddle.randint(0, 10, [batch_size])

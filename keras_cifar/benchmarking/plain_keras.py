@@ -3,8 +3,7 @@
 Run by its path, so that keras_cifar's switches are not set.
 """
 
-import re
-
+from networks import GROUPS, blocks, build
 from turns import Turns
 
 turns = Turns()
@@ -15,7 +14,6 @@ import numpy as np
 import tensorflow as tf
 
 L = keras.layers
-GROUPS = ((64, 2, 0.3), (128, 2, 0.4), (256, 3, 0.4), (512, 3, 0.4), (512, 3, 0.4))
 
 
 def conv_norm(x, filters, size=3, stride=1, relu=True, bias=False):
@@ -26,13 +24,10 @@ def conv_norm(x, filters, size=3, stride=1, relu=True, bias=False):
 
 def resnet(x, depth):
     x = conv_norm(x, 16)
-    for stage, filters in enumerate((16, 32, 64)):
-        for block in range((depth - 2) // 6):
-            first = stage > 0 and block == 0
-            stride = 2 if first else 1
-            shortcut = conv_norm(x, filters, 1, stride, relu=False) if first else x
-            y = conv_norm(conv_norm(x, filters, 3, stride), filters, relu=False)
-            x = L.ReLU()(L.Add()([y, shortcut]))
+    for filters, stride in blocks(depth):
+        shortcut = conv_norm(x, filters, 1, stride, relu=False) if stride > 1 else x
+        y = conv_norm(conv_norm(x, filters, 3, stride), filters, relu=False)
+        x = L.ReLU()(L.Add()([y, shortcut]))
     return L.Dense(10)(L.GlobalAveragePooling2D()(x))
 
 
@@ -48,12 +43,10 @@ def vgg_bn_drop(x):
     return L.Dense(10)(L.Dense(512)(x))
 
 
-name, batch_size = settings["model"], settings["batch_size"]
+batch_size = settings["batch_size"]
 inputs = keras.Input((32, 32, 3))
-depth = re.fullmatch(r"resnet(\d+)", name)
-if not depth and name != "vgg_bn_drop":
-    turns.fail(f"has no {name}")
-model = keras.Model(inputs, resnet(inputs, int(depth[1])) if depth else vgg_bn_drop(inputs))
+logits = build(turns, lambda depth: resnet(inputs, depth), lambda: vgg_bn_drop(inputs))
+model = keras.Model(inputs, logits)
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
 random = np.random.default_rng(0)

@@ -1,7 +1,6 @@
 """Peer: PyTorch, eager or compiled, in either memory format. Run by its path."""
 
-import re
-
+from networks import GROUPS, blocks, build
 from turns import Turns
 
 turns = Turns()
@@ -12,8 +11,6 @@ try:
 except ImportError:
     turns.fail("is not installed (pip install torch)")
 from torch import nn
-
-GROUPS = ((64, 2, 0.3), (128, 2, 0.4), (256, 3, 0.4), (512, 3, 0.4), (512, 3, 0.4))
 
 
 def conv_norm(inputs, filters, size=3, stride=1, relu=True, bias=False):
@@ -36,10 +33,9 @@ class Block(nn.Module):
 
 def resnet(depth):
     layers, inputs = [conv_norm(3, 16)], 16
-    for stage, filters in enumerate((16, 32, 64)):
-        for block in range((depth - 2) // 6):
-            layers.append(Block(inputs, filters, 2 if stage and not block else 1))
-            inputs = filters
+    for filters, stride in blocks(depth):
+        layers.append(Block(inputs, filters, stride))
+        inputs = filters
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
@@ -55,12 +51,9 @@ def vgg_bn_drop():
     return nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(512, 512), nn.Linear(512, 10))
 
 
-name, batch_size = settings["model"], settings["batch_size"]
-depth = re.fullmatch(r"resnet(\d+)", name)
-if not depth and name != "vgg_bn_drop":
-    turns.fail(f"has no {name}")
+batch_size = settings["batch_size"]
 torch.manual_seed(0)
-model = resnet(int(depth[1])) if depth else vgg_bn_drop()
+model = build(turns, resnet, vgg_bn_drop)
 layout = torch.channels_last if settings["channels_last"] else torch.contiguous_format
 model = model.train().to(memory_format=layout)
 images = torch.rand(batch_size, 3, 32, 32).contiguous(memory_format=layout)
