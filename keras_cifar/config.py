@@ -83,6 +83,16 @@ class TrainConfig:
         0.0, "decay a step of averaged weights, e.g. 0.999; they are what is validated and saved",
         "Training",
     )  # fmt: skip
+    global_clipnorm: float = option(
+        0.0, "norm of all gradients together above which they are scaled down to it; 0 clips none",
+        "Training",
+    )  # fmt: skip
+    accumulate_steps: int = option(
+        1,
+        "parts, one after another, in which a batch is computed to save memory; batch normalization "
+        "sees the parts",
+        "Training",
+    )
     calibration_batches: int = option(
         10,
         "training batches from which the statistics of batch normalization are recomputed after "
@@ -95,10 +105,31 @@ class TrainConfig:
     seed: int = option(0, "of initial weights, dropout, splits, order and augmentation", "Training")
 
     strategy: str = option(
-        "auto", "auto: mirrored where there are several GPUs or --replicas", "Devices", STRATEGIES
+        "auto",
+        "auto: multiworker where there is a cluster (--workers, TF_CONFIG or SLURM), else mirrored "
+        "where there are several GPUs or --replicas",
+        "Devices",
+        STRATEGIES,
     )
     replicas: int | None = option(
-        None, "replicas to use; on a machine without GPU, virtual CPU devices", "Devices"
+        None,
+        "replicas on this machine (default: one for each GPU); without GPU, virtual CPU devices",
+        "Devices",
+    )
+    workers: str | None = option(
+        None,
+        "host:port,host:port,... of all workers; the first is the chief, which writes",
+        "Devices",
+    )
+    worker_index: int | None = option(None, "which of --workers this process is, from 0", "Devices")
+    startup_timeout: float = option(
+        120.0, "seconds to wait for all workers at the start", "Devices"
+    )
+    peer_timeout: float = option(
+        45.0, "seconds that a worker may keep the others waiting before they give up", "Devices"
+    )
+    steps_per_execution: int = option(
+        1, "steps between returns to Python; more are faster on GPUs", "Devices"
     )
     dtype_policy: str = option(
         "auto",
@@ -124,6 +155,10 @@ class TrainConfig:
             "steps_per_epoch",
             "image_size",
             "replicas",
+            "accumulate_steps",
+            "steps_per_execution",
+            "startup_timeout",
+            "peer_timeout",
         )
         for name in positive:
             value = getattr(self, name)
@@ -133,6 +168,7 @@ class TrainConfig:
             )
         for name in (
             "weight_decay",
+            "global_clipnorm",
             "warmup_epochs",
             "calibration_batches",
             "early_stopping",
@@ -144,10 +180,19 @@ class TrainConfig:
             value = getattr(self, name)
             check(0 <= value < 1, f"--{name}={value} must be at least 0 and below 1")
         check(self.seed < 2**31, f"--seed={self.seed} must be below 2147483648")
+        check(
+            self.batch_size % self.accumulate_steps == 0,
+            f"--batch_size={self.batch_size} must be a multiple of "
+            f"--accumulate_steps={self.accumulate_steps}",
+        )
+        check(
+            (self.workers is None) == (self.worker_index is None),
+            "--workers and --worker_index belong together",
+        )
 
     def differences(self, other: dict) -> list[str]:
         """What differs from the flags of an earlier run, where it decides the result."""
-        mine = {name: v for name, v in dataclasses.asdict(self).items() if name not in OUTPUT_ONLY}
+        mine = {name: v for name, v in dataclasses.asdict(self).items() if name not in NOT_COMPARED}
         return [
             f"--{name} was {other.get(name)!r}, is {value!r}"
             for name, value in mine.items()
@@ -155,8 +200,13 @@ class TrainConfig:
         ]
 
 
-# Flags that do not change what is computed (the data's fingerprint is compared beside the flags).
-OUTPUT_ONLY = ("run_dir", "export", "dry_run", "list_models", "data_dir", "cache_dir")
+# Flags that do not change what is computed but by rounding: where files are (the data's fingerprint
+# is compared beside the flags), what is written, and on which devices it runs.
+NOT_COMPARED = (
+    *("run_dir", "export", "dry_run", "list_models", "data_dir", "cache_dir"),
+    *("strategy", "replicas", "workers", "worker_index", "startup_timeout", "peer_timeout"),
+    "steps_per_execution",
+)
 
 
 def check(condition: bool, message: str) -> None:

@@ -1,8 +1,30 @@
 """Where a run computes: one device, or replicas on several."""
 
+import dataclasses
+
 import tensorflow as tf
 
 from keras_cifar.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The replicas that one process feeds: `count` from `first` on, of `total` in all processes."""
+
+    first: int = 0
+    count: int = 1
+    total: int = 1
+
+    @classmethod
+    def of(cls, context: tf.distribute.InputContext) -> "Share":
+        """That of the process for which `strategy.distribute_datasets_from_function` asks."""
+        count = context.num_replicas_in_sync // context.num_input_pipelines
+        return cls(context.input_pipeline_id * count, count, context.num_replicas_in_sync)
+
+
+def bounds(examples: int, replicas: int) -> list[int]:
+    """Where the parts of each replica begin and end, as equal as can be: replicas + 1 positions."""
+    return [examples * replica // replicas for replica in range(replicas + 1)]
 
 
 def choose(name: str, replicas: int | None) -> tuple[tf.distribute.Strategy, str, str]:
