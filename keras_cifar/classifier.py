@@ -1,17 +1,36 @@
 """The keras.Model that every builder returns: pixels in, probabilities out, its own training step."""
 
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from keras_cifar import distribution, layers
+from keras_cifar.distribution import Pieces
 
 # Keras walks a functional model recursively, some levels a layer: 1,202 layers pass Python's 1,000.
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 20_000))
 
 # The weight of each auxiliary classifier's loss: Szegedy et al. 2014, arXiv:1409.4842, section 5.
 AUXILIARY_WEIGHT = 0.3
+
+# Losses are divided by this before the weight of the whole batch is known, which corrects it. Any
+# constant is right; that of a usual batch keeps gradients in the range of half precision, and a power
+# of two keeps them exact.
+NOMINAL_BATCH = 128.0
+
+_WRONG_UNDER_REPLICAS = (
+    keras.layers.BatchNormalization,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.AlphaDropout,
+)
+_RIGHT = (layers.BatchNormalization, layers.Dropout)
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
@@ -56,81 +75,406 @@ class Classifier(keras.Model):
         label_smoothing: float = 0.0,
         weight_decay: float = 0.0,
         ema: float = 0.0,
+        global_clipnorm: float = 0.0,
+        accumulate_steps: int = 1,
+        steps_per_execution: int = 1,
+        jit_compile: bool = False,
         **kwargs,
     ):
         """Configures training.
 
         Args:
-            optimizer: a Keras optimizer or its name.
+            optimizer: a Keras optimizer or its name. One that clips gradients clips those of the
+                whole batch, whatever the number of replicas.
             label_smoothing: share of each label that is spread over all classes, in training only.
             weight_decay: factor of the L2 penalty, half the sum of the squared kernels; not on
                 biases and normalization. (Decoupled decay is the optimizer's matter.)
             ema: decay a step of averaged weights; 0 keeps none. `averaged` puts them in place.
+            global_clipnorm: the norm of all gradients together above which they are scaled down to
+                it; 0 clips none.
+            accumulate_steps: parts, one after another, in which a batch is computed; only batch
+                normalization notices.
+            steps_per_execution: steps between two returns to Python.
+            jit_compile: compiles the step with XLA; on one device only.
             **kwargs: of keras.Model.compile, but for losses and metrics, which are fixed.
-        """
-        super().compile(optimizer=optimizer, **kwargs)
-        self.label_smoothing, self.weight_decay, self.ema = label_smoothing, weight_decay, ema
-        self.loss_metric = keras.metrics.Mean("loss")
-        self.accuracy_metric = keras.metrics.Mean("accuracy")
-        self.averages = [
-            tf.Variable(
-                weight.value, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
-            )
-            for weight in (self.weights if ema else ())
-        ]
 
-    @property
-    def metrics(self) -> list:
-        return [self.loss_metric, self.accuracy_metric] if self.compiled else []
+        Raises:
+            ValueError: what several replicas would compute wrongly, or not at all.
+        """
+        strategy = self.distribute_strategy
+        replicas = strategy.num_replicas_in_sync
+        if tf.distribute.has_strategy() and tf.distribute.get_strategy() is not strategy:
+            raise ValueError("the model was built outside of the strategy's scope; build it inside")
+        if replicas > 1:
+            self._check_for_replicas(jit_compile, kwargs.get("run_eagerly"))
+        with strategy.scope():
+            super().compile(
+                optimizer,
+                steps_per_execution=steps_per_execution,
+                jit_compile=jit_compile,
+                **kwargs,
+            )
+            if not self.optimizer.built:
+                self.optimizer.build(self.trainable_variables)
+            inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+            made = strategy.extended.variable_created_in_scope
+            if replicas > 1 and not made(inner.iterations.value):
+                raise ValueError("the optimizer was made outside of the strategy's scope")
+            if inner.gradient_accumulation_steps:
+                raise ValueError("give accumulate_steps to compile, not to the optimizer")
+            self.label_smoothing, self.weight_decay, self.ema = label_smoothing, weight_decay, ema
+            self.accumulate_steps = accumulate_steps
+            self._take_clipping(inner, global_clipnorm)
+            self.averages = [_local_variable(w.value) for w in (self.weights if ema else ())]
+            self._sums = []
+            if accumulate_steps > 1:
+                dtype = keras.config.dtype_policy().variable_dtype
+                shapes = [tf.zeros(v.shape, v.dtype) for v in self.trainable_variables]
+                self._sums = [_local_variable(x) for x in [*shapes, tf.zeros(3, dtype)]]
+        self.test_function = self._compiled(self._evaluate_steps)
+
+    def _check_for_replicas(self, jit_compile, run_eagerly) -> None:
+        if jit_compile is True or run_eagerly:
+            raise ValueError("jit_compile and run_eagerly are for one device, not for replicas")
+        for layer in self.trained.layers:
+            # Dropout's relatives would draw the same mask on each replica, and Keras's normalization
+            # would weigh replicas alike that have unequal parts of a batch.
+            if isinstance(layer, _WRONG_UNDER_REPLICAS) and not isinstance(layer, _RIGHT):
+                raise ValueError(
+                    f"layer {layer.name!r}: keras.layers.{type(layer).__name__} is not right under "
+                    "several replicas; keras_cifar.layers has BatchNormalization and Dropout that are"
+                )
+
+    def _take_clipping(self, optimizer, global_clipnorm: float) -> None:
+        """Takes what the optimizer would do to each replica's gradients before they are added up."""
+        if global_clipnorm:
+            optimizer.global_clipnorm = global_clipnorm
+        names = ("clipnorm", "global_clipnorm", "clipvalue")
+        self.clipping = {name: getattr(optimizer, name) for name in names}
+        for name in names:
+            setattr(optimizer, name, None)
+
+    def make_train_function(self, force: bool = False):
+        """Keras's hook; `train_function(iterator, count)` runs steps and sums what they return."""
+        if self.train_function is None or force:
+            self.train_function = self._compiled(self._train_steps)
+        return self.train_function
+
+    def _compiled(self, function):
+        return function if self.run_eagerly else tf.function(function, autograph=False)
+
+    # ---- One step
 
     def train_step(self, data):
-        """One step on (images, labels) of one replica."""
-        images, labels = _unpack(data)
-        smooth = self.label_smoothing
-        targets = labels * (1 - smooth) + smooth / labels.shape[-1] if smooth else labels
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        """One step of one replica on its part of a batch: (images, labels).
+
+        Returns:
+            float [3], of the whole batch: the sum of the cross-entropies, the number of right
+            answers, the weight of the examples.
+        """
+        alone = _replicas() == 1
+        return self._update(*self._gradients(*data, divide=alone), divided=alone)
+
+    def _accumulate(self, data) -> None:
+        """Adds the gradients and figures of one part of a batch to the sums."""
+        gradients, figures = self._gradients(*data)
+        for total, value in zip(self._sums, [*gradients, figures], strict=True):
+            total.assign_add(value)
+
+    def _update_from_sums(self):
+        """The step on what was accumulated; float [3] as of `train_step`."""
+        *gradients, figures = [tf.identity(total) for total in self._sums]
+        figures = self._update(gradients, figures)
+        for total in self._sums:
+            total.assign(tf.zeros_like(total))
+        return figures
+
+    def _gradients(self, images, labels, divide: bool = False) -> tuple[list, tf.Tensor]:
+        """(gradients, figures float [3]) of this replica's examples.
+
+        The gradients are of the sum of losses, divided by the examples' weight or by NOMINAL_BATCH.
+        """
+        labels, smooth = tf.cast(labels, self._loss_dtype), self.label_smoothing
+        # A label that sums to 0 marks filling: it counts nothing.
+        weights = tf.reduce_sum(labels, axis=1, keepdims=True)
+        targets = labels * (1 - smooth) + weights * smooth / labels.shape[-1] if smooth else labels
         with tf.GradientTape() as tape:
             logits, *auxiliary = self._logits(images, training=True)
-            total = tf.reduce_mean(_cross_entropy(targets, logits))
+            total = tf.reduce_sum(_cross_entropy(targets, logits))
             for other in auxiliary:
-                total += AUXILIARY_WEIGHT * tf.reduce_mean(_cross_entropy(targets, other))
-            if self.weight_decay:
-                squares = [tf.reduce_sum(tf.square(w)) for w in self._kernels()]
-                total += self.weight_decay / 2 * tf.cast(tf.add_n(squares), total.dtype)
-            # Keras adds the replicas' gradients; each has an equal part of the batch.
-            scaled = self.optimizer.scale_loss(total / replicas)
-        variables = self.trainable_variables
+                total += AUXILIARY_WEIGHT * tf.reduce_sum(_cross_entropy(targets, other))
+            total /= tf.cast(tf.reduce_sum(weights), total.dtype) if divide else NOMINAL_BATCH
+            scaled = self.optimizer.scale_loss(total)
         gradients = tape.gradient(
             scaled,
-            [v.value for v in variables],
+            [v.value for v in self.trainable_variables],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,  # layers.ConvBeforeNorm's bias
         )
-        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return gradients, self._figures(labels, logits)
+
+    def _update(self, gradients, figures, divided: bool = False):
+        """Adds up over the replicas, changes the weights, returns the figures of the whole batch."""
+        variables, optimizer = self.trainable_variables, self.optimizer
+        if _replicas() > 1:
+            context = tf.distribute.get_replica_context()
+            *gradients, figures = context.all_reduce("SUM", [*gradients, figures])
+        if not divided:
+            factor = NOMINAL_BATCH / figures[2]
+            gradients = [g * tf.cast(factor, g.dtype) for g in gradients]
+        if self.weight_decay:
+            decay = optimizer.scale_loss(tf.constant(self.weight_decay, self._loss_dtype))
+            gradients = [
+                g + tf.cast(decay, g.dtype) * v.value if is_kernel(v) else g
+                for g, v in zip(gradients, variables, strict=True)
+            ]
+        gradients = self._clip(gradients)
+        if _replicas() == 1:
+            optimizer.apply(gradients, variables)
+        elif hasattr(optimizer, "apply_reduced"):
+            optimizer.apply_reduced(gradients, variables)
+        else:  # Keras adds the replicas' gradients up.
+            optimizer.apply([g / _replicas() for g in gradients], variables)
         self._update_averages()
-        return self._update_metrics(labels, logits)
+        return figures
+
+    def _clip(self, gradients: list) -> list:
+        # Under loss scaling the gradients are scaled, and so is the limit.
+        scale = self.optimizer.scale_loss(tf.constant(1.0, self._loss_dtype))
+        for name, limit in self.clipping.items():
+            if limit:
+                limits = [tf.cast(scale * limit, g.dtype) for g in gradients]
+                if name == "global_clipnorm":
+                    return tf.clip_by_global_norm(gradients, limits[0])[0]
+                if name == "clipnorm":
+                    return [tf.clip_by_norm(*pair) for pair in zip(gradients, limits, strict=True)]
+                return [tf.clip_by_value(g, -v, v) for g, v in zip(gradients, limits, strict=True)]
+        return gradients
 
     def test_step(self, data):
-        """Loss and accuracy on (images, labels) of one replica."""
-        images, labels = _unpack(data)
+        """float [3] as of `train_step`, but of one replica's (images, labels) alone."""
+        images, labels = data
         logits = self._logits(images, training=False)[0]
-        return self._update_metrics(labels, logits)
+        return self._figures(tf.cast(labels, self._loss_dtype), logits)
 
     def _logits(self, images, training: bool) -> list:
         """[the model's logits, those of each auxiliary classifier]."""
         logits = self.trained(images, training=training)
         return logits if isinstance(logits, list) else [logits]
 
-    def _update_metrics(self, labels, logits) -> dict:
-        # A label that sums to 0 marks the filling of a last batch: it counts nothing.
-        weights = tf.reduce_sum(labels, axis=1)
-        right = tf.equal(tf.argmax(labels, 1), tf.argmax(logits, 1))
-        losses = _cross_entropy(labels, logits)
-        self.loss_metric.update_state(losses, sample_weight=weights)
-        self.accuracy_metric.update_state(right, sample_weight=weights)
-        return {metric.name: metric.result() for metric in self.metrics}
+    @property
+    def _loss_dtype(self) -> str:
+        """Of losses and figures: that of the variables, float32 under a mixed policy."""
+        return self.outputs[0].dtype
 
-    def _kernels(self) -> list:
-        return [v.value for v in self.trainable_variables if is_kernel(v)]
+    def _figures(self, labels, logits):
+        weights = tf.reduce_sum(labels, axis=1)
+        right = tf.cast(tf.equal(tf.argmax(labels, 1), tf.argmax(logits, 1)), weights.dtype)
+        losses = tf.cast(_cross_entropy(labels, logits), weights.dtype)
+        return tf.stack([tf.reduce_sum(x) for x in (losses, right * weights, weights)])
+
+    # ---- Many steps
+
+    def _train_steps(self, iterator, count):
+        strategy = self.distribute_strategy
+        # XLA compiles the step and not the loop, as it knows no iterators.
+        train_step = tf.function(self.train_step, jit_compile=True, autograph=False)
+        train_step = train_step if self.jit_compile is True else self.train_step
+
+        def step():
+            if self.accumulate_steps == 1:
+                figures = strategy.run(train_step, args=(next(iterator),))
+            else:
+                parts = tf.constant(self.accumulate_steps)
+                _repeat(parts, lambda: strategy.run(self._accumulate, args=(next(iterator),)))
+                figures = strategy.run(self._update_from_sums)
+            return strategy.experimental_local_results(figures)[0]
+
+        return self._sum_over(step, count)
+
+    def _evaluate_steps(self, iterator, count):
+        strategy = self.distribute_strategy
+
+        def step():
+            return strategy.reduce(
+                "SUM", strategy.run(self.test_step, args=(next(iterator),)), None
+            )
+
+        return self._sum_over(step, count)
+
+    def _sum_over(self, step, count):
+        """The sum of float [3] over `count` calls of `step`."""
+        # Without the loop where there is none: the graph in its body is optimized less.
+        if self.steps_per_execution == 1:
+            return step()
+        zeros = tf.zeros(3, self._loss_dtype)
+        return tf.while_loop(
+            lambda done, _: done < count,
+            lambda done, total: (done + 1, total + step()),
+            (0, zeros),
+            parallel_iterations=1,
+        )[1]
+
+    def fit(
+        self,
+        x,
+        y=None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose="auto",
+        callbacks=None,
+        *,
+        validation_data=None,
+        shuffle: bool = True,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int = 1,
+    ) -> keras.callbacks.History:
+        """Keras's `fit`, which is the same on every strategy: one device, many, many machines.
+
+        The loss, the gradients, the figures and the statistics of batch normalization are those of
+        the whole batch, also where replicas have unequal parts of it.
+
+        Args:
+            x: arrays with `y`, a tf.data.Dataset of whole batches (images uint8 [B, H, W, 3], labels
+                float [B, K]) in the same order in every process, or `distribution.Pieces`.
+            validation_data: (images, labels), or a data set as `x`.
+            shuffle: shuffles arrays, anew each epoch; data sets stay as they are.
+            steps_per_epoch: with data sets; without it an epoch is one pass.
+            epochs, verbose, callbacks, initial_epoch, validation_*: as in keras.Model.fit.
+
+        Raises:
+            ValueError: data of another form.
+        """
+        pieces = self._pieces(x, y, batch_size, steps_per_epoch, training=True, shuffle=shuffle)
+        validation = validation_data
+        if validation is not None:
+            validation = validation if isinstance(validation, tuple) else (validation, None)
+            validation = self._pieces(
+                *validation, validation_batch_size or batch_size, validation_steps, training=False
+            )
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            verbose = 1 if verbose == "auto" else verbose
+            callbacks = keras.callbacks.CallbackList(
+                callbacks,
+                add_history=True,
+                add_progbar=verbose != 0,
+                verbose=verbose,
+                epochs=epochs,
+                steps=pieces.steps,
+                model=self,
+            )
+        run = self.make_train_function()
+        self.stop_training = False
+        batches = None
+        callbacks.on_train_begin()
+        for epoch in range(initial_epoch, epochs):
+            callbacks.on_epoch_begin(epoch)
+            # An endless data set goes on; one that ends is begun anew.
+            batches = iter(pieces.dataset) if batches is None or pieces.steps is None else batches
+            logs = self._run(
+                run,
+                batches,
+                pieces.steps,
+                callbacks.on_train_batch_begin,
+                callbacks.on_train_batch_end,
+            )
+            if validation is not None and (epoch + 1) % validation_freq == 0:
+                figures = self.evaluate(
+                    validation, verbose=0, callbacks=callbacks, return_dict=True
+                )
+                logs |= {f"val_{name}": value for name, value in figures.items()}
+            callbacks.on_epoch_end(epoch, logs)
+            if self.stop_training:
+                break
+        callbacks.on_train_end(logs if epochs > initial_epoch else None)
+        return self.history
+
+    def evaluate(
+        self,
+        x,
+        y=None,
+        batch_size: int | None = None,
+        verbose="auto",
+        steps: int | None = None,
+        callbacks=None,
+        return_dict: bool = False,
+    ):
+        """Loss and accuracy over every example once; as keras.Model.evaluate, on every strategy.
+
+        Args:
+            x: as of `fit`.
+            steps: batches; without it, one pass.
+        """
+        pieces = self._pieces(x, y, batch_size, steps, training=False)
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = keras.callbacks.CallbackList(
+                callbacks,
+                add_progbar=verbose != 0,
+                verbose=1 if verbose == "auto" else verbose,
+                epochs=1,
+                steps=pieces.steps,
+                model=self,
+            )
+        callbacks.on_test_begin()
+        logs = self._run(
+            self.test_function,
+            iter(pieces.dataset),
+            pieces.steps,
+            callbacks.on_test_batch_begin,
+            callbacks.on_test_batch_end,
+        )
+        callbacks.on_test_end(logs)
+        return logs if return_dict else list(logs.values())
+
+    def _run(self, function, batches, steps: int | None, on_begin, on_end) -> dict:
+        """Calls `function` for `steps` batches, or until they end; the mean figures of all."""
+        done, logs, totals = 0, {}, np.zeros(3)
+        while steps is None or done < steps:
+            count = min(self.steps_per_execution, steps - done) if steps else 1
+            on_begin(done)
+            try:
+                totals = totals + function(batches, tf.constant(count)).numpy()
+            except (tf.errors.OutOfRangeError, StopIteration):
+                if steps is None and done:
+                    break
+                raise ValueError(f"the data set ended after {done} batches of {steps}") from None
+            done += count
+            logs = {"loss": float(totals[0] / totals[2]), "accuracy": float(totals[1] / totals[2])}
+            on_end(done - 1, logs)
+            if self.stop_training and function is self.train_function:
+                break
+        return dict(logs)
+
+    def _pieces(self, x, y, batch_size, steps, *, training: bool, shuffle=False) -> Pieces:
+        if isinstance(x, Pieces):
+            return x if steps is None else dataclasses.replace(x, steps=steps)
+        if not isinstance(x, tf.data.Dataset):
+            if y is None:
+                raise ValueError("give images and labels, or a tf.data.Dataset of both")
+            dataset = tf.data.Dataset.from_tensor_slices((x, y))
+            if shuffle:
+                # The same order in every process.
+                seed = int(self.optimizer.iterations)
+                dataset = dataset.shuffle(len(x), seed, reshuffle_each_iteration=True)
+            x = dataset.batch(batch_size or 32)
+        elif y is not None or batch_size is not None:
+            raise ValueError("a tf.data.Dataset has its own labels and batches: y, batch_size")
+        spec = x.element_spec
+        if not isinstance(spec, tuple) or len(spec) != 2 or spec[1].shape.rank != 2:
+            raise ValueError(
+                "the data must be (images, labels) with one-hot or mixed labels [B, K]; for weights, "
+                f"scale the labels; got {spec}"
+            )
+        parts = self.accumulate_steps if training else None
+        return distribution.cut(self.distribute_strategy, x, steps, parts)
+
+    def train_on_batch(self, *args, **kwargs):
+        raise NotImplementedError("train_on_batch: call fit on the batch")
+
+    def test_on_batch(self, *args, **kwargs):
+        raise NotImplementedError("test_on_batch: call evaluate on the batch")
 
     # ---- Statistics of batch normalization
 
@@ -143,13 +487,14 @@ class Classifier(keras.Model):
         is deployed: with it the variances would be too large (Li et al. 2018, arXiv:1801.05134).
 
         Args:
-            batches: an iterator of `distribute_strategy` over (images, labels) as in training.
+            batches: an iterator over (images, labels) as in training, cut for the replicas.
             count: batches to use.
         """
-        layers = [x for x in self.layers if isinstance(x, keras.layers.BatchNormalization)]
-        if not layers or not count:
+        norms = [x for x in self.layers if isinstance(x, keras.layers.BatchNormalization)]
+        if not norms or not count:
             return
-        variables = [(x, v) for x in layers for v in (x.moving_mean, x.moving_variance)]
+        count *= self.accumulate_steps
+        variables = [(x, v) for x in norms for v in (x.moving_mean, x.moving_variance)]
         for _, variable in variables:
             variable.assign(tf.zeros(variable.shape, variable.dtype))
         with self._without_dropout():
@@ -208,14 +553,6 @@ def pixels(input_shape: tuple[int, int, int]) -> tuple:
     return images, keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(images)
 
 
-def _unpack(data) -> tuple:
-    """(images, labels) of what Keras hands to a step."""
-    images, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
-    if weights is not None:
-        raise ValueError("sample weights are not supported; scale the labels instead")
-    return images, labels
-
-
 def is_kernel(variable) -> bool:
     """Whether weight decay applies: a matrix or a filter, not a bias or a scale."""
     return len(variable.shape) > 1
@@ -226,3 +563,22 @@ def _cross_entropy(targets, logits):
     if logits.dtype in (tf.float16, tf.bfloat16):
         logits = tf.cast(logits, tf.float32)
     return tf.nn.softmax_cross_entropy_with_logits(tf.cast(targets, logits.dtype), logits)
+
+
+def _replicas() -> int:
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def _local_variable(value) -> tf.Variable:
+    """A variable that each replica reads and writes for itself."""
+    return tf.Variable(value, trainable=False)
+
+
+def _repeat(count: tf.Tensor, body: Callable) -> None:
+    """Calls `body`, which is traced once, `count` times."""
+
+    def once(done):
+        body()
+        return (done + 1,)
+
+    tf.while_loop(lambda done: done < count, once, (0,), parallel_iterations=1)

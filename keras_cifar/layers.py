@@ -22,8 +22,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Here one kernel does it where there is one: 4-D input with channels last, in FUSED_DTYPES, on one
     replica. The moving variance is the biased one (divided by N, not by N - 1), as Keras's.
 
-    Under several replicas the statistics are always those of the whole batch; each replica must
-    have as many examples as the others.
+    Under several replicas the statistics are always those of the whole batch, however unequal the
+    replicas' parts of it are; none may be empty.
     """
 
     def __init__(self, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON, **kwargs):
@@ -68,11 +68,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
         context = tf.distribute.get_replica_context()
         if mask is not None or _replicas() == 1 or context is None:
             return super()._moments(inputs, mask)
-        # The mean first: Keras's E[x^2] - E[x]^2 in one pass loses the variance of channels whose
-        # mean is large.
+        # Chan et al. 1983: count, mean and mean square of each replica add up. One all-reduce takes
+        # them, in float64: in float32 the square of a large mean would drown the variance.
         mean, variance = tf.nn.moments(inputs, self._reduction_axes)
-        whole = context.all_reduce("MEAN", mean)
-        return whole, context.all_reduce("MEAN", variance + tf.square(mean - whole))
+        dtype, mean, variance = mean.dtype, *(tf.cast(x, tf.float64) for x in (mean, variance))
+        count = tf.cast(tf.size(inputs) // tf.shape(inputs)[self.axis], tf.float64)
+        parts = tf.concat([count * mean, count * (variance + mean**2), [count]], 0)
+        *sums, total = tf.split(context.all_reduce("SUM", parts), [*[mean.shape[0]] * 2, 1])
+        mean, square = (x / total for x in sums)
+        return tf.cast(mean, dtype), tf.cast(tf.maximum(square - mean**2, 0.0), dtype)
 
 
 @keras.saving.register_keras_serializable("keras_cifar")

@@ -167,7 +167,7 @@ def move(network, gradient: float, steps: int = 1) -> dict[str, tuple]:
     [
         ("adam", optimizers.Adam),
         ("adamw", optimizers.AdamW),
-        ("sgd", keras.optimizers.SGD),
+        ("sgd", optimizers.SGD),
     ],
 )
 def test_flag_chooses_the_optimizer_and_its_rate(name, kind):
