@@ -190,6 +190,11 @@ class TrainConfig:
             "--workers and --worker_index belong together",
         )
 
+    def common(self) -> dict:
+        """The flags that all workers of a run must share."""
+        values = dataclasses.asdict(self)
+        return {f"--{name}": v for name, v in values.items() if name not in NOT_SHARED}
+
     def differences(self, other: dict) -> list[str]:
         """What differs from the flags of an earlier run, where it decides the result."""
         mine = {name: v for name, v in dataclasses.asdict(self).items() if name not in NOT_COMPARED}
@@ -207,6 +212,10 @@ NOT_COMPARED = (
     *("strategy", "replicas", "workers", "worker_index", "startup_timeout", "peer_timeout"),
     "steps_per_execution",
 )
+
+
+# Flags that may differ between the workers of a run.
+NOT_SHARED = ("run_dir", "export", "data_dir", "cache_dir", "worker_index", "startup_timeout")
 
 
 def check(condition: bool, message: str) -> None:

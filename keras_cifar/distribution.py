@@ -1,11 +1,34 @@
-"""Where a run computes: one device, or replicas on several."""
+"""Where a run computes: one device, replicas on several, or workers on several machines."""
 
 import dataclasses
-from collections.abc import Callable
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import tensorflow as tf
 
-from keras_cifar.errors import UsageError
+from keras_cifar.config import TrainConfig
+from keras_cifar.errors import UsageError, UserError, reason
+from keras_cifar.group import Group
+
+# The first port of SLURM jobs: below those that Linux gives to outgoing connections (from 32768 on),
+# and another one for each job, as two jobs may share a machine.
+SLURM_PORTS = range(12_000, 32_000)
+
+# Bytes of one broadcast: large enough to be fast, small enough for --peer_timeout.
+BROADCAST_BYTES = 2**22
+
+# How TensorFlow reports that another worker is gone, stuck or restarted.
+LOST = (
+    tf.errors.UnavailableError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.InternalError,
+    tf.errors.FailedPreconditionError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,39 +143,283 @@ def endless(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
 
-def choose(name: str, replicas: int | None) -> tuple[tf.distribute.Strategy, str, str]:
-    """Chooses the strategy of a run; call it before TensorFlow computes anything.
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """The workers of a run.
 
-    Args:
-        name: auto, none, mirrored or multiworker.
-        replicas: how many; None is one for each GPU. Without enough GPUs, that many virtual
-            devices share the CPU.
+    Attributes:
+        addresses: host:port of each; the first is the chief, which alone writes.
+        index: of this process among them.
+        source: who named them, for messages.
+    """
 
-    Returns:
-        (the strategy, its name, why it was chosen).
+    addresses: tuple[str, ...]
+    index: int
+    source: str
+
+    def __post_init__(self):
+        for address in self.addresses:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+                raise UsageError(f"{self.source}: {address!r} is not of the form host:port")
+        if len(set(self.addresses)) < len(self.addresses):
+            raise UsageError(f"{self.source}: two workers have the same address")
+        if not 0 <= self.index < len(self.addresses):
+            raise UsageError(
+                f"{self.source}: worker {self.index} is not among the {len(self.addresses)} workers "
+                "0, 1, ..."
+            )
+
+
+def find_cluster(config: TrainConfig, environ: Mapping[str, str] = os.environ) -> Cluster | None:
+    """The cluster of --workers, else of TF_CONFIG, else of SLURM; None where there is none.
 
     Raises:
-        UsageError: the machine or this version cannot do what was asked for.
+        UsageError: it is not well formed, or has parameter servers.
     """
-    if name == "multiworker":
-        raise UsageError("--strategy=multiworker is not there yet; use mirrored on one machine")
+    if config.workers is not None:
+        addresses = tuple(part.strip() for part in config.workers.split(","))
+        return Cluster(addresses, config.worker_index, "--workers and --worker_index")
+    if environ.get("TF_CONFIG", "").strip():
+        return _of_tf_config(environ["TF_CONFIG"])
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+        return _of_slurm(environ)
+    return None
+
+
+def _of_tf_config(text: str) -> Cluster | None:
+    try:
+        value = json.loads(text)
+        jobs = {name: list(hosts) for name, hosts in value.get("cluster", {}).items() if hosts}
+        task = value.get("task", {})
+        kind, index = task.get("type", "worker"), int(task.get("index", 0))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"TF_CONFIG is not as TensorFlow defines it: {reason(error)}") from None
+    if not jobs:
+        return None
+    for name in {*jobs, kind} - {"chief", "master", "worker"}:
+        raise UsageError(
+            f"TF_CONFIG has the job {name!r}: parameter servers and evaluators are not supported by "
+            "Keras 3; give each machine a worker"
+        )
+    names = [name for name in ("chief", "master", "worker") if name in jobs]
+    addresses = [address for name in names for address in jobs[name]]
+    if kind not in names or not 0 <= index < len(jobs[kind]):
+        raise UsageError(f"TF_CONFIG: the task {kind} {index} is not in its cluster")
+    before = sum(len(jobs[name]) for name in names[: names.index(kind)])
+    return Cluster(tuple(map(str, addresses)), before + index, "TF_CONFIG")
+
+
+def _of_slurm(environ: Mapping[str, str]) -> Cluster:
+    job = int(environ.get("SLURM_JOB_ID", "0"))
+    tasks = int(environ["SLURM_STEP_NUM_TASKS"])
+    steps = max(1, len(SLURM_PORTS) // tasks)
+    port = SLURM_PORTS[job % steps * tasks]
+    try:
+        # The resolver counts GPUs to find tasks; as many as there are tasks gives all their ports.
+        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
+            port_base=port, gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False
+        )
+        addresses = resolver.cluster_spec().as_dict()["worker"]
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise UsageError(f"SLURM's environment cannot be read: {reason(error)}") from None
+    # The resolver sorts the hosts by name and SLURM does not, so a rank may be another's address.
+    own = f"{environ.get('SLURMD_NODENAME')}:{port + int(environ.get('SLURM_LOCALID', '0'))}"
+    index = addresses.index(own) if own in addresses else resolver.task_id
+    return Cluster(tuple(addresses), index, "SLURM")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a run computes on; nothing has been started.
+
+    Attributes:
+        name: none, mirrored or multiworker.
+        reason: why it was chosen.
+        devices: of this process.
+        cluster: of multiworker.
+    """
+
+    name: str
+    reason: str
+    devices: tuple[str, ...]
+    cluster: Cluster | None = None
+
+    @property
+    def replicas(self) -> int:
+        """In all processes; each worker is taken to have as many devices as this one."""
+        return len(self.devices) * (len(self.cluster.addresses) if self.cluster else 1)
+
+
+def choose(config: TrainConfig) -> Choice:
+    """Chooses the strategy of a run from --strategy, --replicas, --workers and the environment.
+
+    Raises:
+        UsageError: the machine cannot do what was asked for.
+    """
+    name, replicas = config.strategy, config.replicas
+    cluster = find_cluster(config) if name in ("auto", "multiworker") else None
     gpus = len(tf.config.list_physical_devices("GPU"))
+    if name in ("none", "mirrored") and config.workers:
+        raise UsageError(f"--workers needs --strategy=multiworker or auto, not {name}")
+    if name == "multiworker" and cluster is None:
+        raise UsageError(
+            "--strategy=multiworker found no cluster: give --workers and --worker_index, or set "
+            "TF_CONFIG, or start with srun, or on one machine with python -m keras_cifar.launch"
+        )
+    if cluster and (name == "multiworker" or len(cluster.addresses) > 1):
+        if replicas:
+            raise UsageError("--replicas is for one machine: a worker has one for each of its GPUs")
+        devices = tuple(f"GPU:{i}" for i in range(gpus)) or ("CPU:0",)
+        kind = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU"
+        why = f"{len(cluster.addresses)} workers by {cluster.source}, this is {cluster.index}, {kind}"
+        return Choice("multiworker", why, devices, cluster)
     wanted = replicas or max(gpus, 1)
     if name == "auto":
         name = "mirrored" if wanted > 1 else "none"
     if name == "none":
         if (replicas or 1) > 1:
             raise UsageError(f"--replicas={replicas} needs --strategy=mirrored or auto")
-        return tf.distribute.get_strategy(), "none", "one GPU" if gpus else "the CPU"
-    if gpus:
-        if wanted > gpus:
-            raise UsageError(f"--replicas={wanted} is more than this machine's {gpus} GPUs")
-        devices, kind = [f"GPU:{i}" for i in range(wanted)], "GPU"
+        return Choice("none", "one GPU" if gpus else "the CPU", ("GPU:0" if gpus else "CPU:0",))
+    if gpus and wanted > gpus:
+        raise UsageError(f"--replicas={wanted} is more than this machine's {gpus} GPUs")
+    kind = "GPU" if gpus else "virtual CPU device"
+    devices = tuple(f"{'GPU' if gpus else 'CPU'}:{i}" for i in range(wanted))
+    return Choice("mirrored", f"{wanted} {kind}{'s' if wanted > 1 else ''}", devices)
+
+
+class Devices:
+    """A choice that was started; a context that ends the other workers when this one fails.
+
+    Attributes:
+        choice: what was chosen.
+        strategy: TensorFlow's.
+    """
+
+    def __init__(self, choice: Choice, config: TrainConfig, facts: Mapping | None = None):
+        """Starts the choice; call it before TensorFlow computes anything.
+
+        Args:
+            facts: what all workers must have in common, by name; JSON.
+
+        Raises:
+            UsageError, UserError: another worker is missing or differs, or a port is taken.
+        """
+        self.choice, self._timeout = choice, config.peer_timeout
+        cluster = choice.cluster
+        if cluster is None:
+            self._group = None
+            self.strategy = _one_machine(choice)
+            return
+        self._group = Group(
+            cluster.addresses, cluster.index, config.startup_timeout, config.peer_timeout
+        )
+        with self:
+            self.agree(facts or {})
+            self.strategy = _multiworker(choice, config.peer_timeout)
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes."""
+        return self.choice.cluster is None or self.choice.cluster.index == 0
+
+    def agree(self, facts: Mapping) -> None:
+        """Waits for all workers and compares; each gives the same names.
+
+        Raises:
+            UserError: a value differs from the chief's.
+        """
+        if self._group is None:
+            return
+        everyone = self._group.gather(dict(facts))
+        for index, theirs in enumerate(everyone):
+            differences = [
+                f"{name} is {theirs.get(name)!r} there and {value!r} at worker 0"
+                for name, value in everyone[0].items()
+                if theirs.get(name) != value
+            ]
+            if differences:
+                raise UserError(
+                    f"worker {index} ({self.choice.cluster.addresses[index]}) differs: "
+                    f"{'; '.join(differences)}"
+                )
+
+    def broadcast(self, data: bytes) -> bytes:
+        """The chief's `data`, at every worker."""
+        if self._group is None:
+            return data
+        size = self._group.gather(len(data))[0]
+        # As float32, which every kind of device can add up, and of bytes exactly.
+        chief = np.zeros(size, np.uint8)
+        if self.is_chief:
+            chief[:] = np.frombuffer(data, np.uint8)
+
+        @tf.function(autograph=False)
+        def add(values):
+            def on_replica():
+                context = tf.distribute.get_replica_context()
+                first = tf.cast(tf.equal(context.replica_id_in_sync_group, 0), tf.float32)
+                return context.all_reduce("SUM", tf.cast(values, tf.float32) * first)
+
+            return self.strategy.experimental_local_results(self.strategy.run(on_replica))[0]
+
+        starts = range(0, size, BROADCAST_BYTES)
+        parts = [add(tf.constant(chief[i : i + BROADCAST_BYTES])).numpy() for i in starts]
+        return b"".join(part.astype(np.uint8).tobytes() for part in parts)
+
+    def meet(self) -> None:
+        """Ends the talk that precedes training; from here on TensorFlow watches the others."""
+        if self._group is not None:
+            self._group.close()
+
+    def __enter__(self) -> "Devices":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None or self._group is None:
+            return
+        lost_peer = isinstance(error, LOST)
+        if lost_peer:
+            error = UserError(lost(error, self.choice.cluster, self._timeout))
+        self._group.abort(reason(error))
+        if lost_peer:
+            raise error from None
+
+
+def lost(error: tf.errors.OpError, cluster: Cluster, timeout: float) -> str:
+    """One line on the worker that TensorFlow's error is about."""
+    if "timed out" in error.message:
+        who = f"a worker kept the others waiting for more than --peer_timeout={timeout:g} s"
     else:
-        _split_cpu(wanted)
-        devices, kind = [f"CPU:{i}" for i in range(wanted)], "virtual CPU device"
-    reason = f"{wanted} {kind}{'s' if wanted > 1 else ''}"
-    return tf.distribute.MirroredStrategy(devices), "mirrored", reason
+        tasks = {int(n) for n in re.findall(r"/task:(\d+)", error.message)} - {cluster.index}
+        if not tasks and "CoordinationService" in error.message:
+            tasks = {0}  # It is the chief's.
+        names = [f"worker {i} ({cluster.addresses[i]})" for i in sorted(tasks)]
+        who = f"{' and '.join(names) or 'another worker'} ended or cannot be reached"
+    return f"{who}; nothing that was saved is lost: start all workers again to go on from there"
+
+
+def _one_machine(choice: Choice) -> tf.distribute.Strategy:
+    if choice.name == "none":
+        return tf.distribute.get_strategy()
+    if choice.devices[0].startswith("CPU"):
+        _split_cpu(len(choice.devices))
+    return tf.distribute.MirroredStrategy(list(choice.devices))
+
+
+def _multiworker(choice: Choice, timeout: float) -> tf.distribute.Strategy:
+    cluster = choice.cluster
+    gpus = sum(device.startswith("GPU") for device in choice.devices)
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
+        task_type="worker",
+        task_id=cluster.index,
+        num_accelerators={"GPU": gpus},
+        rpc_layer="grpc",
+    )
+    # Without a limit the others would wait for ever for a worker that is alive but stuck.
+    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout)
+    return tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
 
 
 def _split_cpu(count: int) -> None:

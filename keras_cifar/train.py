@@ -24,6 +24,9 @@ def main(config: TrainConfig) -> None:
         return
     run = Run(config.run_dir or default_run_dir(config))
     figures = trainer.train(config, run)
+    if figures is None:
+        print(f"worker {config.worker_index or ''} is done; worker 0 has the results")
+        return
     files = [("model", run.model), ("history", run.history), ("curves", run.curves)]
     files += [("test", run.evaluation("test")), ("confusion", run.confusion("test"))]
     files += [("logs", f"{run.tensorboard}  (tensorboard --logdir {run.tensorboard})")]

@@ -27,6 +27,7 @@ from keras_cifar import (
 )
 from keras_cifar.classifier import Classifier
 from keras_cifar.config import TrainConfig
+from keras_cifar.distribution import Devices, Pieces, Share
 from keras_cifar.errors import UsageError, UserError, unknown
 from keras_cifar.exporters import saved_model
 from keras_cifar.run import Run, replacing, versions, write_json
@@ -42,16 +43,37 @@ class Plan:
     dataset: data.Dataset
     model: Classifier
     steps_per_epoch: int
-    strategy: str
-    strategy_reason: str
+    devices: Devices
     dtype_policy: str
     xla: bool
 
-    def batches(self, start_step: int) -> tf.data.Dataset:
-        """Training batches from a step of the run on."""
-        config, classes = self.config, len(self.dataset.class_names)
-        return pipeline.training(
-            self.dataset.train, classes, config.batch_size, config.augment, config.seed, start_step
+    def batches(self, start_step: int) -> Pieces:
+        """Training batches from a step of the run on, cut for the replicas."""
+        config, train, classes = self.config, self.dataset.train, len(self.dataset.class_names)
+
+        def make(share: Share) -> tf.data.Dataset:
+            return pipeline.training(
+                train,
+                classes,
+                config.batch_size,
+                config.augment,
+                config.seed,
+                start_step,
+                share,
+                config.accumulate_steps,
+            )
+
+        return distribution.pieces(self.devices.strategy, make, self.steps_per_epoch)
+
+    def validation(self) -> Pieces | None:
+        """Validation batches, cut for the replicas; None where nothing is held out."""
+        val, classes, size = self.dataset.val, len(self.dataset.class_names), self.config.batch_size
+        if val is None:
+            return None
+        return distribution.pieces(
+            self.devices.strategy,
+            lambda share: pipeline.evaluation(val, classes, size, share),
+            pipeline.evaluation_steps(val, size),
         )
 
     def describe(self) -> str:
@@ -70,33 +92,41 @@ class Plan:
                 f"training  {config.epochs} epochs of {self.steps_per_epoch} steps of "
                 f"{config.batch_size} images ({left_out} others are left out each pass), "
                 f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_schedule}",
-                f"devices   strategy {self.strategy} ({self.strategy_reason}), {self.dtype_policy}, "
-                f"XLA {'on' if self.xla else 'off'}",
+                f"devices   strategy {self.devices.choice.name} ({self.devices.choice.reason}), "
+                f"{self.dtype_policy}, XLA {'on' if self.xla else 'off'}",
             ]
         )
 
 
-def train(config: TrainConfig, run: Run) -> dict:
+def train(config: TrainConfig, run: Run) -> dict | None:
     """Trains, selects, tests and exports; goes on where an earlier call on the same run stopped.
 
     Returns:
-        The figures of the test split, as in `RUN/eval/test.json`.
+        The figures of the test split, as in `RUN/eval/test.json`; None at workers other than the
+        chief, which alone reads and writes the run directory.
 
     Raises:
         UsageError: a wrong flag, or a run directory that holds another configuration.
-        UserError: the data is not to be had, or the loss was not finite.
+        UserError: the data is not to be had, the loss was not finite, or another worker was lost.
     """
-    previous = previous_config(config, run)
-    plan = prepare(config)
-    splits = plan.dataset.describe()
-    if previous is None:
-        write_json(run.config, describe_run(plan))
-    elif previous["splits"] != splits:
-        raise UserError(
-            f"the images of --data={config.data} are not those that {run.path} began with"
-        )
-    print(f"run       {run.path}\n{plan.describe()}", flush=True)
-    fit(plan, run)
+    check_names(config)
+    choice = distribution.choose(config)
+    with Devices(choice, config, config.common() | package_versions()) as devices:
+        previous = previous_config(config, run) if devices.is_chief else None
+        plan = prepare(config, devices)
+        splits = plan.dataset.describe()
+        devices.agree({f"the {name} images": split for name, split in splits.items()})
+        if devices.is_chief:
+            if previous is None:
+                write_json(run.config, describe_run(plan))
+            elif previous["splits"] != splits:
+                raise UserError(
+                    f"the images of --data={config.data} are not those that {run.path} began with"
+                )
+            print(f"run       {run.path}\n{plan.describe()}", flush=True)
+        fit(plan, run)
+    if not devices.is_chief:
+        return None
 
     model = models.load(run.model)
     dataset = plan.dataset
@@ -130,26 +160,40 @@ def previous_config(config: TrainConfig, run: Run) -> dict | None:
     return previous
 
 
-def prepare(config: TrainConfig) -> Plan:
+def check_names(config: TrainConfig) -> None:
+    """Refuses what no machine can do, before anything is started.
+
+    Raises:
+        UsageError: an unknown model or schedule, or flags that contradict each other.
+    """
+    optimizers.parse_schedule(config.lr_schedule)
+    if config.model not in models.variants():
+        raise unknown("model", config.model, models.variants())
+    if config.early_stopping and not config.val_fraction:
+        raise UsageError("--early_stopping needs validation: --val_fraction must be above 0")
+
+
+def prepare(config: TrainConfig, devices: Devices | None = None) -> Plan:
     """Checks the flags, loads the data and builds the compiled model.
+
+    Args:
+        devices: where to; None chooses them.
 
     Raises:
         UsageError, UserError: as `train`.
     """
+    check_names(config)
     # Devices can be chosen only before TensorFlow computes anything.
-    strategy, strategy_name, reason = distribution.choose(config.strategy, config.replicas)
+    devices = devices or Devices(distribution.choose(config), config)
     # All flags before the data: a wrong one shows before a long download.
     augmentation.parse(config.augment)
-    optimizers.parse_schedule(config.lr_schedule)
-    if config.model not in models.variants():
-        raise unknown("model", config.model, models.variants())
-    replicas = strategy.num_replicas_in_sync
-    if config.batch_size % replicas:
+    replicas = devices.choice.replicas
+    if config.batch_size // config.accumulate_steps < replicas:
         raise UsageError(
-            f"--batch_size={config.batch_size} is not a multiple of {replicas} replicas"
+            f"--batch_size={config.batch_size} is less than an image for each of {replicas} replicas"
+            + f" in each of --accumulate_steps={config.accumulate_steps}"
+            * (config.accumulate_steps > 1)
         )
-    if config.early_stopping and not config.val_fraction:
-        raise UsageError("--early_stopping needs validation: --val_fraction must be above 0")
 
     keras.utils.set_random_seed(config.seed)
     dtype_policy = environment.dtype_policy(config.dtype_policy)
@@ -164,11 +208,11 @@ def prepare(config: TrainConfig) -> Plan:
     )
     one_pass = pipeline.steps_in(dataset.train, config.batch_size)
     steps = config.steps_per_epoch or one_pass
-    xla = environment.use_xla(strategy_name)
-    with strategy.scope():
+    xla = environment.use_xla(devices.choice.name)
+    with devices.strategy.scope():
         model = models.build(config.model, dataset.image_shape, len(dataset.class_names))
         optimizers.compile_model(model, config, steps, jit_compile=xla)
-    return Plan(config, dataset, model, steps, strategy_name, reason, dtype_policy, xla)
+    return Plan(config, dataset, model, steps, devices, dtype_policy, xla)
 
 
 def describe_run(plan: Plan) -> dict:
@@ -182,14 +226,20 @@ def describe_run(plan: Plan) -> dict:
         "parameter_count": models.count_parameters(network),
         "multiply_adds": models.count_multiply_adds(network),
         "steps_per_epoch": plan.steps_per_epoch,
-        "strategy": plan.strategy,
+        "strategy": plan.devices.choice.name,
+        "replicas": plan.devices.choice.replicas,
         "dtype_policy": plan.dtype_policy,
         "xla": plan.xla,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": package_versions(),
         "git_revision": _git_revision(),
         "command": sys.argv,
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Of Python and of what decides results."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return found | {"python": platform.python_version()}
 
 
 def _git_revision() -> str | None:
@@ -206,39 +256,39 @@ def _git_revision() -> str | None:
 
 def fit(plan: Plan, run: Run, callbacks: tuple[keras.callbacks.Callback, ...] = ()) -> None:
     """Trains from the last checkpoint to the end; `RUN/model.keras` is the selected model then."""
-    config = plan.config
-    state = checkpoint.restore(run.checkpoint, plan.model)
+    config, devices = plan.config, plan.devices
+    state = checkpoint.restore(run.checkpoint, plan.model, devices)
     recorder = Recorder(plan, run, state.get("history", []))
-    if state:
+    devices.agree({"the step": recorder.epochs_done, "the model's state": checkpoint.digest(plan.model)})
+    devices.meet()
+    if state and devices.is_chief:
         print(f"going on after epoch {recorder.epochs_done} of {config.epochs}", flush=True)
     if recorder.is_finished():
         return
-    tensorboard = keras.callbacks.TensorBoard(run.tensorboard, write_graph=False)
+    watchers = [recorder]
+    if devices.is_chief:
+        watchers += [keras.callbacks.TensorBoard(run.tensorboard, write_graph=False)]
     plan.model.fit(
         plan.batches(start_step=recorder.epochs_done * plan.steps_per_epoch),
         epochs=config.epochs,
-        steps_per_epoch=plan.steps_per_epoch,
         initial_epoch=recorder.epochs_done,
-        shuffle=False,  # The batches are shuffled already.
-        callbacks=[recorder, tensorboard, *callbacks],
-        verbose=1 if sys.stdout.isatty() else 0,
+        callbacks=[*watchers, *callbacks],
+        verbose=1 if sys.stdout.isatty() and devices.is_chief else 0,
     )
 
 
 class Recorder(keras.callbacks.Callback):
-    """Writes the run directory after each epoch, selects the model, and watches the loss."""
+    """Writes the run directory after each epoch, selects the model, and watches the loss.
+
+    All workers compute the same, and the chief alone writes.
+    """
 
     def __init__(self, plan: Plan, run: Run, history: list[dict]):
         super().__init__()
         self.plan, self.run, self.history = plan, run, history
-        classes, config = len(plan.dataset.class_names), plan.config
-        batches = plan.batches(start_step=len(history) * config.calibration_batches)
-        strategy = plan.model.distribute_strategy
-        self._calibration = iter(strategy.experimental_distribute_dataset(batches))
-        validation = plan.dataset.val
-        self._validation = validation and pipeline.evaluation(
-            validation, classes, config.batch_size
-        )
+        batches = plan.batches(start_step=len(history) * plan.config.calibration_batches)
+        self._calibration = iter(batches.dataset)
+        self._validation = plan.validation()
 
     @property
     def epochs_done(self) -> int:
@@ -294,16 +344,18 @@ class Recorder(keras.callbacks.Callback):
             }
             self.history.append(row)
             # Before the checkpoint that counts it, so that a kill between them loses nothing.
-            if self.best_epoch() == epoch + 1:
+            if self.best_epoch() == epoch + 1 and self.plan.devices.is_chief:
                 with replacing(self.run.model) as temporary:
                     self.model.deployable.save(temporary)
+        if self.is_finished():
+            self.model.stop_training = True
+        if not self.plan.devices.is_chief:
+            return
         checkpoint.save(self.run.checkpoint, self.model, {"history": self.history})
         write_history(self.history, self.run.history)
         plots.curves(self.history, self.run.curves)
         if not sys.stdout.isatty():
             print(_line(row, config.epochs), flush=True)
-        if self.is_finished():
-            self.model.stop_training = True
 
 
 def _quality(row: dict) -> tuple[float, float]:
