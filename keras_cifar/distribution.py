@@ -272,7 +272,9 @@ def choose(config: TrainConfig) -> Choice:
             raise UsageError("--replicas is for one machine: a worker has one for each of its GPUs")
         devices = tuple(f"GPU:{i}" for i in range(gpus)) or ("CPU:0",)
         kind = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU"
-        why = f"{len(cluster.addresses)} workers by {cluster.source}, this is {cluster.index}, {kind}"
+        why = (
+            f"{len(cluster.addresses)} workers by {cluster.source}, this is {cluster.index}, {kind}"
+        )
         return Choice("multiworker", why, devices, cluster)
     wanted = replicas or max(gpus, 1)
     if name == "auto":
