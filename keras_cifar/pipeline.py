@@ -88,12 +88,14 @@ def training(
         return tf.data.Dataset.from_tensor_slices(order).batch(batch_size, drop_remainder=True)
 
     def batch(step, indices):
+        def read(positions):
+            chosen = indices if positions is None else tf.gather(indices, positions)
+            label = tf.one_hot(tf.gather(labels, chosen), classes)
+            return tf.gather(stored, tf.gather(rows, chosen)), label
+
         fold = tf.random.experimental.stateless_fold_in
-        return transform(
-            tf.gather(stored, tf.gather(rows, indices)),
-            tf.one_hot(tf.gather(labels, indices), classes),
-            fold(tf.constant(augment_seed), tf.cast(step, tf.int32)),
-        )
+        drawn = fold(tf.constant(augment_seed), tf.cast(step, tf.int32))
+        return transform(read, batch_size, drawn)
 
     passes = tf.data.Dataset.range(start_step // steps, tf.int64.max)
     batches = passes.flat_map(one_pass).skip(start_step % steps).enumerate(start_step)
