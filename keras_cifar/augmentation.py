@@ -1,9 +1,14 @@
-"""Stateless augmentation of whole batches, chosen by a string such as `crop(4)|flip|mixup(0.2)`.
+"""Stateless augmentation of batches, chosen by a string such as `crop(4)|flip|mixup(0.2)`.
 
-Each public function below that has a seed among its parameters is an augmentation of its own name:
-(images, labels, seed, *numbers) -> (images, labels), with images uint8 or float32 [B, H, W, 3] in
-[0, 255], labels float32 [B, K] and seed int32 [2]. The same seed gives the same result. A new
-augmentation is one new function.
+Each public function below that has `random` as its third parameter is an augmentation of its own
+name: (images, labels, random, *numbers) -> (images, labels), with images uint8 or float32
+[n, H, W, 3] in [0, 255], labels float32 [n, K] and `random` a `Random`. One that mixes examples has
+`partners` as its fourth parameter: (images, labels) of other examples of the batch, one for each. A
+new augmentation is one new function.
+
+The n examples are all of a batch or some of it: what becomes of an example depends on the seed and
+on its position in the batch, and not on which others are computed with it, so that processes can
+share the work. For that, all chance comes from `random`.
 """
 
 import functools
@@ -19,31 +24,83 @@ from keras_cifar.errors import UsageError, unknown
 MOST_PADDING = 1024  # pixels, of `crop`; more would be a slip of the finger
 MOST_OPERATIONS = 14  # of `randaugment`: as many as there are
 
-# (images, labels, seed) -> (images, labels)
-Augment = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+Batch = tuple[tf.Tensor, tf.Tensor]
+# Positions int32 [n] in the batch, or None for all -> images uint8 [n, H, W, 3], labels [n, K].
+Read = Callable[[tf.Tensor | None], Batch]
 
 
-def parse(text: str) -> Augment:
+class Random:
+    """Random numbers of the examples at some positions of a batch; each call draws others.
+
+    Those of an example are the same whichever positions are asked for. They are drawn, and what is
+    not exact is computed, for the whole batch: the last bit of a logarithm depends on where TensorFlow
+    cuts a tensor into vectors.
+
+    Args:
+        seed: int32 [2].
+        batch: the number of examples in the whole batch.
+        positions: int32 [n]; None is the whole batch.
+    """
+
+    def __init__(self, seed, batch, positions=None):
+        self._seed, self._batch, self._positions = seed, batch, positions
+        self._draws = 0
+
+    def uniform(self, shape=(), low=0.0, high=1.0, dtype=tf.float32):
+        """[n, *shape] of [low, high)."""
+        shape = (self._batch, *shape)
+        return self._own(tf.random.stateless_uniform(shape, self._next(), low, high, dtype))
+
+    def beta(self, alpha: float):
+        """float32 [n] of the distribution Beta(alpha, alpha)."""
+        _require(0 < alpha <= 1e6, "alpha must be above 0 and at most 1e6")
+        # It is the share of one of two gamma variates. With a small alpha both underflow, so they
+        # are drawn as logarithms: Gamma(a) is Gamma(a + 1) U^(1/a).
+        shape = (2, self._batch)
+        log_gamma = tf.math.log(tf.random.stateless_gamma(shape, self._next(), alpha + 1.0))
+        uniform = tf.random.stateless_uniform(shape, self._next(), 1e-38, 1.0)
+        log_gamma += tf.math.log(uniform) / alpha
+        return self._own(tf.sigmoid(log_gamma[0] - log_gamma[1]))
+
+    def permutation(self):
+        """int32 [n]: the positions that a permutation of the batch has in place of these."""
+        order = tf.range(self._batch)
+        return self._own(tf.random.experimental.stateless_shuffle(order, self._next()))
+
+    def _next(self):
+        self._draws += 1
+        return tf.random.experimental.stateless_fold_in(self._seed, self._draws)
+
+    def _own(self, drawn):
+        return drawn if self._positions is None else tf.gather(drawn, self._positions)
+
+
+def parse(text: str) -> Callable[..., Batch]:
     """The augmentation that a string such as `crop(4)|flip` describes; "" changes nothing.
 
-    The result takes and returns images uint8 [B, H, W, 3] and labels float32 [B, K].
+    Returns:
+        (read: Read, batch: int, seed: int32 [2], positions: int32 [n] = None) -> (images uint8
+        [n, H, W, 3], labels float32 [n, K]): the examples at these positions of a batch of that
+        many, all of them by default, augmented. It reads these, and the partners of those that are
+        mixed.
 
     Raises:
         UsageError: an unknown name, or numbers out of range.
     """
     steps = [_parse_step(part.strip(), text) for part in text.split("|")] if text.strip() else []
 
-    def augment(images, labels, seed):
+    def augment(read, batch, seed, positions=None):
         for index, step in enumerate(steps):
-            images, labels = step(
-                images, labels, tf.random.experimental.stateless_fold_in(seed, index)
-            )
+            drawn = tf.random.experimental.stateless_fold_in(seed, index)
+            read = functools.partial(step, read, batch, drawn)
+        images, labels = read(positions)
         return _to_uint8(images), labels
 
     return augment
 
 
-def _parse_step(part: str, text: str) -> Augment:
+def _parse_step(part: str, text: str) -> Callable[..., Batch]:
+    """One augmentation: (what is read before it, batch, seed, positions) -> what is read after."""
     match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", part)
     if not match:
         raise UsageError(
@@ -57,17 +114,42 @@ def _parse_step(part: str, text: str) -> Augment:
         arguments = [float(n) for n in numbers.split(",")] if numbers and numbers.strip() else []
         if not all(map(math.isfinite, arguments)):
             raise ValueError("numbers must be finite")
-        step = functools.partial(_call, choices[name], arguments)
+        step = functools.partial(_step, choices[name], arguments)
         # On a small batch, so that a wrong number is refused before training, and by name.
-        inspect.signature(choices[name]).bind(None, None, None, *arguments)
-        step(tf.zeros((2, 4, 4, 3), tf.uint8), tf.eye(2), tf.constant([0, 0]))
+        first = [None] * (4 if _mixes(choices[name]) else 3)
+        inspect.signature(choices[name]).bind(*first, *arguments)
+        step(lambda _: (tf.zeros((2, 4, 4, 3), tf.uint8), tf.eye(2)), 2, tf.constant([0, 0]), None)
     except (ValueError, TypeError) as error:
         raise UsageError(f"--augment={text!r}: {part}: {error}") from None
     return step
 
 
-def _call(function, arguments, images, labels, seed):
-    return function(images, labels, seed, *arguments)
+def _step(function, arguments, read, batch, seed, positions):
+    random = Random(seed, batch, positions)
+    if not _mixes(function):
+        return function(*read(positions), random, *arguments)
+    own, partners = _with_partners(read, batch, random.permutation(), positions)
+    return function(*own, random, partners, *arguments)
+
+
+def _with_partners(read: Read, batch, partners, positions) -> tuple[Batch, Batch]:
+    """The examples at `positions` and those at `partners`; no more than the whole batch is read."""
+    if positions is None:
+        everything = read(None)
+        return everything, _rows(everything, partners)
+    if 2 * positions.shape[0] < batch:
+        both = read(tf.concat([positions, partners], axis=0))
+        return tuple(zip(*(tf.split(part, 2) for part in both), strict=True))
+    everything = read(None)
+    return _rows(everything, positions), _rows(everything, partners)
+
+
+def _rows(examples: Batch, positions) -> Batch:
+    return tuple(tf.gather(part, positions) for part in examples)
+
+
+def _mixes(function: Callable) -> bool:
+    return "partners" in inspect.signature(function).parameters
 
 
 def _functions() -> dict[str, Callable]:
@@ -76,7 +158,7 @@ def _functions() -> dict[str, Callable]:
         for name, value in globals().items()
         if inspect.isfunction(value)
         and not name.startswith("_")
-        and list(inspect.signature(value).parameters)[:3] == ["images", "labels", "seed"]
+        and list(inspect.signature(value).parameters)[:3] == ["images", "labels", "random"]
     }
 
 
@@ -88,7 +170,7 @@ def _require(condition: bool, message: str) -> None:
 # ---- Geometry
 
 
-def crop(images, labels, seed, padding: float):
+def crop(images, labels, random, padding: float):
     """Pads by `padding` black pixels on each side and crops at random to the size before.
 
     He et al. 2015, arXiv:1512.03385, section 4.2, with 4 pixels on CIFAR-10.
@@ -98,29 +180,28 @@ def crop(images, labels, seed, padding: float):
         f"the padding must be a whole number of pixels, at most {MOST_PADDING}",
     )
     padding = int(padding)
-    batch, height, width = _sizes(images)
+    _, height, width = _sizes(images)
     padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
-    corner = tf.random.stateless_uniform((2, batch, 1), seed, 0, 2 * padding + 1, tf.int32)
+    top, left = tf.unstack(random.uniform((2, 1), 0, 2 * padding + 1, tf.int32), axis=1)
     # Rows first: they are contiguous, and then only the columns that stay are moved.
-    rows = tf.gather(padded, corner[0] + tf.range(height), axis=1, batch_dims=1)
-    return tf.gather(rows, corner[1] + tf.range(width), axis=2, batch_dims=1), labels
+    rows = tf.gather(padded, top + tf.range(height), axis=1, batch_dims=1)
+    return tf.gather(rows, left + tf.range(width), axis=2, batch_dims=1), labels
 
 
-def flip(images, labels, seed):
+def flip(images, labels, random):
     """Mirrors each image left to right with probability one half."""
-    batch, _, _ = _sizes(images)
-    mirrored = tf.random.stateless_uniform((batch, 1, 1, 1), seed) < 0.5
+    mirrored = random.uniform((1, 1, 1)) < 0.5
     return tf.where(mirrored, tf.reverse(images, [2]), images), labels
 
 
-def cutout(images, labels, seed, size: float):
+def cutout(images, labels, random, size: float):
     """Blackens a square of `size` pixels around a random point; it may reach over the edge.
 
     DeVries and Taylor 2017, arXiv:1708.04552 (16 pixels on CIFAR-10, 8 on CIFAR-100).
     """
     _require(size >= 1 and size == int(size), "the size must be a whole number of pixels")
-    batch, height, width = _sizes(images)
-    top, left = _random_boxes(seed, batch, height, width)
+    _, height, width = _sizes(images)
+    top, left = _random_boxes(random, height, width)
     inside = _box_mask(
         top - int(size) // 2, left - int(size) // 2, int(size), int(size), height, width
     )
@@ -130,72 +211,54 @@ def cutout(images, labels, seed, size: float):
 # ---- Colour
 
 
-def color(images, labels, seed, strength: float):
+def color(images, labels, random, strength: float):
     """Changes brightness, contrast and saturation, each by a factor in 1 +- `strength`.
 
     As in Krizhevsky's successors' ImageNet training (0.4); the order is fixed.
     """
     _require(0 < strength <= 1, "the strength must be above 0 and at most 1")
-    batch, _, _ = _sizes(images)
-    factors = tf.random.stateless_uniform((3, batch, 1, 1, 1), seed, 1 - strength, 1 + strength)
+    factors = random.uniform((3, 1, 1, 1), 1 - strength, 1 + strength)
     images = tf.cast(images, tf.float32)
-    images = _clip(images * factors[0])
-    images = _blend(_mean_grey(images), images, factors[1])
-    return _blend(_grey(images), images, factors[2]), labels
+    images = _clip(images * factors[:, 0])
+    images = _blend(_mean_grey(images), images, factors[:, 1])
+    return _blend(_grey(images), images, factors[:, 2]), labels
 
 
 # ---- Mixing labels
 
 
-def mixup(images, labels, seed, alpha: float):
+def mixup(images, labels, random, partners, alpha: float):
     """Mixes each image and its label with another's: shares from Beta(alpha, alpha).
 
     Zhang et al. 2017, arXiv:1710.09412 (alpha 1.0 on CIFAR-10, 0.2 on ImageNet).
     """
-    share, partner = _mixing(seed, images, alpha)
-    share_of_pixels = share[:, None, None, None]
-    images = tf.cast(images, tf.float32)
-    images = images * share_of_pixels + tf.gather(images, partner) * (1 - share_of_pixels)
-    return images, labels * share[:, None] + tf.gather(labels, partner) * (1 - share[:, None])
+    share = random.beta(alpha)[:, None]
+    pixels = share[:, None, None]
+    images, others = (tf.cast(x, tf.float32) for x in (images, partners[0]))
+    return images * pixels + others * (1 - pixels), labels * share + partners[1] * (1 - share)
 
 
-def cutmix(images, labels, seed, alpha: float):
+def cutmix(images, labels, random, partners, alpha: float):
     """Pastes a random box of another image; labels are mixed by the areas that are seen.
 
     Yun et al. 2019, arXiv:1905.04899 (alpha 1.0 on CIFAR-10 and ImageNet).
     """
-    share, partner = _mixing(seed, images, alpha)
-    batch, height, width = _sizes(images)
-    side = tf.sqrt(1.0 - share)[:, None, None, None]
+    _, height, width = _sizes(images)
+    side = tf.sqrt(1.0 - random.beta(alpha))[:, None, None, None]
     box_height = tf.cast(tf.round(side * tf.cast(height, tf.float32)), tf.int32)
     box_width = tf.cast(tf.round(side * tf.cast(width, tf.float32)), tf.int32)
-    y, x = _random_boxes(tf.random.experimental.stateless_fold_in(seed, 2), batch, height, width)
+    y, x = _random_boxes(random, height, width)
     inside = _box_mask(
         y - box_height // 2, x - box_width // 2, box_height, box_width, height, width
     )
-    images = tf.where(inside, tf.gather(images, partner), images)
     seen = 1.0 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=[1, 2])
-    return images, labels * seen + tf.gather(labels, partner) * (1 - seen)
-
-
-def _mixing(seed, images, alpha):
-    """(share float32 [B] of the image itself, partner int32 [B])."""
-    _require(0 < alpha <= 1e6, "alpha must be above 0 and at most 1e6")
-    batch, _, _ = _sizes(images)
-    fold = tf.random.experimental.stateless_fold_in
-    # A share of Beta(alpha, alpha) is that of one of two gamma variates. With a small alpha both
-    # underflow, so they are drawn as logarithms: Gamma(a) is Gamma(a + 1) U^(1/a).
-    log_gamma = tf.math.log(tf.random.stateless_gamma((2, batch), seed, alpha + 1.0))
-    uniform = tf.random.stateless_uniform((2, batch), fold(seed, 3), 1e-38, 1.0)
-    log_gamma += tf.math.log(uniform) / alpha
-    partner = tf.random.experimental.stateless_shuffle(tf.range(batch), fold(seed, 1))
-    return tf.sigmoid(log_gamma[0] - log_gamma[1]), partner
+    return tf.where(inside, partners[0], images), labels * seen + partners[1] * (1 - seen)
 
 
 # ---- RandAugment
 
 
-def randaugment(images, labels, seed, operations: float, magnitude: float):
+def randaugment(images, labels, random, operations: float, magnitude: float):
     """Applies `operations` of 14 transformations, chosen anew for each image, at one magnitude.
 
     Cubuk et al. 2019, arXiv:1909.13719: the operations and ranges of its reference
@@ -211,25 +274,25 @@ def randaugment(images, labels, seed, operations: float, magnitude: float):
     )
     _require(0 <= magnitude <= 10, "the magnitude must be from 0 to 10")
     images = tf.cast(images, tf.float32)
-    for index in range(int(operations)):
-        drawn = tf.random.experimental.stateless_fold_in(seed, index)
-        images = _one_randaugment(images, drawn, magnitude / 10.0)
+    for _ in range(int(operations)):
+        images = _one_randaugment(images, random, magnitude / 10.0)
     return images, labels
 
 
-def _one_randaugment(images, seed, level):
+def _one_randaugment(images, random, level):
     """`level` is the magnitude in [0, 1]."""
-    batch, height, width = _sizes(images)
-    choice = tf.random.stateless_uniform((batch, 1, 1, 1), seed, 0, 14, tf.int32)
-    sign = tf.random.stateless_uniform((batch,), tf.random.experimental.stateless_fold_in(seed, 99))
-    sign = tf.where(sign < 0.5, -1.0, 1.0)
+    _, height, width = _sizes(images)
+    choice = random.uniform((1, 1, 1), 0, 14, tf.int32)
+    sign = tf.where(random.uniform() < 0.5, -1.0, 1.0)
 
     def chosen(operation):
         return tf.cast(tf.equal(choice[:, 0, 0, 0], operation), tf.float32) * sign
 
     moved = _affine(
         images,
-        angle=chosen(0) * (level * math.pi / 6),
+        # Of the angle as it is, since those of a tensor are not exact: see `Random`.
+        cos=tf.where(chosen(0) == 0.0, 1.0, math.cos(level * math.pi / 6)),
+        sin=chosen(0) * math.sin(level * math.pi / 6),
         shear_x=chosen(1) * (level * 0.3),
         shear_y=chosen(2) * (level * 0.3),
         shift_x=chosen(3) * (level * tf.cast(width, tf.float32) / 3),
@@ -250,13 +313,13 @@ def _one_randaugment(images, seed, level):
     return result  # 13 is the identity
 
 
-def _affine(images, angle, shear_x, shear_y, shift_x, shift_y):
+def _affine(images, cos, sin, shear_x, shear_y, shift_x, shift_y):
     """Each image rotated, sheared and shifted about its centre; all parameters float32 [B]."""
     batch, height, width = _sizes(images)
     x = (tf.cast(width, tf.float32) - 1) / 2
     y = (tf.cast(height, tf.float32) - 1) / 2
-    a, b = tf.cos(angle), shear_x - tf.sin(angle)
-    c, d = shear_y + tf.sin(angle), tf.cos(angle)
+    a, b = cos, shear_x - sin
+    c, d = shear_y + sin, cos
     zero = tf.zeros((batch,))
     # Output (i, j) takes the input at (a i + b j + e, c i + d j + f).
     transforms = tf.stack(
@@ -314,12 +377,11 @@ def _sizes(images):
     return tuple(static[i] if static[i] is not None else dynamic[i] for i in range(3))
 
 
-def _random_boxes(seed, batch, height, width):
-    """(row, column), each int32 [B, 1, 1, 1], of a random pixel of each image."""
-    point = tf.random.stateless_uniform((2, batch, 1, 1, 1), seed)
-    sides = tf.cast(tf.reshape(tf.stack([height, width]), (2, 1, 1, 1, 1)), tf.float32)
-    point = tf.cast(point * sides, tf.int32)
-    return point[0], point[1]
+def _random_boxes(random, height, width):
+    """(row, column), each int32 [n, 1, 1, 1], of a random pixel of each image."""
+    sides = tf.cast(tf.reshape(tf.stack([height, width]), (2, 1, 1, 1)), tf.float32)
+    point = tf.cast(random.uniform((2, 1, 1, 1)) * sides, tf.int32)
+    return tf.unstack(point, axis=1)
 
 
 def _box_mask(top, left, box_height, box_width, height, width):

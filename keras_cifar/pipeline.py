@@ -1,5 +1,6 @@
-"""Split -> batches. The order and the augmentation are functions of (seed, step) alone, so the
-same seed gives the same batches, and a run can go on at any step.
+"""Split -> batches. The order is a function of (seed, step) alone, and the augmentation of an example
+of (seed, step, its position in the batch): the same seed gives the same batches whoever computes which
+part of them, and a run can go on at any step.
 """
 
 import types
@@ -11,7 +12,8 @@ import tensorflow as tf
 from keras_cifar import augmentation
 from keras_cifar.data import Split
 from keras_cifar.data.splits import ALIGNMENT
-from keras_cifar.errors import UserError
+from keras_cifar.distribution import Share, bounds
+from keras_cifar.errors import UsageError, UserError
 
 # The tensors of each split, so that several pipelines share one copy.
 _tensors = weakref.WeakKeyDictionary()
@@ -65,7 +67,14 @@ def steps_in(split: Split, batch_size: int) -> int:
 
 
 def training(
-    split: Split, classes: int, batch_size: int, augment: str, seed: int, start_step: int = 0
+    split: Split,
+    classes: int,
+    batch_size: int,
+    augment: str,
+    seed: int,
+    start_step: int = 0,
+    share: Share | None = None,
+    parts: int = 1,
 ) -> tf.data.Dataset:
     """Endless batches of (images uint8 [B, H, W, 3], labels float32 [B, K]).
 
@@ -74,10 +83,16 @@ def training(
 
     Args:
         start_step: the step of the run that the first batch is for.
+        share: the replicas to read for. The elements are then, of each batch, of each of its parts,
+            what each of these replicas takes: `bounds` of the part's B / parts examples. Together,
+            the shares of a batch are the batch; a process reads and augments no more than its own,
+            but for the partners of what is mixed.
+        parts: how many times as many steps a share has, of a batch that is as many times smaller.
     """
     steps = steps_in(split, batch_size)
     stored, rows, labels = _as_tensors(split)
     transform = augmentation.parse(augment)
+    positions, sizes = _positions(batch_size, share, parts)
     order_seed, augment_seed = (seed, 0), (seed, 1)
 
     def one_pass(number):
@@ -88,35 +103,109 @@ def training(
         return tf.data.Dataset.from_tensor_slices(order).batch(batch_size, drop_remainder=True)
 
     def batch(step, indices):
+        def read(positions):
+            chosen = indices if positions is None else tf.gather(indices, positions)
+            label = tf.one_hot(tf.gather(labels, chosen), classes)
+            return tf.gather(stored, tf.gather(rows, chosen)), label
+
         fold = tf.random.experimental.stateless_fold_in
-        return transform(
-            tf.gather(stored, tf.gather(rows, indices)),
-            tf.one_hot(tf.gather(labels, indices), classes),
-            fold(tf.constant(augment_seed), tf.cast(step, tf.int32)),
-        )
+        drawn = fold(tf.constant(augment_seed), tf.cast(step, tf.int32))
+        return transform(read, batch_size, drawn, positions)
 
     passes = tf.data.Dataset.range(start_step // steps, tf.int64.max)
     batches = passes.flat_map(one_pass).skip(start_step % steps).enumerate(start_step)
     batches = batches.map(batch, tf.data.AUTOTUNE, deterministic=True)
-    return _in_place(batches.prefetch(tf.data.AUTOTUNE))
+    return _finished(_endless(_in_pieces(batches, sizes)))
 
 
-def evaluation(split: Split, classes: int, batch_size: int) -> tf.data.Dataset:
+def evaluation_steps(split: Split, batch_size: int) -> int:
+    """The batches of `evaluation` in one pass over a split: the last may be filled up."""
+    return -(-len(split) // batch_size)
+
+
+def evaluation(
+    split: Split, classes: int, batch_size: int, share: Share | None = None
+) -> tf.data.Dataset:
     """Every example once, in order, as (images uint8 [B, H, W, 3], labels float32 [B, K]).
 
     All batches are full, so that any number of replicas can share them: the last is filled up with
     images whose label is all zero, which `Classifier` does not count.
+
+    Args:
+        share: the replicas to read for. The elements are then what each of them takes of each batch,
+            `bounds` of its examples, and begin again after `evaluation_steps` batches, without end.
     """
     stored, rows, labels = _as_tensors(split)
-    batches = -(-len(split) // batch_size)
+    positions, sizes = _positions(batch_size, share)
 
     def batch(indices):
+        if positions is not None:
+            indices = tf.gather(indices, positions)
         filling = indices >= len(split)
         indices = tf.where(filling, tf.zeros_like(indices), indices)
         # one_hot makes an index of -1 all zero.
         label = tf.where(filling, -tf.ones_like(indices), tf.gather(labels, indices))
         return tf.gather(stored, tf.gather(rows, indices)), tf.one_hot(label, classes)
 
-    indices = tf.data.Dataset.range(batches * batch_size).batch(batch_size, drop_remainder=True)
-    batches = indices.map(batch, tf.data.AUTOTUNE, deterministic=True)
-    return _in_place(batches.prefetch(tf.data.AUTOTUNE))
+    count = evaluation_steps(split, batch_size) * batch_size
+    indices = tf.data.Dataset.range(count).batch(batch_size, drop_remainder=True)
+    if share is None:
+        return _finished(indices.map(batch, tf.data.AUTOTUNE, deterministic=True))
+    batches = indices.repeat().map(batch, tf.data.AUTOTUNE, deterministic=True)
+    return _finished(_endless(_in_pieces(batches, sizes)))
+
+
+def _positions(
+    batch_size: int, share: Share | None, parts: int = 1
+) -> tuple[tf.Tensor | None, list[int]]:
+    """(positions int32 [n] in a batch of what a share has of it, sizes of the pieces that these are).
+
+    The positions of a whole batch are None.
+
+    Raises:
+        UsageError: the parts would not be equal, or a piece empty.
+    """
+    if share is None:
+        return None, [batch_size]
+    size = batch_size // parts
+    if batch_size % parts or size < share.total:
+        raise UsageError(
+            f"--batch_size={batch_size} cannot be cut into {parts} equal parts of an image or more "
+            f"for each of {share.total} replicas"
+        )
+    limits = bounds(size, share.total)[share.first : share.first + share.count + 1]
+    sizes = parts * np.diff(limits).tolist()
+    if share.count == share.total:
+        return None, sizes
+    starts = size * np.arange(parts)[:, None]
+    positions = starts + np.arange(limits[0], limits[-1])
+    return tf.constant(positions.ravel(), tf.int32), sizes
+
+
+def _in_pieces(batches: tf.data.Dataset, sizes: list[int]) -> tf.data.Dataset:
+    """Cuts each batch into pieces of these sizes, in order."""
+    if len(sizes) == 1:
+        return batches
+    limits = tf.constant(np.cumsum([0, *sizes]))
+
+    def cut(images, labels):
+        def piece(number):
+            begin, end = limits[number], limits[number + 1]
+            result = images[begin:end], labels[begin:end]
+            if len(set(sizes)) == 1:
+                for part in result:
+                    part.set_shape([sizes[0], *part.shape[1:]])
+            return result
+
+        return tf.data.Dataset.range(len(sizes)).map(piece)
+
+    return batches.flat_map(cut)
+
+
+def _endless(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Says that a data set does not end: else replicas agree before each step that it has not."""
+    return dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+
+
+def _finished(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    return _in_place(dataset.prefetch(tf.data.AUTOTUNE))

@@ -28,9 +28,8 @@ def _fresh_keras():
 def augment(text: str, images, labels=None, seed: int = 0) -> tuple:
     if labels is None:
         labels = np.eye(len(images), dtype=np.float32)
-    images, labels = augmentation.parse(text)(
-        tf.constant(images), tf.constant(labels), tf.constant([seed, 7])
-    )
+    batch = tf.constant(images), tf.constant(labels)
+    images, labels = augmentation.parse(text)(lambda _: batch, len(images), tf.constant([seed, 7]))
     return images.numpy(), labels.numpy()
 
 
@@ -92,7 +91,7 @@ def test_runs_in_a_map_whose_batches_have_no_known_size(text):
     step = augmentation.parse(text)
     batches = tf.data.Dataset.from_tensor_slices((images, labels)).batch(4)
     assert batches.element_spec[0].shape[0] is None
-    got = list(batches.map(lambda x, y: step(x, y, tf.constant([0, 7]))))
+    got = list(batches.map(lambda *xy: step(lambda _: xy, tf.shape(xy[0])[0], tf.constant([0, 7]))))
     assert [len(x) for x, _ in got] == [4, 4, 2]
     assert all(x.shape[1:] == (16, 12, 3) and x.dtype == tf.uint8 for x, _ in got)
     # Floats may be rounded another way in a graph: by one level, in the image and in its neighbours.
@@ -219,7 +218,7 @@ def test_mixup_labels_that_are_mixed_already_still_sum_to_one():
 
 @pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 10.0])
 def test_shares_are_of_a_beta_distribution(alpha):
-    share, _ = augmentation._mixing(tf.constant([0, 1]), tf.zeros((20_000, 1, 1, 3)), alpha)
+    share = augmentation.Random(tf.constant([0, 1]), 20_000).beta(alpha)
     assert np.mean(share) == pytest.approx(0.5, abs=0.02)
     assert np.var(share) == pytest.approx(0.25 / (2 * alpha + 1), rel=0.05)
 
@@ -254,17 +253,16 @@ def test_cutmix_pastes_one_box_of_the_partner():
 
 
 @pytest.fixture
-def one_operation(monkeypatch):
+def one_operation():
     """(images, operation, level, sign) -> images uint8, with nothing left to chance."""
 
     def apply(images, operation, level, sign=1):
-        def drawn(shape, seed, minval=0, maxval=1, dtype=tf.float32):
-            return tf.fill(shape, operation if maxval == 14 else 0.5 * (sign > 0))
+        class Chosen(augmentation.Random):
+            def uniform(self, shape=(), low=0.0, high=1.0, dtype=tf.float32):
+                return tf.fill((len(images), *shape), operation if high == 14 else 0.5 * (sign > 0))
 
-        with monkeypatch.context() as patch:
-            patch.setattr(tf.random, "stateless_uniform", drawn)
-            seed = tf.constant([0, 0])
-            result = augmentation._one_randaugment(tf.cast(images, tf.float32), seed, level)
+        random = Chosen(tf.constant([0, 0]), len(images))
+        result = augmentation._one_randaugment(tf.cast(images, tf.float32), random, level)
         return augmentation._to_uint8(result).numpy()
 
     return apply
