@@ -13,7 +13,7 @@ from collections.abc import Callable
 from absl import flags
 
 from keras_cifar import environment
-from keras_cifar.errors import UsageError, UserError, reason
+from keras_cifar.errors import UsageError, UserError, reason, unknown
 
 
 def run(name: str, main: Callable, options_class: type, doc: str, arguments: str = "") -> None:
@@ -83,21 +83,27 @@ def parse(options_class: type, argv: list) -> tuple:
     except flags.Error as error:
         raise UsageError(f"{reason(error)} (--help lists the flags)") from None
     given = {f.name: values[f.name].value for f in dataclasses.fields(options_class)}
+    for field in dataclasses.fields(options_class):
+        _check_choice(field, given[field.name])
     return options_class(**given), positional
 
 
 def _define(field: dataclasses.Field, values: flags.FlagValues) -> None:
-    kind, choices = _kind(field), field.metadata["choices"]
-    if choices:
-        flags.DEFINE_enum(field.name, field.default, choices, "", flag_values=values)
-        return
     define = {
         str: flags.DEFINE_string,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         bool: flags.DEFINE_boolean,
-    }[kind]
+    }[_kind(field)]
     define(field.name, field.default, "", flag_values=values)
+
+
+def _check_choice(field: dataclasses.Field, value) -> None:
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        if value in field.metadata["refused"]:
+            raise UsageError(f"--{field.name}={value}: {field.metadata['refused'][value]}")
+        raise unknown(f"--{field.name}", value, choices)
 
 
 def _kind(field: dataclasses.Field) -> type:

@@ -8,15 +8,30 @@ from keras_cifar.errors import UsageError
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 STRATEGIES = ("auto", "none", "mirrored", "multiworker")
+_NO_SERVERS = (
+    "Keras 3 does not support parameter servers; use multiworker, where all workers compute"
+)
+REFUSED_STRATEGIES = {
+    "parameter_server": _NO_SERVERS,
+    "parameterserver": _NO_SERVERS,
+    "tpu": "TPUs were never tried and are not supported; use mirrored or multiworker on GPUs",
+}
 DTYPE_POLICIES = ("auto", "float32", "float64", "mixed_float16", "mixed_bfloat16")
 # Images that are classified at a time: the fastest of 64, 128 and 256 on two cores with ResNet-32.
 BATCH_SIZE = 128
 SPLITS = ("train", "val", "test")
 
 
-def option(default: typing.Any, help: str, group: str, choices: tuple = ()) -> typing.Any:
-    """A dataclass field that `cli` turns into a flag."""
-    metadata = {"help": help, "group": group, "choices": choices}
+def option(
+    default: typing.Any, help: str, group: str, choices: tuple = (), refused: dict | None = None
+) -> typing.Any:
+    """A dataclass field that `cli` turns into a flag.
+
+    Args:
+        choices: the only values, where there are any.
+        refused: why those who ask for another value do not get it.
+    """
+    metadata = {"help": help, "group": group, "choices": choices, "refused": refused or {}}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -110,6 +125,7 @@ class TrainConfig:
         "where there are several GPUs or --replicas",
         "Devices",
         STRATEGIES,
+        REFUSED_STRATEGIES,
     )
     replicas: int | None = option(
         None,

@@ -298,19 +298,29 @@ class Devices:
         strategy: TensorFlow's.
     """
 
-    def __init__(self, choice: Choice, config: TrainConfig, facts: Mapping | None = None):
+    def __init__(
+        self,
+        choice: Choice,
+        config: TrainConfig,
+        facts: Mapping | None = None,
+        start: bool = True,
+    ):
         """Starts the choice; call it before TensorFlow computes anything.
 
         Args:
             facts: what all workers must have in common, by name; JSON.
+            start: False joins nobody and has the strategy of one device, to look at a plan.
 
         Raises:
             UsageError, UserError: another worker is missing or differs, or a port is taken.
         """
         self.choice, self._timeout = choice, config.peer_timeout
         cluster = choice.cluster
+        self._group = None
+        if not start:
+            self.strategy = tf.distribute.get_strategy()
+            return
         if cluster is None:
-            self._group = None
             self.strategy = _one_machine(choice)
             return
         self._group = Group(

@@ -61,23 +61,29 @@ def cpu_quota() -> int | None:
         return None
 
 
-def use_xla(strategy: str) -> bool:
-    """Whether to compile the training step with XLA, under the strategy of that name."""
+def use_xla(strategy: str) -> tuple[bool, str]:
+    """(whether to compile the training step with XLA, why), under the strategy of that name."""
     import tensorflow as tf
 
-    return strategy == "none" and bool(tf.config.list_physical_devices("GPU"))
+    if strategy != "none":
+        return False, "several replicas"
+    if tf.config.list_physical_devices("GPU"):
+        return True, "one GPU"
+    return False, "it makes convolutions slower on a CPU"
 
 
-def dtype_policy(name: str) -> str:
-    """The Keras dtype policy that `--dtype_policy=name` stands for on this machine."""
+def dtype_policy(name: str) -> tuple[str, str]:
+    """(the Keras dtype policy that `--dtype_policy=name` stands for on this machine, why)."""
     import tensorflow as tf
 
     if name != "auto":
-        return name
+        return name, "by --dtype_policy"
     gpus = tf.config.list_physical_devices("GPU")
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
     capable = [d.get("compute_capability", (0, 0)) >= BFLOAT16_CAPABILITY for d in details]
-    return "mixed_bfloat16" if gpus and all(capable) else "float32"
+    if gpus and all(capable):
+        return "mixed_bfloat16", "all GPUs are made for bfloat16"
+    return "float32", "a GPU is not made for bfloat16" if gpus else "no GPU"
 
 
 def import_tensorflow() -> None:

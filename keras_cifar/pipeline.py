@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_cifar import augmentation
 from keras_cifar.data import Split
 from keras_cifar.data.splits import ALIGNMENT
-from keras_cifar.distribution import Share, bounds
+from keras_cifar.distribution import Share, bounds, endless
 from keras_cifar.errors import UsageError, UserError
 
 # The tensors of each split, so that several pipelines share one copy.
@@ -115,7 +115,7 @@ def training(
     passes = tf.data.Dataset.range(start_step // steps, tf.int64.max)
     batches = passes.flat_map(one_pass).skip(start_step % steps).enumerate(start_step)
     batches = batches.map(batch, tf.data.AUTOTUNE, deterministic=True)
-    return _finished(_endless(_in_pieces(batches, sizes)))
+    return _finished(endless(_in_pieces(batches, sizes)))
 
 
 def evaluation_steps(split: Split, batch_size: int) -> int:
@@ -152,7 +152,7 @@ def evaluation(
     if share is None:
         return _finished(indices.map(batch, tf.data.AUTOTUNE, deterministic=True))
     batches = indices.repeat().map(batch, tf.data.AUTOTUNE, deterministic=True)
-    return _finished(_endless(_in_pieces(batches, sizes)))
+    return _finished(endless(_in_pieces(batches, sizes)))
 
 
 def _positions(
@@ -200,11 +200,6 @@ def _in_pieces(batches: tf.data.Dataset, sizes: list[int]) -> tf.data.Dataset:
         return tf.data.Dataset.range(len(sizes)).map(piece)
 
     return batches.flat_map(cut)
-
-
-def _endless(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Says that a data set does not end: else replicas agree before each step that it has not."""
-    return dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
 
 def _finished(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -19,7 +19,7 @@ def main(config: TrainConfig) -> None:
     from keras_cifar import trainer
 
     if config.dry_run:
-        print(trainer.prepare(config).describe())
+        print(trainer.estimate(config))
         print("nothing was trained (--dry_run)")
         return
     run = Run(config.run_dir or default_run_dir(config))

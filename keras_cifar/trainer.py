@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import pathlib
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -44,26 +45,30 @@ class Plan:
     model: Classifier
     steps_per_epoch: int
     devices: Devices
-    dtype_policy: str
-    xla: bool
+    dtype_policy: tuple[str, str]
+    xla: tuple[bool, str]
+
+    def pieces_of(self, share: Share, start_step: int) -> tf.data.Dataset:
+        """What the replicas of a share train on, from a step of the run on."""
+        config = self.config
+        return pipeline.training(
+            self.dataset.train,
+            len(self.dataset.class_names),
+            config.batch_size,
+            config.augment,
+            config.seed,
+            start_step,
+            share,
+            config.accumulate_steps,
+        )
 
     def batches(self, start_step: int) -> Pieces:
         """Training batches from a step of the run on, cut for the replicas."""
-        config, train, classes = self.config, self.dataset.train, len(self.dataset.class_names)
-
-        def make(share: Share) -> tf.data.Dataset:
-            return pipeline.training(
-                train,
-                classes,
-                config.batch_size,
-                config.augment,
-                config.seed,
-                start_step,
-                share,
-                config.accumulate_steps,
-            )
-
-        return distribution.pieces(self.devices.strategy, make, self.steps_per_epoch)
+        return distribution.pieces(
+            self.devices.strategy,
+            lambda share: self.pieces_of(share, start_step),
+            self.steps_per_epoch,
+        )
 
     def validation(self) -> Pieces | None:
         """Validation batches, cut for the replicas; None where nothing is held out."""
@@ -83,6 +88,11 @@ class Plan:
         height, width, _ = dataset.image_shape
         counts = ", ".join(f"{v['count']:,} {k}" for k, v in dataset.describe().items())
         left_out = len(dataset.train) % config.batch_size
+        choice, (policy, why_policy), (xla, why_xla) = (
+            self.devices.choice,
+            self.dtype_policy,
+            self.xla,
+        )
         return "\n".join(
             [
                 f"model     {config.model}: {models.count_parameters(network):,} parameters, "
@@ -92,10 +102,20 @@ class Plan:
                 f"training  {config.epochs} epochs of {self.steps_per_epoch} steps of "
                 f"{config.batch_size} images ({left_out} others are left out each pass), "
                 f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_schedule}",
-                f"devices   strategy {self.devices.choice.name} ({self.devices.choice.reason}), "
-                f"{self.dtype_policy}, XLA {'on' if self.xla else 'off'}",
+                f"devices   strategy {choice.name} ({choice.reason}), {self._replica_batch()}, "
+                f"{policy} ({why_policy}), XLA {'on' if xla else 'off'} ({why_xla})",
             ]
         )
+
+    def _replica_batch(self) -> str:
+        """How a batch is shared, in words."""
+        config, replicas = self.config, self.devices.choice.replicas
+        size, larger = divmod(config.batch_size // config.accumulate_steps, replicas)
+        text = f"{size} or {size + 1}" if larger else f"{size}"
+        text += " images a replica"
+        if config.accumulate_steps > 1:
+            text += f" in each of {config.accumulate_steps} parts"
+        return text
 
 
 def train(config: TrainConfig, run: Run) -> dict | None:
@@ -197,7 +217,7 @@ def prepare(config: TrainConfig, devices: Devices | None = None) -> Plan:
 
     keras.utils.set_random_seed(config.seed)
     dtype_policy = environment.dtype_policy(config.dtype_policy)
-    keras.config.set_dtype_policy(dtype_policy)
+    keras.config.set_dtype_policy(dtype_policy[0])
     dataset = data.load(
         config.data,
         config.data_dir,
@@ -211,8 +231,47 @@ def prepare(config: TrainConfig, devices: Devices | None = None) -> Plan:
     xla = environment.use_xla(devices.choice.name)
     with devices.strategy.scope():
         model = models.build(config.model, dataset.image_shape, len(dataset.class_names))
-        optimizers.compile_model(model, config, steps, jit_compile=xla)
+        optimizers.compile_model(model, config, steps, jit_compile=xla[0])
     return Plan(config, dataset, model, steps, devices, dtype_policy, xla)
+
+
+def estimate(config: TrainConfig) -> str:
+    """What a run would do and take, in words: time and memory of three steps, nothing is kept.
+
+    The steps are those of one replica on its part of a batch. Nobody is waited for.
+
+    Raises:
+        UsageError, UserError: as `train`.
+    """
+    choice = distribution.choose(config)
+    plan = prepare(config, Devices(choice, config, start=False))
+    share = Share(0, 1, choice.replicas)
+    ends = [time.perf_counter()]
+
+    class Clock(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            ends.append(time.perf_counter())
+
+    # The first call traces and is not timed.
+    steps = 3 * config.steps_per_execution
+    plan.model.fit(
+        Pieces(plan.pieces_of(share, start_step=0), steps), verbose=0, callbacks=[Clock()]
+    )
+    seconds = (ends[-1] - ends[1]) / (steps - config.steps_per_execution)
+    on_cpu = choice.devices[0].startswith("CPU")
+    if on_cpu:
+        seconds *= len(choice.devices)  # They share it.
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        memory = tf.config.experimental.get_memory_info(choice.devices[0])["peak"]
+    total = seconds * plan.steps_per_epoch * config.epochs
+    return (
+        f"{plan.describe()}\n"
+        f"estimate  {seconds:.3g} s a step, {seconds * plan.steps_per_epoch:.3g} s an epoch, "
+        f"{total / 3600:.3g} h in all, without validation"
+        f"{' and without communication' if choice.replicas > 1 else ''}; "
+        f"{memory / 2**30:.2f} GiB of {'memory' if on_cpu else 'each GPU'}"
+    )
 
 
 def describe_run(plan: Plan) -> dict:
@@ -228,8 +287,8 @@ def describe_run(plan: Plan) -> dict:
         "steps_per_epoch": plan.steps_per_epoch,
         "strategy": plan.devices.choice.name,
         "replicas": plan.devices.choice.replicas,
-        "dtype_policy": plan.dtype_policy,
-        "xla": plan.xla,
+        "dtype_policy": plan.dtype_policy[0],
+        "xla": plan.xla[0],
         "versions": package_versions(),
         "git_revision": _git_revision(),
         "command": sys.argv,

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
-from keras_cifar import checkpoint, models, pipeline
+from keras_cifar import checkpoint, distribution, models, pipeline
 from keras_cifar.config import TrainConfig
 from keras_cifar.data import Split
+from keras_cifar.distribution import Devices
 from keras_cifar.errors import UserError
 from keras_cifar.optimizers import compile_model
 from tests.conftest import colour_images
+
+ALONE = Devices(distribution.choose(TrainConfig(strategy="none")), TrainConfig())
 
 
 def build(**flags):
@@ -32,7 +35,7 @@ def test_going_on_equals_not_having_stopped(tmp_path, flags):
     step(model, 2)
 
     other = build(**flags)
-    assert checkpoint.restore(path, other) == {"history": [1]}
+    assert checkpoint.restore(path, other, ALONE) == {"history": [1]}
     step(other, 2)
     for mine, theirs in zip(
         checkpoint._variables(model), checkpoint._variables(other), strict=True
@@ -40,7 +43,7 @@ def test_going_on_equals_not_having_stopped(tmp_path, flags):
         np.testing.assert_allclose(mine.numpy(), theirs.numpy(), rtol=1e-5, atol=1e-6)
     # Dropout's random states were restored: with others, the weights would be far apart.
     third = build(**flags)
-    checkpoint.restore(path, third)
+    checkpoint.restore(path, third, ALONE)
     for layer in third._flatten_layers():
         if hasattr(layer, "seed_generator"):
             layer.seed_generator.state.assign(layer.seed_generator.state + 7)
@@ -50,7 +53,7 @@ def test_going_on_equals_not_having_stopped(tmp_path, flags):
 
 
 def test_no_checkpoint_is_a_new_start(tmp_path):
-    assert checkpoint.restore(tmp_path / "none.npz", models.build("lenet5")) == {}
+    assert checkpoint.restore(tmp_path / "none.npz", models.build("lenet5"), ALONE) == {}
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(tmp_path):
@@ -61,7 +64,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(tmp_path):
     other = models.build("lenet5", num_classes=3)
     compile_model(other, TrainConfig(), 2)
     with pytest.raises(UserError, match="another network"):
-        checkpoint.restore(path, other)
+        checkpoint.restore(path, other, ALONE)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"c\.npz is damaged"):
-        checkpoint.restore(path, model)
+        checkpoint.restore(path, model, ALONE)

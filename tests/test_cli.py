@@ -71,7 +71,7 @@ def test_flagfile_is_read_and_later_flags_win(tmp_path):
     [
         (["--numbr=3"], "numbr"),
         (["--number=three"], "three"),
-        (["--kind=c"], "a|b"),
+        (["--kind=c"], "--kind 'c'; choose one of: a, b"),
         (["--flagfile=/nowhere.flags"], "nowhere.flags"),
         (["stray"], "stray"),
     ],

@@ -8,10 +8,16 @@ import pytest
 from keras_cifar.config import NOT_COMPARED, TrainConfig
 from keras_cifar.errors import UsageError
 
-POSITIVE = ("epochs", "batch_size", "learning_rate", "steps_per_epoch", "image_size", "replicas")
-NOT_NEGATIVE = ("weight_decay", "warmup_epochs", "calibration_batches", "early_stopping", "seed")
+POSITIVE = (
+    *("epochs", "batch_size", "learning_rate", "steps_per_epoch", "image_size", "replicas"),
+    *("accumulate_steps", "steps_per_execution", "startup_timeout", "peer_timeout"),
+)
+NOT_NEGATIVE = (
+    *("weight_decay", "warmup_epochs", "calibration_batches", "early_stopping", "seed"),
+    "global_clipnorm",
+)
 SHARES = ("val_fraction", "momentum", "label_smoothing", "ema")
-FLOATS = ("learning_rate", "weight_decay", "warmup_epochs", *SHARES)
+FLOATS = ("learning_rate", "weight_decay", "warmup_epochs", "global_clipnorm", *SHARES)
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +102,8 @@ OTHER = {
     "calibration_batches": 3,
     "early_stopping": 3,
     "seed": 1,
-    "strategy": "mirrored",
-    "replicas": 2,
+    "global_clipnorm": 1.0,
+    "accumulate_steps": 2,
     "dtype_policy": "float64",
 }
 
@@ -128,11 +134,16 @@ def test_all_differences_are_named():
         ("export", False),
         ("data_dir", "elsewhere"),
         ("cache_dir", "elsewhere"),
+        ("strategy", "mirrored"),
+        ("replicas", 2),
+        ("startup_timeout", 5.0),
+        ("peer_timeout", 5.0),
+        ("steps_per_execution", 5),
         ("dry_run", True),
         ("list_models", True),
     ],
 )
-def test_where_and_what_is_written_makes_no_difference(name, value):
+def test_where_it_runs_and_what_is_written_makes_no_difference(name, value):
     assert TrainConfig(**{name: value}).differences(dataclasses.asdict(TrainConfig())) == []
 
 
@@ -140,3 +151,25 @@ def test_a_flag_that_an_earlier_run_did_not_have_is_a_difference():
     earlier = dataclasses.asdict(TrainConfig())
     del earlier["ema"]
     assert TrainConfig().differences(earlier) == ["--ema was None, is 0.0"]
+
+
+def test_workers_may_differ_in_what_is_their_own_alone():
+    one = TrainConfig(workers="a:1,b:2", worker_index=0, run_dir="x", data_dir="y")
+    two = TrainConfig(workers="a:1,b:2", worker_index=1, run_dir="z", data_dir="v", cache_dir="c")
+    assert one.common() == two.common()
+    for name, value in OTHER.items():
+        other = TrainConfig(workers="a:1,b:2", worker_index=1, **{name: value}).common()
+        assert {k for k, v in other.items() if one.common()[k] != v} == {f"--{name}"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"batch_size": 100, "accumulate_steps": 3}, "--batch_size=100 must be a multiple of"),
+        ({"workers": "a:1"}, "--workers and --worker_index belong together"),
+        ({"worker_index": 0}, "--workers and --worker_index belong together"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**flags)

@@ -100,26 +100,26 @@ def fake_gpus(monkeypatch, *capabilities: tuple) -> None:
 )
 def test_precision_by_device(monkeypatch, gpus, policy):
     fake_gpus(monkeypatch, *gpus)
-    assert environment.dtype_policy("auto") == policy
-    assert environment.dtype_policy("float64") == "float64"
+    assert environment.dtype_policy("auto")[0] == policy
+    assert environment.dtype_policy("float64")[0] == "float64"
 
 
 def test_xla_is_for_one_gpu_alone(monkeypatch):
     fake_gpus(monkeypatch)
-    assert not environment.use_xla("none")
+    assert environment.use_xla("none") == (False, "it makes convolutions slower on a CPU")
     fake_gpus(monkeypatch, (8, 0))
-    assert environment.use_xla("none")
-    assert not environment.use_xla("mirrored")
+    assert environment.use_xla("none") == (True, "one GPU")
+    assert environment.use_xla("mirrored") == (False, "several replicas")
 
 
 @pytest.mark.parametrize("xla", [False, True])
 def test_training_asks_for_precision_and_xla(monkeypatch, image_folder, xla):
-    monkeypatch.setattr(environment, "use_xla", lambda strategy: xla and strategy == "none")
-    monkeypatch.setattr(environment, "dtype_policy", {"auto": "mixed_bfloat16"}.get)
+    monkeypatch.setattr(environment, "use_xla", lambda strategy: (xla, f"as {strategy}"))
+    monkeypatch.setattr(environment, "dtype_policy", {"auto": ("mixed_bfloat16", "so")}.get)
     flags = config.TrainConfig(model="lenet5", data=f"folder:{image_folder}", batch_size=16)
     plan = trainer.prepare(flags)
     assert plan.model.jit_compile is xla
     assert plan.model.get_layer("logits").compute_dtype == "bfloat16"
     described = trainer.describe_run(plan)
     assert (described["dtype_policy"], described["xla"]) == ("mixed_bfloat16", xla)
-    assert f"mixed_bfloat16, XLA {'on' if xla else 'off'}" in plan.describe()
+    assert f"mixed_bfloat16 (so), XLA {'on' if xla else 'off'} (as none)" in plan.describe()

@@ -48,14 +48,14 @@ def random_split(count: int) -> data.Split:
 
 def train_function(settings: dict):
     """A training step, compiled as `fit` compiles it, on one batch of noise that stays."""
-    keras.config.set_dtype_policy(environment.dtype_policy(settings["dtype_policy"]))
+    keras.config.set_dtype_policy(environment.dtype_policy(settings["dtype_policy"])[0])
     model = models.build(settings["model"], SHAPE, CLASSES)
-    model.compile(optimizers.Adam(1e-3), jit_compile=environment.use_xla("none"))
+    model.compile(optimizers.Adam(1e-3), jit_compile=environment.use_xla("none")[0])
     size = settings["batch_size"]
     batch = next(iter(pipeline.training(random_split(size), CLASSES, size, "", 0)))
     batches = iter(tf.data.Dataset.from_tensors(batch).repeat())
-    model.make_train_function()
-    return lambda: model.train_function(batches)
+    run = model.make_train_function()
+    return lambda: run(batches, tf.constant(1))
 
 
 def step(turns: Turns) -> None:
@@ -156,7 +156,7 @@ def fit(turns: Turns) -> None:
 def predict(turns: Turns) -> None:
     """Images a second of an exported model, on images in memory."""
     settings = turns.settings
-    keras.config.set_dtype_policy(environment.dtype_policy(settings["dtype_policy"]))
+    keras.config.set_dtype_policy(environment.dtype_policy(settings["dtype_policy"])[0])
     model = models.build(settings["model"], SHAPE, CLASSES).deployable
     names = tuple(str(number) for number in range(CLASSES))
     path = saved_model.export(model, pathlib.Path(settings["export"]), names)
