@@ -83,11 +83,11 @@ def training(
 
     Args:
         start_step: the step of the run that the first batch is for.
-        share: the replicas to read for. The elements are then, of each batch, of each of its parts,
-            what each of these replicas takes: `bounds` of the part's B / parts examples. Together,
-            the shares of a batch are the batch; a process reads and augments no more than its own,
-            but for the partners of what is mixed.
-        parts: how many times as many steps a share has, of a batch that is as many times smaller.
+        share: the replicas to read for. The elements are then pieces: for each part of each batch,
+            for each of these replicas, the examples of the part that `bounds` gives it. All replicas'
+            pieces in order are the batch. A process reads and augments only its own, besides the
+            partners of what is mixed.
+        parts: into how many equal parts, one after the other, a share's batches are cut.
     """
     steps = steps_in(split, batch_size)
     stored, rows, labels = _as_tensors(split)
@@ -132,8 +132,8 @@ def evaluation(
     images whose label is all zero, which `Classifier` does not count.
 
     Args:
-        share: the replicas to read for. The elements are then what each of them takes of each batch,
-            `bounds` of its examples, and begin again after `evaluation_steps` batches, without end.
+        share: the replicas to read for. The elements are then pieces, as in `training`, and begin
+            again after those of `evaluation_steps` batches, without end.
     """
     stored, rows, labels = _as_tensors(split)
     positions, sizes = _positions(batch_size, share)
@@ -158,9 +158,9 @@ def evaluation(
 def _positions(
     batch_size: int, share: Share | None, parts: int = 1
 ) -> tuple[tf.Tensor | None, list[int]]:
-    """(positions int32 [n] in a batch of what a share has of it, sizes of the pieces that these are).
+    """(positions int32 [n] in a batch of a share's examples, sizes of the pieces that these make).
 
-    The positions of a whole batch are None.
+    The positions are None where they are the whole batch.
 
     Raises:
         UsageError: the parts would not be equal, or a piece empty.
@@ -188,18 +188,19 @@ def _in_pieces(batches: tf.data.Dataset, sizes: list[int]) -> tf.data.Dataset:
         return batches
     limits = tf.constant(np.cumsum([0, *sizes]))
 
-    def cut(images, labels):
+    def cut_equally(*batch):
+        shape = len(sizes), sizes[0]
+        stacked = (tf.reshape(part, (*shape, *part.shape[1:])) for part in batch)
+        return tf.data.Dataset.from_tensor_slices(tuple(stacked))
+
+    def cut(*batch):
         def piece(number):
-            begin, end = limits[number], limits[number + 1]
-            result = images[begin:end], labels[begin:end]
-            if len(set(sizes)) == 1:
-                for part in result:
-                    part.set_shape([sizes[0], *part.shape[1:]])
-            return result
+            return tuple(part[limits[number] : limits[number + 1]] for part in batch)
 
         return tf.data.Dataset.range(len(sizes)).map(piece)
 
-    return batches.flat_map(cut)
+    # Several times as fast, and with shapes that are known.
+    return batches.flat_map(cut_equally if len(set(sizes)) == 1 else cut)
 
 
 def _finished(dataset: tf.data.Dataset) -> tf.data.Dataset:

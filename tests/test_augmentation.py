@@ -18,6 +18,11 @@ EACH = (
     "mixup(0.2)",
     "randaugment(2,9)",
 )
+CHAINS = (
+    "mixup(0.2)|crop(4)",
+    "crop(4)|flip|mixup(0.2)|cutmix(1.0)",
+    "mixup(1.0)|randaugment(2,9)|cutmix(1.0)|color(0.4)|mixup(0.2)|cutout(6)",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +103,65 @@ def test_runs_in_a_map_whose_batches_have_no_known_size(text):
     eager = augment(text, images[:4], labels[:4])[0]
     far = np.abs(got[0][0].numpy().astype(int) - eager) > 1
     assert far.mean() < 0.01
+
+
+# ---- Some of a batch
+
+
+def augment_some(text: str, positions: list[int] | None, count: int = 19) -> tuple:
+    """(images, labels, positions that were read) of some examples of a batch of noise."""
+    # Sides that are no multiple of what a processor computes at once.
+    images, labels = noise(count, 15, 11), np.eye(count, dtype=np.float32)
+    asked = []
+
+    def read(positions):
+        rows = np.arange(count) if positions is None else positions.numpy()
+        asked.append(rows.tolist())
+        return tf.constant(images[rows]), tf.constant(labels[rows])
+
+    some = None if positions is None else tf.constant(positions, tf.int32)
+    images, labels = augmentation.parse(text)(read, count, tf.constant([5, 7]), some)
+    assert len(asked) == 1
+    return images.numpy(), labels.numpy(), asked[0]
+
+
+@pytest.mark.parametrize("text", [*EACH, *CHAINS])
+def test_an_example_becomes_the_same_whichever_others_are_computed_with_it(text):
+    images, labels, _ = augment_some(text, None)
+    # The last of these, whose partners would be as many as the batch, has it read as a whole.
+    for positions in ([18], [2, 3], [4, 0, 17], [5, 6, 7, 8, 9], list(range(7, 19))):
+        some = augment_some(text, positions)
+        np.testing.assert_array_equal(some[0], images[positions])
+        np.testing.assert_array_equal(some[1], labels[positions])
+
+
+def test_every_augmentation_is_among_those_tested():
+    assert {text.split("(")[0] for text in EACH} == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [("crop(4)|flip|color(0.4)", 2), ("crop(4)|mixup(0.2)|flip", 4), (CHAINS[1], 8)],
+)
+def test_no_example_is_read_that_is_not_seen(text, most):
+    _, labels, read = augment_some(text, [3, 16])
+    assert len(read) == most
+    assert read[:2] == [3, 16]
+    assert set(np.flatnonzero(labels.any(axis=0))) <= set(read)
+
+
+def test_no_more_than_the_batch_is_read():
+    for text in CHAINS:
+        assert augment_some(text, list(range(10)))[2] == list(range(19))
+
+
+def test_each_draw_of_an_augmentation_is_another():
+    random = augmentation.Random(tf.constant([0, 1]), 50)
+    draws = [random.uniform(), random.uniform(), random.beta(1.0), random.beta(1.0)]
+    draws += [random.permutation(), random.permutation()]
+    assert len(np.unique(draws, axis=0)) == len(draws)
+    assert np.abs(np.corrcoef(draws) - np.eye(len(draws))).max() < 0.5
+    assert sorted(draws[4].numpy()) == list(range(50))
 
 
 # ---- Crop and flip
@@ -440,7 +504,9 @@ def refused(text: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["crap(4)", "flip|Crop(4)", "parse", "_equalize", "tf", "flip2"])
+@pytest.mark.parametrize(
+    "name", ["crap(4)", "flip|Crop(4)", "parse", "Random", "_equalize", "tf", "flip2"]
+)
 def test_unknown_name_lists_the_choices(name):
     message = refused(name)
     assert name.split("|")[-1].split("(")[0] in message

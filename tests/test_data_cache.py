@@ -786,6 +786,7 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
         import keras
         from keras_cifar import pipeline
         from keras_cifar.data.cache import Cache
+        from keras_cifar.distribution import Share
 
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -816,6 +817,16 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
             for _ in range(156):
                 next(iterator)
         result["replicas"] = peak.most
+        with Peak() as peak:
+            batches = strategy.distribute_datasets_from_function(
+                lambda context: pipeline.training(
+                    train, augment="", seed=0, share=Share.of(context), parts=2, **arguments
+                )
+            )
+            iterator = iter(batches)
+            for _ in range(2 * 156):
+                next(iterator)
+        result["shares"] = peak.most
         for name, scope in (("fit", tf.distribute.get_strategy()), ("fit with replicas", strategy)):
             with scope.scope():
                 model = keras.Sequential([keras.Input((64, 64, 3)), keras.layers.Lambda(
@@ -830,7 +841,7 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
         print(json.dumps(result))
     """)
     shutil.rmtree(tmp_path)  # 307 MB
-    assert set(result) == {"make", "pipeline", "replicas", "fit", "fit with replicas"}
+    assert set(result) == {"make", "pipeline", "replicas", "shares", "fit", "fit with replicas"}
     assert max(result.values()) < 100, result
 
 

@@ -11,9 +11,11 @@ import tensorflow as tf
 from keras_cifar import augmentation, pipeline
 from keras_cifar.data import Split
 from keras_cifar.data.splits import allocate
-from keras_cifar.errors import UserError
+from keras_cifar.distribution import Share, bounds
+from keras_cifar.errors import UsageError, UserError
 
 AUGMENT = "crop(2)|flip|mixup(0.2)"
+INFINITE = tf.data.INFINITE_CARDINALITY
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +176,130 @@ def test_evaluation_fills_the_last_batch_with_labels_of_zero(count):
 def test_evaluation_is_the_same_again():
     dataset = pipeline.evaluation(numbered(10), 3, 4)
     assert_same_batches(take(dataset, 9), take(dataset, 9))
+
+
+# ---- Shares
+
+# (replicas in all, replicas of each process, parts) of a batch of 16.
+LAYOUTS = [(2, 1, 1), (3, 1, 1), (3, 3, 1), (4, 2, 1), (2, 1, 2), (3, 1, 2), (4, 2, 2), (16, 8, 1)]
+
+
+def shares(total: int, count: int) -> list[Share]:
+    return [Share(first, count, total) for first in range(0, total, count)]
+
+
+def put_together(streams: list, sizes: list[int], steps: int) -> list:
+    """The batches of which each process has its pieces; `sizes` are those of all in a part."""
+    count, parts = len(sizes) // len(streams), []
+    for number in range(steps):
+        rounds = (stream[number * count : (number + 1) * count] for stream in streams)
+        pieces = [piece for one_round in rounds for piece in one_round]
+        assert [len(images) for images, _ in pieces] == sizes
+        parts.append([np.concatenate(arrays) for arrays in zip(*pieces, strict=True)])
+    return parts
+
+
+def halves(batches: list) -> list:
+    return [(x[half], y[half]) for x, y in batches for half in (slice(8), slice(8, 16))]
+
+
+@pytest.mark.parametrize(("total", "count", "parts"), LAYOUTS)
+def test_shares_of_training_are_the_batches_of_one_process(total, count, parts):
+    split, steps = numbered(50), 5  # three steps a pass
+    arguments = (split, 3, 16, "flip|mixup(0.2)|crop(2)", 5, 7)
+    expected = take(pipeline.training(*arguments), steps)
+    streams = [
+        take(pipeline.training(*arguments, share=share, parts=parts), steps * parts * count)
+        for share in shares(total, count)
+    ]
+    got = put_together(streams, np.diff(bounds(16 // parts, total)).tolist(), steps * parts)
+    assert_same_batches(got, expected if parts == 1 else halves(expected))
+
+
+@pytest.mark.parametrize(("total", "count", "parts"), [t for t in LAYOUTS if t[2] == 1])
+def test_shares_of_evaluation_are_the_batches_of_one_process_again_and_again(total, count, parts):
+    split = numbered(37)
+    expected = take(pipeline.evaluation(split, 3, 16), 9)
+    assert pipeline.evaluation_steps(split, 16) == len(expected) == 3
+    streams = [
+        take(pipeline.evaluation(split, 3, 16, share), 2 * 3 * count)
+        for share in shares(total, count)
+    ]
+    got = put_together(streams, np.diff(bounds(16, total)).tolist(), 6)
+    assert_same_batches(got, expected * 2)
+
+
+@pytest.mark.parametrize(
+    ("share", "parts", "size"),
+    [
+        (Share(0, 1, 1), 1, 16),
+        (Share(1, 1, 2), 1, 8),
+        (Share(2, 2, 4), 2, 2),
+        (Share(0, 3, 3), 1, None),
+        (Share(0, 2, 3), 2, None),
+    ],
+)
+def test_shares_have_static_shapes_where_their_pieces_are_equal(share, parts, size):
+    spec = tf.TensorSpec((size, 4, 4, 3), tf.uint8), tf.TensorSpec((size, 3), tf.float32)
+    batches = pipeline.training(numbered(20), 3, 16, AUGMENT, 0, share=share, parts=parts)
+    assert batches.element_spec == spec
+    if parts == 1:
+        assert pipeline.evaluation(numbered(20), 3, 16, share).element_spec == spec
+
+
+def test_what_does_not_end_says_so():
+    split, share = numbered(20), Share(0, 2, 3)
+    assert pipeline.training(split, 3, 4, "", 0).cardinality() == INFINITE
+    assert pipeline.training(split, 3, 4, "", 0, share=share).cardinality() == INFINITE
+    assert pipeline.evaluation(split, 3, 4, share).cardinality() == INFINITE
+
+
+def test_a_process_reads_only_its_share():
+    split, share, steps = numbered(48), Share(1, 1, 2), 3
+    theirs = set(order(split, steps, 16)) - set(order(split, 2 * steps, 16, share=share, parts=2))
+    assert len(theirs) == 24
+    rows = np.arange(48)
+    rows[list(theirs)] = 10**6  # A gather of it is an error.
+    spoilt = Split(split.stored, split.labels, rows)
+    streams = [
+        take(pipeline.training(s, 3, 16, "crop(2)|flip", 0, share=share, parts=2), 2 * steps)
+        for s in (spoilt, split)
+    ]
+    assert_same_batches(*streams)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        take(pipeline.training(spoilt, 3, 16, "", 0), steps)
+
+    rows = np.where(np.arange(48) % 16 < 8, 10**6, np.arange(48))
+    spoilt = Split(split.stored, split.labels, rows)
+    streams = [take(pipeline.evaluation(s, 3, 16, share), 4) for s in (spoilt, split)]
+    assert_same_batches(*streams)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        take(pipeline.evaluation(spoilt, 3, 16), 1)
+
+
+def test_replicas_of_a_strategy_get_their_pieces():
+    split, strategy = numbered(11), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    arguments = (split, 3, 5, AUGMENT, 0)
+    batches = iter(
+        strategy.distribute_datasets_from_function(
+            lambda context: pipeline.training(*arguments, share=Share.of(context))
+        )
+    )
+    for images, labels in take(pipeline.training(*arguments), 4):
+        got = [strategy.experimental_local_results(part) for part in next(batches)]
+        assert [len(part) for part in got[0]] == [2, 3]
+        assert_same_batches([[np.concatenate(part) for part in got]], [(images, labels)])
+
+
+@pytest.mark.parametrize(("batch_size", "parts", "total"), [(16, 3, 1), (16, 4, 5), (2, 1, 3)])
+def test_a_batch_too_small_to_share_is_refused_in_one_line(batch_size, parts, total):
+    share = Share(0, 1, total)
+    with pytest.raises(UsageError, match=f"--batch_size={batch_size} .* {total} replicas") as error:
+        pipeline.training(numbered(20), 3, batch_size, "", 0, share=share, parts=parts)
+    assert "\n" not in str(error.value)
+    if parts == 1:
+        with pytest.raises(UsageError, match="--batch_size"):
+            pipeline.evaluation(numbered(20), 3, batch_size, share)
 
 
 # ---- Where the images are
