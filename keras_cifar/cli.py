@@ -16,7 +16,14 @@ from keras_cifar import environment
 from keras_cifar.errors import UsageError, UserError, reason, unknown
 
 
-def run(name: str, main: Callable, options_class: type, doc: str, arguments: str = "") -> None:
+def run(
+    name: str,
+    main: Callable,
+    options_class: type,
+    doc: str,
+    arguments: str = "",
+    tensorflow: bool = True,
+) -> None:
     """Parses sys.argv into `options_class`, calls `main(options[, positional])` and exits.
 
     Args:
@@ -26,20 +33,29 @@ def run(name: str, main: Callable, options_class: type, doc: str, arguments: str
         options_class: a frozen dataclass whose fields were made with `config.option`.
         doc: the command's description for --help.
         arguments: how the positional arguments are shown in --help; empty where there are none.
+        tensorflow: whether `main` needs TensorFlow, which is then imported without its messages.
     """
     argv = sys.argv[1:]
     if {"--help", "-help", "-h"} & set(argv[: argv.index("--")] if "--" in argv else argv):
         print(usage(options_class, doc, f"python -m keras_cifar.{name}", arguments))
         sys.exit(0)
-    sys.exit(_execute(name, main, options_class, arguments, argv))
+    sys.exit(_execute(name, main, options_class, arguments, argv, tensorflow))
 
 
-def _execute(name: str, main: Callable, options_class: type, arguments: str, argv: list) -> int:
+def _execute(
+    name: str,
+    main: Callable,
+    options_class: type,
+    arguments: str,
+    argv: list,
+    tensorflow: bool = True,
+) -> int:
     try:
         options, positional = parse(options_class, argv)
         if positional and not arguments:
             raise UsageError(f"unexpected argument {positional[0]!r}; flags begin with --")
-        environment.import_tensorflow()
+        if tensorflow:
+            environment.import_tensorflow()
         status = main(options, positional) if arguments else main(options)
         sys.stdout.flush()
         return status or 0
@@ -115,7 +131,7 @@ def _kind(field: dataclasses.Field) -> type:
 
 def usage(options_class: type, doc: str, command: str, arguments: str = "") -> str:
     """The text of --help."""
-    lines = [f"usage: {' '.join(filter(None, [command, arguments, '[flags]']))}", "", doc.strip()]
+    lines = [f"usage: {' '.join(filter(None, [command, '[flags]', arguments]))}", "", doc.strip()]
     group = None
     for field in dataclasses.fields(options_class):
         if field.metadata["group"] != group:

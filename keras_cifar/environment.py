@@ -8,22 +8,28 @@ or newer; on others it is 1.7 to 3 times faster too |
 | `KERAS_BACKEND` | tensorflow | the only one whose graphs we write |
 | `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS` | the CPU quota, where a container has one \
 that is less than its cores | TensorFlow counts cores, and more threads than quota are throttled |
+| `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS`, `CUDA_VISIBLE_DEVICES` of the workers that \
+`launch` starts on one machine | equal shares of its CPUs and visible GPUs | each would take all |
 | XLA | one GPU: on; otherwise off | on a CPU it makes convolutions slower (ResNet-32: 0.4 of the \
 speed), and Keras 3 fails with it under a strategy |
 | `--dtype_policy=auto` | mixed_bfloat16 on GPUs with tensor cores for it, else float32 | twice the \
 speed and half the memory there; slow on CPUs without bfloat16 instructions |
 
-The first four are environment variables: they are set before TensorFlow is imported, and one that
+The first five are environment variables: they are set before TensorFlow is imported, and one that
 the user has set stays as it is. Threads are otherwise TensorFlow's own choice, one for each core;
 one inter-op thread, and larger malloc thresholds, were tried and were not faster.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import pathlib
+import re
 import sys
 import tempfile
+
+from keras_cifar.errors import UsageError
 
 DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -59,6 +65,48 @@ def cpu_quota() -> int | None:
         return max(1, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):  # no such file, or "max"
         return None
+
+
+def shares(count: int) -> list[dict[str, str]]:
+    """The environment variables of `count` workers on this machine, each with its share of it.
+
+    Raises:
+        UsageError: there are GPUs, but fewer than workers.
+    """
+    # A cluster that TF_CONFIG describes is not the one of these workers.
+    common = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
+    cpus = len(os.sched_getaffinity(0))
+    threads = max(1, min(cpus, cpu_quota() or cpus) // count)
+    for name in THREADS:
+        if name not in common or name in changed:
+            common[name] = str(threads)
+    gpus = visible_gpus()
+    if not gpus:
+        return [common] * count
+    if len(gpus) < count:
+        raise UsageError(
+            f"{count} workers need a GPU each, and this machine shows {len(gpus)}; "
+            "CUDA_VISIBLE_DEVICES= before the command hides them all"
+        )
+    size = len(gpus) // count  # all get the same number, as the strategy demands
+    parts = [gpus[index * size : (index + 1) * size] for index in range(count)]
+    return [common | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+
+
+def visible_gpus() -> list[str]:
+    """CUDA's names of the GPUs that a process would see; empty where there are none or nobody knows."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        # CUDA ignores the first invalid name and all after it, which is how GPUs are hidden.
+        valid = re.compile(r"\d+|(GPU|MIG)-.+").fullmatch
+        return list(itertools.takewhile(valid, map(str.strip, visible.split(","))))
+    import subprocess  # only here, as every command imports this module
+
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.M) if listed.returncode == 0 else []
 
 
 def use_xla(strategy: str) -> tuple[bool, str]:
