@@ -50,12 +50,18 @@ class BenchmarkOptions:
     growth: bool = option(
         False, "instead: how speed and memory grow with batch, depth and images", "Comparison"
     )
+    distribution: bool = option(
+        False,
+        "instead: what two replicas and two processes cost here, and what many GPUs would bring",
+        "Comparison",
+    )
+    steps: int = option(20, "of an epoch, with --distribution", "Comparison")
     rounds: int = option(5, "turns of each contender", "Comparison")
     seconds: float = option(5.0, "of a turn", "Comparison")
     json: str | None = option(None, "also write all figures to this file", "Output")
 
     def __post_init__(self):
-        for name in ("batch_size", "rounds", "seconds"):
+        for name in ("batch_size", "rounds", "seconds", "steps"):
             value = getattr(self, name)
             check(value > 0, f"--{name}={value} must be greater than 0")
 
@@ -67,7 +73,10 @@ def main(options: BenchmarkOptions) -> None:
     augmentation.parse(options.augment)
     network = models.build(options.model).deployable
     flops = 6 * models.count_multiply_adds(network)  # multiply and add; forward, and twice backward
-    result = {"growth": growth(options)} if options.growth else compare(options, flops)
+    if options.distribution:
+        result = {"distribution": distribute(options)}
+    else:
+        result = {"growth": growth(options)} if options.growth else compare(options, flops)
     result = {"flags": dataclasses.asdict(options), "machine": machine()} | result
     print(f"machine   {result['machine']}")
     if options.json:
@@ -370,6 +379,43 @@ def growth(options: BenchmarkOptions) -> dict:
         _print_table(what, "images/s", 12, tables[what])
         print(flush=True)
     return tables
+
+
+def distribute(options: BenchmarkOptions) -> dict:
+    """Measures and prints the cost of replicas and processes, and the prediction for many GPUs."""
+    from keras_cifar import models
+    from keras_cifar.benchmarking import distribution
+
+    rates = distribution.measure(options, _our_environment(), _say)
+    measured = {name: _spread(values) for name, values in rates.items()}
+    base = measured["one device"]["median"]
+    print(f"{'images a second':<34}{'median':>10}{'low':>10}{'high':>10}{'of one':>10}")
+    for name, row in measured.items():
+        share = row["median"] / base
+        print(
+            f"{name:<34}{row['median']:>10,.0f}{row['low']:>10,.0f}{row['high']:>10,.0f}{share:>10.2f}"
+        )
+    size = models.variants()[options.model].image_size
+    model = models.build(
+        options.model, (size, size, 3), models.variants()[options.model].num_classes
+    )
+    found, network = distribution.traffic(model), model.deployable
+    print(f"\na step all-reduces {found.bytes:,} bytes in {found.collectives} collectives")
+    figures = (found, models.count_multiply_adds(network), len(network.layers), size * size)
+    print(f"\npredicted for A100s with {options.batch_size} images of {size} x {size} each")
+    print(f"{'GPUs':>6}{'compute, ms':>13}{'ring, ms':>10}{'tree, ms':>10}{'ring':>14}{'tree':>14}")
+    predicted = {}
+    for gpus in distribution.PREDICTED_GPUS:
+        row = predicted[gpus] = distribution.predict(*figures, options.batch_size, gpus)
+        efficiency = {
+            k: row[f"{k}_rate"] / gpus / predicted[1]["ring_rate"] for k in ("ring", "tree")
+        }
+        print(
+            f"{gpus:>6}{1e3 * row['compute']:>13.2f}{1e3 * row['ring']:>10.2f}"
+            f"{1e3 * row['tree']:>10.2f}"
+            + "".join(f"{row[f'{k}_rate']:>9,.0f}{e:>5.0%}" for k, e in efficiency.items())
+        )
+    return {"measured": measured, "traffic": dataclasses.asdict(found), "predicted": predicted}
 
 
 if __name__ == "__main__":
