@@ -75,7 +75,6 @@ class Classifier(keras.Model):
         label_smoothing: float = 0.0,
         weight_decay: float = 0.0,
         ema: float = 0.0,
-        global_clipnorm: float = 0.0,
         accumulate_steps: int = 1,
         steps_per_execution: int = 1,
         jit_compile: bool = False,
@@ -90,8 +89,6 @@ class Classifier(keras.Model):
             weight_decay: factor of the L2 penalty, half the sum of the squared kernels; not on
                 biases and normalization. (Decoupled decay is the optimizer's matter.)
             ema: decay a step of averaged weights; 0 keeps none. `averaged` puts them in place.
-            global_clipnorm: the norm of all gradients together above which they are scaled down to
-                it; 0 clips none.
             accumulate_steps: parts, one after another, in which a batch is computed; only batch
                 normalization notices.
             steps_per_execution: steps between two returns to Python.
@@ -116,7 +113,8 @@ class Classifier(keras.Model):
             )
             if not self.optimizer.built:
                 self.optimizer.build(self.trainable_variables)
-            inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+            # Under loss scaling, what clips and counts is inside.
+            self._inner = inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
             made = strategy.extended.variable_created_in_scope
             if replicas > 1 and not made(inner.iterations.value):
                 raise ValueError("the optimizer was made outside of the strategy's scope")
@@ -124,7 +122,6 @@ class Classifier(keras.Model):
                 raise ValueError("give accumulate_steps to compile, not to the optimizer")
             self.label_smoothing, self.weight_decay, self.ema = label_smoothing, weight_decay, ema
             self.accumulate_steps = accumulate_steps
-            self._take_clipping(inner, global_clipnorm)
             self.averages = [_local_variable(w.value) for w in (self.weights if ema else ())]
             self._sums = []
             if accumulate_steps > 1:
@@ -144,15 +141,6 @@ class Classifier(keras.Model):
                     f"layer {layer.name!r}: keras.layers.{type(layer).__name__} is not right under "
                     "several replicas; keras_cifar.layers has BatchNormalization and Dropout that are"
                 )
-
-    def _take_clipping(self, optimizer, global_clipnorm: float) -> None:
-        """Takes what the optimizer would do to each replica's gradients before they are added up."""
-        if global_clipnorm:
-            optimizer.global_clipnorm = global_clipnorm
-        names = ("clipnorm", "global_clipnorm", "clipvalue")
-        self.clipping = {name: getattr(optimizer, name) for name in names}
-        for name in names:
-            setattr(optimizer, name, None)
 
     def make_train_function(self, force: bool = False):
         """Keras's hook; `train_function(iterator, count)` runs steps and sums what they return."""
@@ -227,28 +215,44 @@ class Classifier(keras.Model):
                 g + tf.cast(decay, g.dtype) * v.value if is_kernel(v) else g
                 for g, v in zip(gradients, variables, strict=True)
             ]
-        gradients = self._clip(gradients)
         if _replicas() == 1:
             optimizer.apply(gradients, variables)
         elif hasattr(optimizer, "apply_reduced"):
-            optimizer.apply_reduced(gradients, variables)
-        else:  # Keras adds the replicas' gradients up.
-            optimizer.apply([g / _replicas() for g in gradients], variables)
+            optimizer.apply_reduced(self._clip(gradients), variables)
+        else:
+            # Keras would clip what is still to be added up, and adds it up once more.
+            gradients = [g / _replicas() for g in self._clip(gradients)]
+            with self._clipping_off():
+                optimizer.apply(gradients, variables)
         self._update_averages()
         return figures
 
     def _clip(self, gradients: list) -> list:
+        """The gradients of the whole batch, clipped as the optimizer is to."""
         # Under loss scaling the gradients are scaled, and so is the limit.
         scale = self.optimizer.scale_loss(tf.constant(1.0, self._loss_dtype))
-        for name, limit in self.clipping.items():
-            if limit:
-                limits = [tf.cast(scale * limit, g.dtype) for g in gradients]
-                if name == "global_clipnorm":
-                    return tf.clip_by_global_norm(gradients, limits[0])[0]
-                if name == "clipnorm":
-                    return [tf.clip_by_norm(*pair) for pair in zip(gradients, limits, strict=True)]
-                return [tf.clip_by_value(g, -v, v) for g, v in zip(gradients, limits, strict=True)]
+        dtypes, inner = [g.dtype for g in gradients], self._inner
+        if inner.global_clipnorm:
+            limit = tf.cast(scale * inner.global_clipnorm, dtypes[0])
+            return tf.clip_by_global_norm(gradients, limit)[0]
+        limits = [tf.cast(scale * (inner.clipnorm or inner.clipvalue or 0.0), d) for d in dtypes]
+        if inner.clipnorm:
+            return [tf.clip_by_norm(*pair) for pair in zip(gradients, limits, strict=True)]
+        if inner.clipvalue:
+            return [tf.clip_by_value(g, -v, v) for g, v in zip(gradients, limits, strict=True)]
         return gradients
+
+    @contextlib.contextmanager
+    def _clipping_off(self) -> Iterator[None]:
+        names = ("clipnorm", "global_clipnorm", "clipvalue")
+        limits = {name: getattr(self._inner, name) for name in names}
+        for name in names:
+            setattr(self._inner, name, None)
+        try:
+            yield
+        finally:
+            for name, limit in limits.items():
+                setattr(self._inner, name, limit)
 
     def test_step(self, data):
         """float [3] as of `train_step`, but of one replica's (images, labels) alone."""

@@ -157,13 +157,13 @@ def compile_model(model: Classifier, config: TrainConfig, steps_per_epoch: int, 
     arXiv:1711.05101), L2 in the gradient with the others.
     """
     rate = schedule(config, steps_per_epoch)
-    l2 = config.weight_decay
+    l2, clipping = config.weight_decay, {"global_clipnorm": config.global_clipnorm or None}
     if config.optimizer == "adam":
-        optimizer = Adam(rate)
+        optimizer = Adam(rate, **clipping)
     elif config.optimizer == "sgd":
-        optimizer = SGD(rate, config.momentum)
+        optimizer = SGD(rate, config.momentum, **clipping)
     else:
-        optimizer, l2 = AdamW(rate, config.weight_decay), 0.0
+        optimizer, l2 = AdamW(rate, config.weight_decay, **clipping), 0.0
         optimizer.exclude_from_weight_decay(
             [v for v in model.trainable_variables if not is_kernel(v)]
         )
@@ -172,7 +172,6 @@ def compile_model(model: Classifier, config: TrainConfig, steps_per_epoch: int, 
         label_smoothing=config.label_smoothing,
         weight_decay=l2,
         ema=config.ema,
-        global_clipnorm=config.global_clipnorm,
         accumulate_steps=config.accumulate_steps,
         steps_per_execution=config.steps_per_execution,
         **kwargs,
