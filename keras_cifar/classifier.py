@@ -460,7 +460,7 @@ class Classifier(keras.Model):
             dataset = tf.data.Dataset.from_tensor_slices((x, y))
             if shuffle:
                 # The same order in every process.
-                seed = int(self.optimizer.iterations)
+                seed = int(self.optimizer.iterations.numpy())
                 dataset = dataset.shuffle(len(x), seed, reshuffle_each_iteration=True)
             x = dataset.batch(batch_size or 32)
         elif y is not None or batch_size is not None:

@@ -380,7 +380,7 @@ class Recorder(keras.callbacks.Callback):
         if self.history:
             kept = f"the last good model is {self.run.model} (epoch {self.best_epoch()})"
         raise UserError(
-            f"the loss became {loss} at step {int(optimizer.iterations)} "
+            f"the loss became {loss} at step {int(optimizer.iterations.numpy())} "
             f"(epoch {self.epochs_done + 1}, learning rate {float(optimizer.learning_rate):g}); "
             f"{kept}; try a lower --learning_rate or --warmup_epochs"
         )
