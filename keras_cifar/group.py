@@ -7,41 +7,36 @@ TensorFlow takes the same ports. A message is 4 bytes of length and JSON `[kind,
     hello, accepted    who connects; the chief's answer
     joined             all are there
     value, values      what one worker gathers; what all of them do
-    alive              nothing else was to be said
-    failed             why the group ends, the line that every worker shows
+    alive              there is nothing else to say
+    failed             why the group ends: the line that every worker shows
 
 Like TensorFlow's own gRPC this trusts the network: whoever reaches the chief's port while a run
 starts can take part in it or end it. Run it where only the workers reach each other.
 """
 
-import collections
+import asyncio
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import os
 import queue
-import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import keras_cifar
 from keras_cifar.errors import UsageError, UserError, reason
 
 PROTOCOL = 1
-# What somebody who has not said hello may make us keep, and for how long.
-HELLO_BYTES = 4096
-HELLO_SECONDS = 10.0
-STRANGERS = 1024
 MESSAGE_BYTES = 2**30
+# What those who have not said who they are may make us keep, and how many and how long they may.
+HELLO_BYTES, STRANGERS, HELLO_SECONDS = 4096, 1024, 10.0
 BEAT_SECONDS = 5.0
-# At the end: how long a peer may take nothing of what it is still to be told.
-LINGER_SECONDS = 2.0
-RETRY_SECONDS = 0.3
-LISTED = 8
+# At the end: how long another may take nothing of what it is still to be told.
+LINGER_SECONDS = 5.0
+CONNECT_SECONDS, RETRY_SECONDS = 5.0, 0.3
 
 
 class Group:
@@ -60,27 +55,19 @@ class Group:
     def __init__(self, addresses: Sequence[str], index: int, timeout: float, silence: float):
         self.addresses, self.index = list(addresses), index
         self._timeout, self._silence = timeout, silence
-        self._deadline = time.monotonic() + timeout
         self._failure = self._thread = None
+        self._chief, *_ = [split(address) for address in self.addresses]
         if len(self.addresses) == 1:
             return
-        # From here on one thread owns the sockets. It takes commands from the caller and puts
-        # answers, the last of which is why there will be no more.
-        self._commands, self._answers = queue.SimpleQueue(), queue.SimpleQueue()
-        self._connections: list[_Connection] = []
-        self._values = {}
-        self._joined = self._ending = False
-        self._next_beat = 0.0
-        self._watched = time.monotonic()
-        self._listener = self._listen()
-        first = None
-        if index > 0:
-            # Only a look whether the port is free: TensorFlow is to listen there.
-            self._listener.close()
-            first = self._connect()
-        self._selector = selectors.DefaultSelector()
-        self._woken, self._waker = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, args=[first], daemon=True)
+        listener = self._listen()
+        # The thread owns the connections; this one only takes its answers, of which the last is
+        # why there will be no more.
+        self._answers = queue.SimpleQueue()
+        self._loop = asyncio.new_event_loop()
+        self._over = asyncio.Event()
+        self._peers, self._strangers, self._values = [], {}, {}
+        self._joined = False
+        self._thread = threading.Thread(target=self._talk, args=[listener], daemon=True)
         self._thread.start()
         try:
             self._answer()
@@ -103,25 +90,25 @@ class Group:
         value = json.loads(json.dumps(value))  # what the others will see
         if len(self.addresses) == 1:
             return [value]
-        self._command("value", value)
+        self._call(self._give, value)
         return self._answer()
 
     def abort(self, why: str) -> None:
         """Tells the others, as well as it can, why this worker ends, and closes."""
-        self._command("failed", f"{self._name(self.index)} ended: {why}")
+        self._call(self._end, f"{self._name(self.index)} ended: {why}")
         self.close()
 
     def close(self) -> None:
-        """Leaves the group, which has done its work; what others are still to be told is sent."""
-        self._command("close", None)
+        """Leaves the group, which has done its work; what the others are still to get is sent."""
+        self._call(self._end)
         if self._thread:
             self._thread.join()
 
-    def _command(self, kind: str, content) -> None:
+    def _call(self, function, *arguments) -> None:
+        """Has the thread call a function."""
         if self._thread:
-            self._commands.put((kind, content))
-            with contextlib.suppress(OSError):  # the thread may have ended
-                self._waker.send(b"!")
+            with contextlib.suppress(RuntimeError):  # the thread has ended
+                self._loop.call_soon_threadsafe(function, *arguments)
 
     def _answer(self):
         if self._failure is None:
@@ -144,193 +131,151 @@ class Group:
             why = os.strerror(error.errno)
             raise UserError(f"worker {self.index} cannot use {address}: {why}") from None
 
+    # What follows runs in the thread.
+
+    def _talk(self, listener: socket.socket) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            try:
+                runner.run(self._meet(listener))
+            finally:
+                self._answers.put(("failed", "the group of workers is closed"))
+
+    async def _meet(self, listener: socket.socket) -> None:
+        deadline = time.monotonic() + self._timeout
+        if self.index == 0:
+            self._server = await asyncio.start_server(self._welcome, sock=listener, backlog=1024)
+        else:
+            # It was only to see whether the port is free: TensorFlow is to listen there.
+            listener.close()
+            await self._connect(deadline)
+        await self._watch(deadline)
+        if self.index == 0:
+            self._server.close()
+        await asyncio.gather(*(self._linger(peer) for peer in self._peers))
+
+    async def _connect(self, deadline: float) -> None:
+        """Tries until the chief answers; its name may not be known yet."""
+        while not self._over.is_set():
+            left = deadline - time.monotonic()
+            try:
+                return await self._greet(max(left, RETRY_SECONDS))
+            except (OSError, UnicodeError) as error:
+                if left > RETRY_SECONDS:
+                    await asyncio.sleep(RETRY_SECONDS)
+                    continue
+                self._fail(self._not_started([0], f" ({reason(error)})"))
+
+    async def _greet(self, left: float) -> None:
+        """Connects to the chief and says who this is."""
+        connected = socket.create_connection(self._chief, min(left, CONNECT_SECONDS))
+        peer = _Peer(*await asyncio.open_connection(sock=connected))
+        try:
+            if connected.getsockname() == connected.getpeername():
+                # Linux connects a socket to itself where its own port is by chance the one asked.
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+            peer.writer.write(encode("hello", self._hello()))
+            async with asyncio.timeout(min(left, self._silence)):
+                kind, content = await peer.receive(HELLO_BYTES)
+            if kind not in ("accepted", "failed"):
+                raise ConnectionError("something else answers there")
+        except BaseException:
+            peer.writer.transport.abort()
+            raise
+        peer.worker, peer.task = 0, asyncio.create_task(self._converse(peer))
+        self._peers.append(peer)
+        if kind == "failed":
+            self._fail(content)
+
     def _hello(self) -> dict:
         return {
+            "worker": self.index,
             "protocol": PROTOCOL,
             "version": keras_cifar.__version__,
-            "worker": self.index,
             "workers": len(self.addresses),
             "digest": hashlib.sha256(json.dumps(self.addresses).encode()).hexdigest(),
         }
 
-    def _connect(self) -> "_Connection":
-        """The connection to the chief, who has accepted it. Tries until the deadline."""
-        while True:
-            try:
-                connection = self._try_connect()
-            except (OSError, UnicodeError) as error:  # also that the host's name is not known yet
-                if time.monotonic() + RETRY_SECONDS > self._deadline:
-                    raise UserError(
-                        f"{self._name(0)} has not been reached within {self._timeout:g} s: "
-                        f"{reason(error)}; start it with --worker_index=0 or raise "
-                        "--startup_timeout"
-                    ) from None
-                time.sleep(RETRY_SECONDS)
-                continue
-            if connection:
-                return connection
-
-    def _try_connect(self) -> "_Connection":
-        left = max(self._deadline - time.monotonic(), RETRY_SECONDS)
-        connected = socket.create_connection(split(self.addresses[0]), timeout=min(left, 5.0))
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(connected)
-            if connected.getsockname() == connected.getpeername():
-                # Linux connects a socket to itself where its own port is by chance the one asked.
-                raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
-            connected.settimeout(min(left, self._silence))
-            connected.sendall(encode("hello", self._hello()))
-            connection = _Connection(connected)
-            while not (message := next(connection.messages(), None)):
-                connection.fill()
-            kind, content = message
-            if kind == "failed":
-                raise UserError(content)
-            if kind != "accepted":
-                raise ConnectionError("something else answers there")
-            connection.worker = 0
-            stack.pop_all()
-            return connection
-
-    def _run(self, first: "_Connection | None") -> None:
-        """The thread: waits for sockets and for the clock."""
+    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Lets in who says hello as a worker of this run, and drops strangers."""
+        peer = _Peer(reader, writer)
+        if len(self._strangers) >= STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.writer.transport.abort()
+        self._strangers[peer] = None
         try:
-            self._selector.register(self._woken, selectors.EVENT_READ, self._obey)
-            if first:
-                self._add(first)
-                self._take(first)  # what came behind the first message
-            else:
-                self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-            while self._connections or not self._ending:
-                for key, events in self._selector.select(min(0.5, self._silence / 10)):
-                    key.data(events)
-                self._watch(time.monotonic())
+            try:
+                async with asyncio.timeout(HELLO_SECONDS):
+                    kind, hello = await peer.receive(HELLO_BYTES)
+            finally:
+                self._strangers.pop(peer, None)
+            known = kind == "hello" and isinstance(hello, dict)
+            if known and isinstance(hello.get("worker"), int) and not self._over.is_set():
+                await self._admit(peer, hello)
+        except (OSError, asyncio.CancelledError):
+            pass  # a stranger, or one who does not hang up at the end
         finally:
-            for closing in (*self._connections, self._listener, self._woken, self._waker):
-                closing.close()
-            self._selector.close()
-            self._answers.put(("failed", "the group of workers is closed"))
+            writer.transport.abort()
 
-    def _obey(self, _) -> None:
-        """Does what the caller's thread wants."""
-        self._woken.recv(4096)
-        while not self._commands.empty():
-            kind, content = self._commands.get()
-            if self._ending:
-                continue
-            if kind in ("close", "failed"):
-                self._end(content)
-            elif self.index == 0:
-                self._collect(0, content)
-            else:
-                self._broadcast("value", content)
+    async def _admit(self, peer: "_Peer", hello: dict) -> None:
+        refusal = self._refusal(peer, hello)
+        peer.worker, peer.task = hello["worker"], asyncio.current_task()
+        self._peers.append(peer)
+        if refusal:
+            self._fail(refusal)
+        else:
+            peer.writer.write(encode("accepted"))
+            if not self._missing():
+                self._server.close()  # TensorFlow is to listen there
+                self._joined = True
+                self._broadcast("joined")
+                self._answers.put(("joined", None))
+        await self._converse(peer)
 
-    def _accept(self, _) -> None:
-        try:
-            accepted, (host, *_) = self._listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._fail(f"{self._name(0)} cannot accept all workers: {reason(error)}")
-            return
-        strangers = [c for c in self._connections if c.worker is None]
-        if len(strangers) >= STRANGERS:
-            self._drop(strangers[0])
-        self._add(_Connection(accepted, host.removeprefix("::ffff:")))
-
-    def _add(self, connection: "_Connection") -> None:
-        connection.socket.setblocking(False)
-        self._connections.append(connection)
-        serve = functools.partial(self._serve, connection)
-        self._selector.register(connection.socket, selectors.EVENT_READ, serve)
-
-    def _drop(self, connection: "_Connection") -> None:
-        self._connections.remove(connection)
-        self._selector.unregister(connection.socket)
-        connection.close()
-
-    def _serve(self, connection: "_Connection", events: int) -> None:
-        """Writes and reads what a connection is ready for."""
-        if connection not in self._connections:
-            return
-        if events & selectors.EVENT_WRITE:
-            self._flush(connection)
-        if events & selectors.EVENT_READ:
-            try:
-                connection.fill()
-            except BlockingIOError:
-                return
-            except OSError:
-                self._lose(connection)
-                return
-            self._take(connection)
-
-    def _take(self, connection: "_Connection") -> None:
-        """Acts on the messages that have come."""
-        try:
-            for kind, content in connection.messages():
-                if self._ending:
-                    continue
-                if connection.worker is None:
-                    self._admit(connection, kind, content)
-                elif kind == "failed":
-                    self._fail(content)
-                elif kind == "value":
-                    self._collect(connection.worker, content)
-                elif kind in ("joined", "values"):
-                    self._joined = True
-                    self._answers.put((kind, content))
-        except ConnectionError:
-            self._lose(connection)
-
-    def _admit(self, connection: "_Connection", kind: str, hello) -> None:
-        """Lets a worker in that says hello, ends the group where it is of another run."""
-        mine = self._hello()
-        if (
-            kind != "hello"
-            or not isinstance(hello, dict)
-            or not isinstance(hello.get("worker"), int)
-        ):
-            raise ConnectionError("a stranger")
-        worker = connection.worker = hello["worker"]
-        who = f"the worker at {connection.host} with index {worker}"
-        others = [c for c in self._connections if c.worker == worker and c is not connection]
+    def _refusal(self, peer: "_Peer", hello: dict) -> str | None:
+        """Why a worker cannot be of this run."""
+        worker, mine = hello["worker"], self._hello()
+        who = f"worker {worker} at {peer.host()}"
         if any(hello.get(key) != mine[key] for key in ("protocol", "version")):
-            self._fail(
+            return (
                 f"{who} runs keras_cifar {hello.get('version')} (protocol {hello.get('protocol')}), "
                 f"worker 0 runs {mine['version']} (protocol {PROTOCOL}); install the same at all"
             )
-        elif any(hello[key] != mine[key] for key in ("workers", "digest")):
-            self._fail(
-                f"{who} was started with another list of {hello['workers']} workers than worker 0, "
-                f"which has {mine['workers']}; give all of them the same"
-            )
-        elif others:
-            self._fail(
-                f"{self._name(worker)} was started twice, at {others[0].host} and {connection.host}; "
-                "each needs its own index"
-            )
+        if any(hello.get(key) != mine[key] for key in ("workers", "digest")):
+            theirs, ours = hello.get("workers"), mine["workers"]
+            what = "other addresses than worker 0"
+            if theirs != ours:
+                what = f"{theirs} workers, worker 0 with {ours}"
+            return f"{who} was started with {what}; give all of them the same list"
+        for other in self._peers:
+            if other.worker == worker:
+                return f"{who} was started at {other.host()} too; each needs its own index"
+        return None
+
+    async def _converse(self, peer: "_Peer") -> None:
+        """Acts on what another says until it hangs up."""
+        try:
+            while True:
+                kind, content = await peer.receive(MESSAGE_BYTES)
+                if self._over.is_set():
+                    continue
+                if kind == "failed":
+                    self._fail(content)
+                elif kind == "value":
+                    self._collect(peer.worker, content)
+                elif kind in ("joined", "values"):
+                    self._answers.put((kind, content))
+        except OSError:
+            if not self._over.is_set():
+                self._fail(f"{self._name(peer.worker)} ended while the others waited for it")
+        finally:
+            peer.writer.transport.abort()
+
+    def _give(self, value) -> None:
+        if self.index == 0:
+            self._collect(0, value)
         else:
-            self._send(connection, encode("accepted", None))
-            if not self._missing():
-                self._join()
-
-    def _missing(self) -> list[int]:
-        there = {connection.worker for connection in self._connections}
-        return [worker for worker in range(1, len(self.addresses)) if worker not in there]
-
-    def _join(self) -> None:
-        """All are there: TensorFlow may listen where the chief did."""
-        self._close_door()
-        self._joined = True
-        self._broadcast("joined", None)
-        self._answers.put(("joined", None))
-
-    def _close_door(self) -> None:
-        if self._listener in (key.fileobj for key in self._selector.get_map().values()):
-            self._selector.unregister(self._listener)
-            self._listener.close()
-        for connection in [c for c in self._connections if c.worker is None]:
-            self._drop(connection)
+            self._broadcast("value", value)
 
     def _collect(self, worker: int, value) -> None:
         self._values[worker] = value
@@ -340,141 +285,112 @@ class Group:
             self._broadcast("values", values)
             self._answers.put(("values", values))
 
-    def _lose(self, connection: "_Connection") -> None:
-        self._drop(connection)
-        if connection.worker is not None:
-            self._fail(f"{self._name(connection.worker)} ended while the others waited for it")
+    def _broadcast(self, kind: str, content=None) -> None:
+        data = encode(kind, content)
+        for peer in self._peers:
+            if not self._over.is_set():
+                peer.writer.write(data)
 
     def _fail(self, line: str) -> None:
-        if not self._ending:
+        if not self._over.is_set():
             self._answers.put(("failed", line))
             self._end(line)
 
-    def _end(self, line: str | None) -> None:
-        """Says the last words; the thread ends when the others have heard them and hung up."""
-        if self._ending:
-            return
-        self._close_door()
-        self._ending = True
-        if line is not None:
+    def _end(self, line: str | None = None) -> None:
+        """Says the last words. The others hang up when they have heard them."""
+        if line:
             self._broadcast("failed", line)
-        for connection in self._connections:
-            self._flush(connection)
+        if not self._over.is_set():
+            self._over.set()
+            for peer in self._peers:
+                peer.writer.write_eof()
 
-    def _broadcast(self, kind: str, content) -> None:
-        data = encode(kind, content)
-        for connection in self._connections:
-            if connection.worker is not None:
-                self._send(connection, data)
+    async def _linger(self, peer: "_Peer") -> None:
+        """Waits until another has hung up, as long as it takes what it is still to get.
 
-    def _send(self, connection: "_Connection", data: bytes) -> None:
-        connection.outgoing.append(memoryview(data))
-        self._flush(connection)
+        Closing first would throw away what is under way where it has sent something unread.
+        """
+        stopped = time.monotonic() - peer.heard > self._silence
+        left = peer.unsent() if stopped else None
+        while not peer.task.done() and left != peer.unsent():
+            left = peer.unsent()
+            await asyncio.wait([peer.task], timeout=LINGER_SECONDS)
 
-    def _flush(self, connection: "_Connection") -> None:
-        connection.flush()
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.outgoing else 0)
-        serve = self._selector.get_key(connection.socket).data
-        self._selector.modify(connection.socket, events, serve)
-        if self._ending and not connection.outgoing:
-            # Closing here would throw away what is under way when the peer has sent something
-            # unread. So the peer closes first.
-            with contextlib.suppress(OSError):
-                connection.socket.shutdown(socket.SHUT_WR)
+    async def _watch(self, deadline: float) -> None:
+        """Sends heartbeats and looks at the clock until the group ends."""
+        tick = min(0.5, self._silence / 10)
+        watched, beat = time.monotonic(), 0.0
+        while not self._over.is_set():
+            now = time.monotonic()
+            for peer in self._peers:
+                if now - watched > self._silence / 2:
+                    # This process was stopped itself and has not yet read what the others said.
+                    peer.heard = now
+                if now - peer.heard > self._silence:
+                    self._fail(f"{self._name(peer.worker)} has been silent for {self._silence:g} s")
+            if now >= beat:
+                beat = now + min(BEAT_SECONDS, self._silence / 4)
+                self._broadcast("alive")
+            if self.index == 0 and not self._joined and now >= deadline:
+                self._fail(self._not_started(self._missing()))
+            watched = now
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), tick)
 
-    def _watch(self, now: float) -> None:
-        """Does what is due by the clock."""
-        slept = now - self._watched > self._silence / 2
-        self._watched = now
-        for connection in list(self._connections):
-            if slept:  # this process was stopped; it has not listened to the others
-                connection.heard = now
-            if self._ending:
-                if now - connection.moved > LINGER_SECONDS:
-                    self._drop(connection)
-            elif connection.worker is None:
-                if now - connection.opened > HELLO_SECONDS:
-                    self._drop(connection)
-            elif now - connection.heard > self._silence:
-                self._fail(
-                    f"{self._name(connection.worker)} has been silent for {self._silence:g} s"
-                )
-        if self._ending:
-            return
-        if now >= self._next_beat:
-            self._next_beat = now + min(BEAT_SECONDS, self._silence / 4)
-            self._broadcast("alive", None)
-        if self.index == 0 and not self._joined and now >= self._deadline:
-            self._fail(self._missing_line())
+    def _missing(self) -> list[int]:
+        there = {peer.worker for peer in self._peers}
+        return [i for i in range(1, len(self.addresses)) if i not in there]
 
-    def _missing_line(self) -> str:
-        missing = self._missing()
-        names = ", ".join(f"{worker} ({self.addresses[worker]})" for worker in missing[:LISTED])
-        if len(missing) > LISTED:
-            names += f" and {len(missing) - LISTED} more"
-        if len(missing) == 1:
-            return (
-                f"worker {names} has not started within {self._timeout:g} s; start it with "
-                f"--worker_index={missing[0]} or raise --startup_timeout"
-            )
+    def _not_started(self, workers: list[int], why: str = "") -> str:
+        names, others = ", ".join(map(self._name, workers[:8])), len(workers) - 8
+        if others > 0:
+            names += f" and {others} more"
+        one = len(workers) == 1
         return (
-            f"workers {names} have not started within {self._timeout:g} s; start each with its "
-            "--worker_index or raise --startup_timeout"
+            f"{names} {'has' if one else 'have'} not started within {self._timeout:g} s{why}; start "
+            f"{f'it with --worker_index={workers[0]}' if one else 'each with its --worker_index'} "
+            "or raise --startup_timeout"
         )
 
 
-class _Connection:
-    """A socket and what has come and is to go."""
+class _Peer:
+    """A connection to another worker."""
 
-    def __init__(self, connected: socket.socket, host: str = ""):
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket, self.host = connected, host
-        self.worker: int | None = None  # who has not said so yet
-        self.opened = self.heard = self.moved = time.monotonic()
-        self.incoming, self.outgoing = bytearray(), collections.deque()
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.reader, self.writer = reader, writer
+        self.worker = self.task = None
+        self.heard = time.monotonic()
 
-    def fill(self) -> None:
-        """Reads some; an OSError when there will be no more."""
-        data = self.socket.recv(2**18)
-        if not data:
-            raise ConnectionError("the connection was closed")
-        self.heard = self.moved = time.monotonic()
-        self.incoming += data
+    def host(self) -> str:
+        return self.writer.get_extra_info("peername")[0].removeprefix("::ffff:")
 
-    def messages(self) -> Iterator[tuple]:
-        """The messages that are complete; a ConnectionError where they are none of ours."""
-        while len(self.incoming) >= 4:
-            size = int.from_bytes(self.incoming[:4])
-            if size > (HELLO_BYTES if self.worker is None else MESSAGE_BYTES):
-                raise ConnectionError("something else answers there")
-            if len(self.incoming) < 4 + size:
-                return
-            try:
-                kind, content = json.loads(self.incoming[4 : 4 + size])
-            except (ValueError, TypeError, RecursionError):
-                raise ConnectionError("something else answers there") from None
-            del self.incoming[: 4 + size]
-            yield kind, content
+    def unsent(self) -> int:
+        return self.writer.transport.get_write_buffer_size()
 
-    def flush(self) -> None:
-        """Writes as much as is taken. That the peer is gone, reading will tell, and perhaps why."""
+    async def receive(self, limit: int) -> tuple:
+        """(kind, content) of the next message; an OSError where there is none of ours."""
+        size = int.from_bytes(await self._read(4))
+        if size > limit:
+            raise ConnectionError("something else answers there")
+        data = await self._read(size)
         try:
-            while self.outgoing:
-                sent = self.socket.send(self.outgoing[0])
-                self.moved = time.monotonic()
-                self.outgoing[0] = self.outgoing[0][sent:]
-                if not self.outgoing[0]:
-                    self.outgoing.popleft()
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.outgoing.clear()
+            kind, content = json.loads(data)
+        except (ValueError, TypeError, RecursionError):
+            raise ConnectionError("something else answers there") from None
+        return kind, content
 
-    def close(self) -> None:
-        self.socket.close()
+    async def _read(self, size: int) -> bytearray:
+        data = bytearray()
+        while len(data) < size:
+            part = await self.reader.read(size - len(data))
+            if not part:
+                raise ConnectionError("the connection was closed")
+            self.heard = time.monotonic()
+            data += part
+        return data
 
 
-def encode(kind: str, content) -> bytes:
+def encode(kind: str, content=None) -> bytes:
     """A message as it is sent."""
     data = json.dumps([kind, content]).encode()
     return len(data).to_bytes(4) + data
@@ -492,10 +408,8 @@ def listen(port: int) -> socket.socket:
     """A socket that listens on all interfaces, of IPv6 too where there is that."""
     if socket.has_dualstack_ipv6():
         try:
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
-            )
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
-    return socket.create_server(("", port), backlog=1024)
+    return socket.create_server(("", port))

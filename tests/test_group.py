@@ -38,17 +38,41 @@ def together(*works) -> list:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive(), "a worker hangs"
     return results
 
 
-def starter(addresses, index, timeout=10.0, silence=10.0, after=0.0):
+def starter(addresses, index, timeout=20.0, silence=20.0, after=None):
+    """A function that makes the group of a worker, after an event where one is given."""
+
     def start():
-        time.sleep(after)
+        assert after is None or after.wait(20)
         return Group(addresses, index, timeout, silence)
 
     return start
+
+
+def knock(address) -> socket.socket:
+    """A connection to an address as soon as somebody listens there."""
+    while True:
+        try:
+            return socket.create_connection(group.split(address), timeout=20)
+        except ConnectionRefusedError:
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def admitted(monkeypatch):
+    """An event: some worker has said hello to the chief."""
+    event, admit = threading.Event(), Group._admit
+
+    def admitting(self, *arguments):
+        event.set()
+        return admit(self, *arguments)
+
+    monkeypatch.setattr(Group, "_admit", admitting)
+    return event
 
 
 @pytest.fixture
@@ -93,10 +117,20 @@ def test_values_of_some_megabytes_and_tuples_are_equal_everywhere(meet):
     )
 
 
-@pytest.mark.parametrize("late", [0, 1])
-def test_the_order_of_starting_does_not_matter(late):
+def test_the_chief_may_start_last(monkeypatch):
+    monkeypatch.setattr(group, "RETRY_SECONDS", 0.1)
+    tried, connect = threading.Event(), socket.create_connection
+
+    def connecting(*arguments):
+        try:
+            return connect(*arguments)
+        finally:
+            tried.set()
+
+    monkeypatch.setattr(socket, "create_connection", connecting)
     addresses = free_addresses(3)
-    groups = together(*(starter(addresses, i, after=0.7 * (i == late)) for i in range(3)))
+    chief = starter(addresses, 0, after=tried)
+    groups = together(chief, *(starter(addresses, i) for i in (1, 2)))
     assert together(*(lambda i=i: groups[i].gather(i) for i in range(3))) == [[0, 1, 2]] * 3
     together(*(one.close for one in groups))
 
@@ -121,16 +155,16 @@ def test_a_name_that_is_known_later_is_tried_again(monkeypatch):
 
 def test_a_name_that_stays_unknown_is_said():
     with pytest.raises(
-        UserError, match=r"worker 0 \(no\.such\.invalid:9\) .* within 1 s: .*[Nn]ame"
+        UserError, match=r"worker 0 \(no\.such\.invalid:9\) .* within 0.5 s \(.*[Nn]ame"
     ):
-        Group(["no.such.invalid:9", *free_addresses(1)], 1, 1.0, 5.0)
+        Group(["no.such.invalid:9", *free_addresses(1)], 1, 0.5, 5.0)
 
 
 def test_missing_workers_are_named_at_all_who_came():
     addresses = free_addresses(3)
-    chief, worker = lines(together(*(starter(addresses, i, timeout=1.0) for i in (0, 2))))
+    chief, worker = lines(together(starter(addresses, 0, timeout=1.0), starter(addresses, 2)))
     assert chief == worker
-    assert chief.startswith(f"worker 1 ({addresses[1]}) has not started within 1 s")
+    assert chief.startswith(f"worker 1 ({addresses[1]}) has not started within 1 s; ")
     assert "--worker_index=1" in chief
     assert "--startup_timeout" in chief
 
@@ -139,15 +173,16 @@ def test_many_missing_workers_are_abbreviated():
     addresses = [f"host{i}:1" for i in range(1024)]
     addresses[0] = free_addresses(1)[0]
     (line,) = lines(together(starter(addresses, 0, timeout=0.1)))
-    assert "workers 1 (host1:1), 2 (host2:1)" in line
+    assert "worker 1 (host1:1), worker 2 (host2:1)" in line
     assert "and 1015 more have not started" in line
     assert len(line) < 300
 
 
 def test_the_deadline_of_the_chief_counts_once_it_is_there():
-    addresses = free_addresses(3)
-    works = [starter(addresses, 1, timeout=1.0), starter(addresses, 2, after=1.8)]
-    groups = together(starter(addresses, 0, after=0.3), *works)
+    addresses, later = free_addresses(3), threading.Event()
+    threading.Timer(1.6, later.set).start()
+    works = [starter(addresses, 1, timeout=1.0), starter(addresses, 2, after=later)]
+    groups = together(starter(addresses, 0), *works)
     assert all(isinstance(one, Group) for one in groups), groups
     together(*(one.close for one in groups))
 
@@ -168,7 +203,7 @@ def test_a_port_in_use_is_said_at_once(index, where):
     with socket.create_server((where, port)):
         (line,) = lines(together(starter(addresses, index)))
     assert line == f"worker {index} cannot use {addresses[index]}: Address already in use"
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("address", ["host", "host:", ":80", "host:0", "host:65536", "host:http"])
@@ -188,20 +223,28 @@ def test_ports_are_free_for_tensorflow_when_all_have_met(meet):
         group.listen(group.split(address)[1]).close()
 
 
-def test_an_index_given_twice_is_refused_at_all():
+def test_an_index_given_twice_is_refused_at_all(admitted):
     addresses = free_addresses(3)
-    results = lines(together(*(starter(addresses, i) for i in (0, 1, 1))))
-    assert len(set(results)) == 1
-    assert results[0].startswith(f"worker 1 ({addresses[1]}) was started twice, at 127.0.0.1 and ")
+    again = starter(addresses, 1, after=admitted)
+    results = lines(together(starter(addresses, 0), starter(addresses, 1), again))
+    line = "worker 1 at 127.0.0.1 was started at 127.0.0.1 too; each needs its own index"
+    assert results == [line] * 3
 
 
-@pytest.mark.parametrize("change", [lambda a: [*a, "more:1"], lambda a: [*a[:2], "other:1"]])
-def test_another_list_of_workers_is_refused_at_all(change):
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda a: a + free_addresses(1), "4 workers, worker 0 with 3"),
+        (lambda a: a[:2] + free_addresses(1), "other addresses than worker 0"),
+    ],
+    ids=["longer", "changed"],
+)
+def test_another_list_of_workers_is_refused_at_all(admitted, change, what):
     addresses = free_addresses(3)
-    works = [starter(addresses, 0), starter(addresses, 2), starter(change(addresses), 1, after=0.4)]
-    results = lines(together(*works))
-    assert len(set(results)) == 1
-    assert "with index 1 was started with another list" in results[0]
+    other, index = change(addresses), len(change(addresses)) - 1
+    works = [starter(addresses, 0), starter(addresses, 1), starter(other, index, after=admitted)]
+    line = f"worker {index} at 127.0.0.1 was started with {what}; give all of them the same list"
+    assert lines(together(*works)) == [line] * 3
 
 
 @pytest.mark.parametrize("key", ["version", "protocol"])
@@ -233,71 +276,60 @@ STRANGERS = {
 }
 
 
-def test_strangers_are_dropped_and_do_not_stall(meet):
-    addresses = free_addresses(3)
-    port = int(addresses[0].split(":")[1])
+def test_strangers_are_dropped_and_do_not_stall():
+    addresses, dropped = free_addresses(3), threading.Event()
     with contextlib.ExitStack() as stack:
 
         def strange():
-            time.sleep(0.2)
-            clients = [socket.create_connection(("127.0.0.1", port)) for _ in STRANGERS]
-            silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
-            for client in (*clients, *silent):
-                stack.callback(client.close)
-                client.settimeout(2)
+            clients = [stack.enter_context(knock(addresses[0])) for _ in STRANGERS]
+            silent = [stack.enter_context(knock(addresses[0])) for _ in range(20)]
+            silent[0].sendall((100).to_bytes(4) + b"ha")
             for client, data in zip(clients, STRANGERS.values(), strict=True):
                 client.sendall(data)
                 if data:
                     with contextlib.suppress(ConnectionResetError):
                         assert client.recv(10) == b"", data
-            silent[0].sendall((100).to_bytes(4) + b"ha")
+            dropped.set()
 
-        workers = [starter(addresses, 1), starter(addresses, 2, after=0.8)]
-        *groups, failed = together(starter(addresses, 0), *workers, strange)
-        assert failed is None
+        workers = [starter(addresses, 1), starter(addresses, 2, after=dropped)]
+        *groups, _ = together(starter(addresses, 0), *workers, strange)
         assert all(isinstance(one, Group) for one in groups), groups
         assert together(*(lambda i=i: groups[i].gather(i) for i in range(3))) == [[0, 1, 2]] * 3
         together(*(one.close for one in groups))
 
 
-def test_half_a_hello_does_not_keep_a_stranger(monkeypatch, meet):
-    monkeypatch.setattr(group, "HELLO_SECONDS", 0.5)
-    addresses = free_addresses(2)
-    port = int(addresses[0].split(":")[1])
+def test_half_a_hello_does_not_keep_a_stranger(monkeypatch):
+    monkeypatch.setattr(group, "HELLO_SECONDS", 0.3)
+    addresses, dropped = free_addresses(2), threading.Event()
 
     def strange():
-        time.sleep(0.2)
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        with knock(addresses[0]) as client:
             client.sendall((100).to_bytes(4) + b"ha")
-            return client.recv(1)
+            assert client.recv(1) == b""
+        dropped.set()
 
-    works = [starter(addresses, 0), starter(addresses, 1, after=1.5), strange]
-    *groups, said = together(*works)
-    assert said == b""
+    *groups, _ = together(starter(addresses, 0), starter(addresses, 1, after=dropped), strange)
     together(*(one.close for one in groups))
 
 
 def test_many_strangers_leave_room(monkeypatch):
     monkeypatch.setattr(group, "STRANGERS", 5)
-    addresses = free_addresses(2)
-    port = int(addresses[0].split(":")[1])
+    addresses, dropped = free_addresses(2), threading.Event()
+    with contextlib.ExitStack() as stack:
 
-    def strange():
-        time.sleep(0.2)
-        clients = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(9)]
-        oldest = clients[0].recv(1)
-        for client in clients:
-            client.close()
-        return oldest
+        def strange():
+            clients = [stack.enter_context(knock(addresses[0])) for _ in range(9)]
+            assert [client.recv(1) for client in clients[:4]] == [b""] * 4
+            dropped.set()
 
-    *groups, oldest = together(starter(addresses, 0), starter(addresses, 1, after=0.6), strange)
-    assert oldest == b""
-    together(*(one.close for one in groups))
+        *groups, _ = together(starter(addresses, 0), starter(addresses, 1, after=dropped), strange)
+        together(*(one.close for one in groups))
 
 
 @pytest.mark.parametrize("reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\0\2[]", b""])
-def test_something_else_in_the_place_of_the_chief_is_tried_again(reply):
-    addresses = free_addresses(2)
+def test_something_else_in_the_place_of_the_chief_is_tried_again(monkeypatch, reply):
+    monkeypatch.setattr(group, "RETRY_SECONDS", 0.1)
+    addresses, gone = free_addresses(2), threading.Event()
     with group.listen(int(addresses[0].split(":")[1])) as other:
 
         def answer():
@@ -307,8 +339,9 @@ def test_something_else_in_the_place_of_the_chief_is_tried_again(reply):
                     client.recv(4)
                     client.sendall(reply)
             other.close()
+            gone.set()
 
-        works = [starter(addresses, 0, after=1.0), starter(addresses, 1), answer]
+        works = [starter(addresses, 0, after=gone), starter(addresses, 1), answer]
         *groups, _ = together(*works)
     assert all(isinstance(one, Group) for one in groups), groups
     together(*(one.close for one in groups))
@@ -354,7 +387,7 @@ def test_a_large_value_under_way_does_not_hide_why(meet):
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_closing_after_the_last_gather_raises_nowhere(meet, first):
-    for _ in range(10):
+    for _ in range(3):
         groups = meet(free_addresses(3))
         values = ["x" * 2_000_000] * 3
 
@@ -382,7 +415,7 @@ def test_a_worker_that_leaves_early_is_named(meet, who):
 
 def test_nothing_is_left_when_a_start_fails_or_ends():
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    lines(together(*(starter(free_addresses(3), i, timeout=0.5) for i in (0, 1))))
+    lines(together(*(starter(free_addresses(3), i, timeout=0.3) for i in (0, 1))))
     addresses = free_addresses(2)
     groups = together(*(starter(addresses, i) for i in range(2)))
     for one in groups:
@@ -412,7 +445,7 @@ def member():
     """Starts processes that meet, wait so long and gather."""
     with contextlib.ExitStack() as stack:
 
-        def start(addresses, index, silence=10.0, pause=0.0):
+        def start(addresses, index, silence=20.0, pause=0.0):
             arguments = json.dumps([addresses, index, silence, pause])
             command = [sys.executable, "-c", MEMBER, arguments]
             process = stack.enter_context(
@@ -434,41 +467,31 @@ def test_a_killed_worker_is_named_at_once(member, who):
     said = [one.stdout.readline() for i, one in enumerate(members) if i != who]
     line = f"worker {who} ({addresses[who]}) ended while the others waited for it\n"
     assert said == [line] * 2
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_stopped_worker_is_named_when_it_was_silent_too_long(member, who):
     addresses = free_addresses(3)
-    members = [member(addresses, i, silence=1.0, pause=0.1) for i in range(3)]
+    members = [member(addresses, i, silence=2.0, pause=0.1) for i in range(3)]
     assert [one.stdout.readline() for one in members[:1]] == ["met\n"]
     members[who].send_signal(signal.SIGSTOP)
     rest = [one for i, one in enumerate(members) if i != who]
     said = [one.stdout.readlines()[-1] for one in rest]
-    line = f"worker {who} ({addresses[who]}) has been silent for 1 s\n"
+    line = f"worker {who} ({addresses[who]}) has been silent for 2 s\n"
     assert said == [line] * 2
     members[who].send_signal(signal.SIGCONT)
     assert members[who].stdout.readlines()[-1] == line
 
 
 def test_a_worker_that_works_longer_than_the_silence_is_waited_for(meet):
-    groups = meet(free_addresses(3), silence=0.5)
+    groups = meet(free_addresses(3), silence=1.0)
 
     def work(i):
-        time.sleep(1.5 * (i == 1))
+        time.sleep(1.6 * (i == 1))
         return groups[i].gather(i)
 
     assert together(*(lambda i=i: work(i) for i in range(3))) == [[0, 1, 2]] * 3
-
-
-def test_a_stop_shorter_than_the_silence_is_forgiven(member):
-    addresses = free_addresses(2)
-    members = [member(addresses, i, silence=4.0, pause=1.0 * (i == 1)) for i in range(2)]
-    assert [one.stdout.readline() for one in members] == ["met\n"] * 2
-    members[1].send_signal(signal.SIGSTOP)
-    time.sleep(1.0)
-    members[1].send_signal(signal.SIGCONT)
-    assert [one.stdout.readline() for one in members] == ["[0, 1]\n"] * 2
 
 
 def test_a_hundred_workers_meet(meet):
