@@ -195,12 +195,15 @@ def test_a_missing_chief_is_worker_0():
 
 
 @pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize("where", ["", "127.0.0.1"])
+@pytest.mark.parametrize("where", ["", "127.0.0.1", "::"])
 def test_a_port_in_use_is_said_at_once(index, where):
+    family = socket.AF_INET6 if where == "::" else socket.AF_INET
+    if where == "::" and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6")
     addresses = free_addresses(2)
     port = int(addresses[index].split(":")[1])
     began = time.monotonic()
-    with socket.create_server((where, port)):
+    with socket.create_server((where, port), family=family):
         (line,) = lines(together(starter(addresses, index)))
     assert line == f"worker {index} cannot use {addresses[index]}: Address already in use"
     assert time.monotonic() - began < 10
@@ -270,13 +273,15 @@ STRANGERS = {
     "number": (1).to_bytes(4) + b"7",
     "other json": group.encode("hello", ["me"]),
     "no worker": group.encode("hello", {"protocol": 1, "version": "1", "worker": []}),
+    "other kind": group.encode("failed", {"worker": 1, "version": "1"}),
     "value": group.encode("value", 1),
     "failed": group.encode("failed", "ended by a stranger"),
     "closes": b"",
 }
 
 
-def test_strangers_are_dropped_and_do_not_stall():
+def test_strangers_are_dropped_quietly_and_do_not_stall(monkeypatch, caplog):
+    monkeypatch.setattr(group, "HELLO_SECONDS", 100.0)
     addresses, dropped = free_addresses(3), threading.Event()
     with contextlib.ExitStack() as stack:
 
@@ -296,6 +301,7 @@ def test_strangers_are_dropped_and_do_not_stall():
         assert all(isinstance(one, Group) for one in groups), groups
         assert together(*(lambda i=i: groups[i].gather(i) for i in range(3))) == [[0, 1, 2]] * 3
         together(*(one.close for one in groups))
+    assert not caplog.records
 
 
 def test_half_a_hello_does_not_keep_a_stranger(monkeypatch):
@@ -312,21 +318,36 @@ def test_half_a_hello_does_not_keep_a_stranger(monkeypatch):
     together(*(one.close for one in groups))
 
 
-def test_many_strangers_leave_room(monkeypatch):
+def test_of_many_strangers_the_oldest_are_dropped(monkeypatch):
+    monkeypatch.setattr(group, "HELLO_SECONDS", 100.0)
     monkeypatch.setattr(group, "STRANGERS", 5)
-    addresses, dropped = free_addresses(2), threading.Event()
+    addresses, listen = free_addresses(2), group.listen
+    knocked, dropped = threading.Event(), threading.Event()
     with contextlib.ExitStack() as stack:
+        clients = []
+
+        def crowded(port):
+            listener = listen(port)
+            if not clients:  # the chief, to whom all of them come at the same moment
+                clients.extend(stack.enter_context(knock(addresses[0])) for _ in range(9))
+                knocked.set()
+            return listener
 
         def strange():
-            clients = [stack.enter_context(knock(addresses[0])) for _ in range(9)]
+            assert knocked.wait(20)
             assert [client.recv(1) for client in clients[:4]] == [b""] * 4
             dropped.set()
 
+        monkeypatch.setattr(group, "listen", crowded)
         *groups, _ = together(starter(addresses, 0), starter(addresses, 1, after=dropped), strange)
         together(*(one.close for one in groups))
 
 
-@pytest.mark.parametrize("reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\0\2[]", b""])
+@pytest.mark.parametrize(
+    "reply",
+    [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\0\2[]", group.encode("hello", {}), b""],
+    ids=["http", "json", "itself", "nothing"],
+)
 def test_something_else_in_the_place_of_the_chief_is_tried_again(monkeypatch, reply):
     monkeypatch.setattr(group, "RETRY_SECONDS", 0.1)
     addresses, gone = free_addresses(2), threading.Event()
@@ -413,6 +434,52 @@ def test_a_worker_that_leaves_early_is_named(meet, who):
         groups[who].gather(1)
 
 
+def test_the_others_are_told_before_an_error_is_raised(monkeypatch, meet):
+    groups, end = meet(free_addresses(3)), Group._end
+
+    def slowly(self, *arguments):
+        time.sleep(0.3)
+        end(self, *arguments)
+
+    def chief():
+        try:
+            groups[0].gather(0)
+        except UserError:
+            return groups[0]._thread.is_alive()
+
+    monkeypatch.setattr(Group, "_end", slowly)
+    assert together(chief, lambda: groups[1].abort("no"))[0] is False
+
+
+def test_who_does_not_hang_up_is_left_quietly(monkeypatch, caplog):
+    monkeypatch.setattr(group, "LINGER_SECONDS", 0.2)
+    addresses = free_addresses(2)
+    alone = Group(addresses[:1], 0, 1.0, 1.0)
+    alone.addresses, alone.index = addresses, 1
+
+    def stubborn():
+        client = knock(addresses[0])
+        client.sendall(group.encode("hello", alone._hello()))
+        return client
+
+    chief, client = together(starter(addresses, 0), stubborn)
+    with client:
+        chief.close()
+    assert not caplog.records
+
+
+def test_an_interrupted_start_leaves_nothing(monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Group, "_answer", interrupted)
+    before, addresses = threading.active_count(), free_addresses(2)
+    for index in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            Group(addresses, index, 20.0, 20.0)
+    assert threading.active_count() == before
+
+
 def test_nothing_is_left_when_a_start_fails_or_ends():
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
     lines(together(*(starter(free_addresses(3), i, timeout=0.3) for i in (0, 1))))
@@ -427,14 +494,15 @@ def test_nothing_is_left_when_a_start_fails_or_ends():
 MEMBER = """
 import json, sys, time
 from keras_cifar.errors import UserError
-from keras_cifar.group import Group
+from keras_cifar import group
+group.LINGER_SECONDS = 0.5
 addresses, index, silence, pause = json.loads(sys.argv[1])
 try:
-    with Group(addresses, index, 20.0, silence) as group:
-        group.gather(0)
+    with group.Group(addresses, index, 20.0, silence) as one:
+        one.gather(0)
         print("met", flush=True)
         time.sleep(pause)
-        print(group.gather(index), flush=True)
+        print(one.gather(index), flush=True)
 except UserError as error:
     print(error, flush=True)
 """
@@ -482,6 +550,18 @@ def test_a_stopped_worker_is_named_when_it_was_silent_too_long(member, who):
     assert said == [line] * 2
     members[who].send_signal(signal.SIGCONT)
     assert members[who].stdout.readlines()[-1] == line
+
+
+def test_workers_that_were_all_stopped_go_on(member):
+    addresses = free_addresses(3)
+    members = [member(addresses, i, silence=2.0, pause=0.5) for i in range(3)]
+    assert [one.stdout.readline() for one in members] == ["met\n"] * 3
+    for one in members:
+        one.send_signal(signal.SIGSTOP)
+    time.sleep(2.2)
+    for one in members:
+        one.send_signal(signal.SIGCONT)
+    assert [one.stdout.readline() for one in members] == ["[0, 1, 2]\n"] * 3
 
 
 def test_a_worker_that_works_longer_than_the_silence_is_waited_for(meet):

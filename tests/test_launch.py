@@ -127,9 +127,12 @@ def test_long_lines_of_several_workers_are_not_mixed():
 
 
 def test_the_end_of_the_reader_ends_the_workers():
-    with launcher(
-        "import os, time\nprint('pids', os.getpid(), os.getpid())\nwhile 1: print('y')"
-    ) as process:
+    script = (
+        "import os; print('pids', os.getpid(), os.getpid())\n"
+        "try:\n    while True: print('y')\n"
+        "except BrokenPipeError: os._exit(1)"
+    )
+    with launcher(script) as process:
         pids = family_of(process, 1)
         process.stdout.close()
         assert process.wait(10) == 1
@@ -152,6 +155,11 @@ def test_a_failure_ends_the_others_and_its_status_is_given(capfd):
     assert (status, message) == (3, "worker 1 failed with status 3")
     assert seconds < 3
     assert not any(alive(int(pid)) for pid in re.findall(r"\] (\d+)", capfd.readouterr().out))
+
+
+def test_what_a_worker_wrote_before_it_failed_is_shown(capfd):
+    assert ended("import os; os.write(1, b'line\\n' * 100_000); os._exit(3)")[0] == 3
+    assert capfd.readouterr().out == "[0] line\n" * 100_000
 
 
 @pytest.mark.parametrize("first", [0, 1])
