@@ -133,7 +133,7 @@ class Classifier(keras.Model):
     def _check_for_replicas(self, jit_compile, run_eagerly) -> None:
         if jit_compile is True or run_eagerly:
             raise ValueError("jit_compile and run_eagerly are for one device, not for replicas")
-        for layer in self.trained.layers:
+        for layer in _all_layers(self.trained):
             # Dropout's relatives would draw the same mask on each replica, and Keras's normalization
             # would weigh replicas alike that have unequal parts of a batch.
             if isinstance(layer, _WRONG_UNDER_REPLICAS) and not isinstance(layer, _RIGHT):
@@ -555,6 +555,13 @@ def pixels(input_shape: tuple[int, int, int]) -> tuple:
     """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same in [-1, 1]."""
     images = keras.Input(input_shape, dtype="uint8", name="images")
     return images, keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(images)
+
+
+def _all_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    for layer in model.layers:
+        yield layer
+        if isinstance(layer, keras.Model):
+            yield from _all_layers(layer)
 
 
 def is_kernel(variable) -> bool:
