@@ -4,6 +4,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
 import dataclasses
+import os
 import sys
 import textwrap
 import types
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from absl import flags
 
 from keras_cifar import environment
-from keras_cifar.errors import UsageError, UserError, reason, unknown
+from keras_cifar.errors import LostWorkerError, UsageError, UserError, reason, unknown
 
 
 def run(
@@ -59,6 +60,10 @@ def _execute(
         status = main(options, positional) if arguments else main(options)
         sys.stdout.flush()
         return status or 0
+    except LostWorkerError as error:
+        _fail(name, str(error), error.status)
+        sys.stdout.flush()
+        os._exit(error.status)
     except UserError as error:
         return _fail(name, str(error), error.status)
     except KeyboardInterrupt:

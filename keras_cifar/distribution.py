@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar.config import TrainConfig
-from keras_cifar.errors import UsageError, UserError, reason
+from keras_cifar.errors import LostWorkerError, UsageError, UserError, reason
 from keras_cifar.group import Group
 
 # The first port of SLURM jobs: below those that Linux gives to outgoing connections (from 32768 on),
@@ -392,7 +392,7 @@ class Devices:
             return
         lost_peer = isinstance(error, LOST)
         if lost_peer:
-            error = UserError(lost(error, self.choice.cluster, self._timeout))
+            error = LostWorkerError(lost(error, self.choice.cluster, self._timeout))
         self._group.abort(reason(error))
         if lost_peer:
             raise error from None

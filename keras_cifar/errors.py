@@ -9,6 +9,12 @@ class UserError(Exception):
     status = 1
 
 
+class LostWorkerError(UserError):
+    """Another worker of the run is gone. TensorFlow's threads may still wait for it: the process must
+    not wait for them.
+    """
+
+
 class UsageError(UserError):
     """The command line is wrong."""
 

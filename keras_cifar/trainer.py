@@ -134,12 +134,10 @@ def train(config: TrainConfig, run: Run) -> dict | None:
     with Devices(choice, config, config.common() | package_versions()) as devices:
         previous = previous_config(config, run) if devices.is_chief else None
         plan = prepare(config, devices)
-        splits = plan.dataset.describe()
-        devices.agree({f"the {name} images": split for name, split in splits.items()})
         if devices.is_chief:
             if previous is None:
                 write_json(run.config, describe_run(plan))
-            elif previous["splits"] != splits:
+            elif previous["splits"] != plan.dataset.describe():
                 raise UserError(
                     f"the images of --data={config.data} are not those that {run.path} began with"
                 )
@@ -225,6 +223,11 @@ def prepare(config: TrainConfig, devices: Devices | None = None) -> Plan:
         config.val_fraction,
         config.seed,
         config.cache_dir,
+    )
+    # Before TensorFlow's workers wait for each other, who could not say why one of them does not come.
+    splits = dataset.describe()
+    devices.agree(
+        {f"the {name} images": f"{s['count']} ({s['fingerprint']})" for name, s in splits.items()}
     )
     one_pass = pipeline.steps_in(dataset.train, config.batch_size)
     steps = config.steps_per_epoch or one_pass
