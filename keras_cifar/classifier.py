@@ -23,6 +23,9 @@ AUXILIARY_WEIGHT = 0.3
 # of two keeps them exact.
 NOMINAL_BATCH = 128.0
 
+# What a Keras optimizer has of it; at most one is set.
+CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
+
 _WRONG_UNDER_REPLICAS = (
     keras.layers.BatchNormalization,
     keras.layers.Dropout,
@@ -115,6 +118,7 @@ class Classifier(keras.Model):
                 self.optimizer.build(self.trainable_variables)
             # Under loss scaling, what clips and counts is inside.
             self._inner = inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+            self.clipping = {name: getattr(inner, name) for name in CLIPPING}
             made = strategy.extended.variable_created_in_scope
             if replicas > 1 and not made(inner.iterations.value):
                 raise ValueError("the optimizer was made outside of the strategy's scope")
@@ -220,10 +224,8 @@ class Classifier(keras.Model):
         elif hasattr(optimizer, "apply_reduced"):
             optimizer.apply_reduced(self._clip(gradients), variables)
         else:
-            # Keras would clip what is still to be added up, and adds it up once more.
-            gradients = [g / _replicas() for g in self._clip(gradients)]
-            with self._clipping_off():
-                optimizer.apply(gradients, variables)
+            # Keras adds the replicas' gradients up.
+            optimizer.apply([g / _replicas() for g in self._clip(gradients)], variables)
         self._update_averages()
         return figures
 
@@ -231,27 +233,30 @@ class Classifier(keras.Model):
         """The gradients of the whole batch, clipped as the optimizer is to."""
         # Under loss scaling the gradients are scaled, and so is the limit.
         scale = self.optimizer.scale_loss(tf.constant(1.0, self._loss_dtype))
-        dtypes, inner = [g.dtype for g in gradients], self._inner
-        if inner.global_clipnorm:
-            limit = tf.cast(scale * inner.global_clipnorm, dtypes[0])
-            return tf.clip_by_global_norm(gradients, limit)[0]
-        limits = [tf.cast(scale * (inner.clipnorm or inner.clipvalue or 0.0), d) for d in dtypes]
-        if inner.clipnorm:
+        each, together, value = (self.clipping[name] for name in CLIPPING)
+        dtypes = [g.dtype for g in gradients]
+        if together:
+            return tf.clip_by_global_norm(gradients, tf.cast(scale * together, dtypes[0]))[0]
+        limits = [tf.cast(scale * (each or value or 0.0), dtype) for dtype in dtypes]
+        if each:
             return [tf.clip_by_norm(*pair) for pair in zip(gradients, limits, strict=True)]
-        if inner.clipvalue:
+        if value:
             return [tf.clip_by_value(g, -v, v) for g, v in zip(gradients, limits, strict=True)]
         return gradients
 
     @contextlib.contextmanager
-    def _clipping_off(self) -> Iterator[None]:
-        names = ("clipnorm", "global_clipnorm", "clipvalue")
-        limits = {name: getattr(self._inner, name) for name in names}
-        for name in names:
-            setattr(self._inner, name, None)
+    def _clipping_here(self) -> Iterator[None]:
+        """Keeps the optimizer from clipping what replicas have still to add up, in the body's traces.
+
+        Around all replicas and not in them: they are threads.
+        """
+        if _replicas() > 1:
+            for name in CLIPPING:
+                setattr(self._inner, name, None)
         try:
             yield
         finally:
-            for name, limit in limits.items():
+            for name, limit in self.clipping.items():
                 setattr(self._inner, name, limit)
 
     def test_step(self, data):
@@ -293,7 +298,8 @@ class Classifier(keras.Model):
                 figures = strategy.run(self._update_from_sums)
             return strategy.experimental_local_results(figures)[0]
 
-        return self._sum_over(step, count)
+        with self._clipping_here():
+            return self._sum_over(step, count)
 
     def _evaluate_steps(self, iterator, count):
         strategy = self.distribute_strategy

@@ -84,7 +84,7 @@ def cut(
     Args:
         steps: batches in a pass; None is as many as the data set has.
         parts: in training, of a batch, one after another. A batch of fewer examples than pieces goes
-            whole into each piece, which changes no mean. None is for evaluation: there it is filled
+            whole into each piece, with labels of so much less weight. None is for evaluation: there it is filled
             with examples whose label is all zero.
 
     Raises:
@@ -121,10 +121,13 @@ def cut(
 
             def piece(index):
                 start, end = size * index // number, size * (index + 1) // number
-                if parts is not None:
-                    whole = size < number
-                    start, end = tf.where(whole, 0, start), tf.where(whole, size, end)
-                return images[start:end], labels[start:end]
+                if parts is None:
+                    return images[start:end], labels[start:end]
+                whole = size < number
+                start, end = tf.where(whole, 0, start), tf.where(whole, size, end)
+                # Each of them then counts once in all.
+                weight = tf.cast(tf.where(whole, 1 / number, 1.0), labels.dtype)
+                return images[start:end], labels[start:end] * weight
 
             indices = tf.data.Dataset.from_tensor_slices(tf.constant(mine))
             return indices.map(piece)
