@@ -250,7 +250,7 @@ class Classifier(keras.Model):
 
         Around all replicas and not in them: they are threads.
         """
-        if _replicas() > 1:
+        if self.distribute_strategy.num_replicas_in_sync > 1:
             for name in CLIPPING:
                 setattr(self._inner, name, None)
         try:

@@ -84,8 +84,8 @@ def cut(
     Args:
         steps: batches in a pass; None is as many as the data set has.
         parts: in training, of a batch, one after another. A batch of fewer examples than pieces goes
-            whole into each piece, with labels of so much less weight. None is for evaluation: there it is filled
-            with examples whose label is all zero.
+            whole into each piece, with labels of so much less weight. None is for evaluation: there
+            it is filled with examples whose label is all zero.
 
     Raises:
         ValueError: there are no batches, or nobody knows how many.
