@@ -198,7 +198,7 @@ SLOW_LINES = {
         0: "worker 1 (ADDRESS) ended: folder images does not exist",
         1: "folder images does not exist",
     },
-    "other data": dict.fromkeys((0, 1), "worker 1 (ADDRESS) differs: the train images is 54 ("),
+    "other data": dict.fromkeys((0, 1), "worker 1 (ADDRESS) differs: the train images is '54 ("),
 }
 
 
