@@ -395,7 +395,9 @@ class Devices:
             return
         lost_peer = isinstance(error, LOST)
         if lost_peer:
-            error = LostWorkerError(lost(error, self.choice.cluster, self._timeout))
+            # Before training the group knows more: the other has said why it ends.
+            why = self._group.failure
+            error = LostWorkerError(why or lost(error, self.choice.cluster, self._timeout))
         self._group.abort(reason(error))
         if lost_peer:
             raise error from None

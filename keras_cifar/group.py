@@ -42,6 +42,9 @@ CONNECT_SECONDS, RETRY_SECONDS = 5.0, 0.3
 class Group:
     """The workers of a run, who talk through the first of them (the chief) until training starts.
 
+    Attributes:
+        failure: why the group ended, the line that all show; None while it goes on or is just closed.
+
     Args:
         addresses: "host:port" of every worker, the same list at all of them.
         index: which of them this process is.
@@ -55,6 +58,7 @@ class Group:
     def __init__(self, addresses: Sequence[str], index: int, timeout: float, silence: float):
         self.addresses, self.index = list(addresses), index
         self._timeout, self._silence = timeout, silence
+        self.failure: str | None = None
         self._failure = self._thread = None
         self._chief, *_ = [split(address) for address in self.addresses]
         if len(self.addresses) == 1:
@@ -293,6 +297,7 @@ class Group:
 
     def _fail(self, line: str) -> None:
         if not self._over.is_set():
+            self.failure = line
             self._answers.put(("failed", line))
             self._end(line)
 

@@ -48,6 +48,9 @@ def _in_place(dataset: tf.data.Dataset) -> tf.data.Dataset:
     workers than one. That would be all images once more, and in memory.
     """
     options = tf.data.Options()
+    # The tuning thread sleeps for up to a minute and misses, one time in three, that an iterator is
+    # to end: the end of an evaluation, and of the process, would wait for it. It made nothing faster.
+    options.autotune.enabled = False
     options.experimental_optimization.apply_default_optimizations = False
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return dataset.with_options(options)

@@ -61,12 +61,17 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     What was at `path` stays whole until then, also when the machine stops in between.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as directory:
-        temporary = pathlib.Path(directory) / path.name
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as directory:
+            temporary = pathlib.Path(directory) / path.name
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+    except OSError as error:
+        # Of a full disk, Python does not say which file did not fit.
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync(path: pathlib.Path) -> None:
