@@ -194,8 +194,6 @@ def _copy(index: int, pipe: typing.BinaryIO, target: int, lock, events: queue.Si
             events.put(None)
         except OSError as error:
             events.put(error)
-            for _ in pipe:  # the worker is to end, but not for a closed pipe
-                pass
 
 
 def _lines(pipe: typing.BinaryIO) -> typing.Iterator[bytes]:

@@ -322,7 +322,7 @@ def test_another_cluster_is_not_passed_on(machine):
         ("0,1,2,3", ["0,1", "2,3"]),
         ("3, 1,2", ["3", "1"]),
         ("GPU-4ad2,MIG-77f0", ["GPU-4ad2", "MIG-77f0"]),
-        ("2,5,-1,3", ["2", "5"]),
+        ("2,5,-1,3,4", ["2", "5"]),
         ("", ["", ""]),
         ("-1", ["-1", "-1"]),
         ("NoDevFiles", ["NoDevFiles", "NoDevFiles"]),
