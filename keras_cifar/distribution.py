@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -436,7 +438,11 @@ def _multiworker(choice: Choice, timeout: float) -> tf.distribute.Strategy:
     )
     # Without a limit the others would wait for ever for a worker that is alive but stuck.
     options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout)
-    return tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
+    if threading.current_thread() is threading.main_thread():
+        # TensorFlow has taken SIGTERM, by which launchers end a process, and does nothing on it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return strategy
 
 
 def _split_cpu(count: int) -> None:

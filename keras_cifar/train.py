@@ -25,7 +25,7 @@ def main(config: TrainConfig) -> None:
     run = Run(config.run_dir or default_run_dir(config))
     figures = trainer.train(config, run)
     if figures is None:
-        print(f"worker {config.worker_index or ''} is done; worker 0 has the results")
+        print("this worker is done; worker 0 has the results")
         return
     files = [("model", run.model), ("history", run.history), ("curves", run.curves)]
     files += [("test", run.evaluation("test")), ("confusion", run.confusion("test"))]

@@ -111,6 +111,8 @@ def lose(root: pathlib.Path, victim: int, number: int, count: int = 2) -> dict[i
         found = {i: workers.ended(i, since) for i in range(count) if i != victim}
         if number == signal.SIGINT:
             found[victim] = workers.ended(victim, since)
+        if number == signal.SIGTERM:
+            assert workers.ended(victim, since).status == -signal.SIGTERM
         check_saved(workers.run)
         return found
 
@@ -164,6 +166,7 @@ SIGNALLED = {f"{s.name} to {i}": (i, s) for s in (signal.SIGKILL, signal.SIGSTOP
 ACTIONS = {
     **{name: functools.partial(lose, victim=i, number=s) for name, (i, s) in SIGNALLED.items()},
     "SIGINT to 1": functools.partial(lose, victim=1, number=signal.SIGINT),
+    "SIGTERM to 1": functools.partial(lose, victim=1, number=signal.SIGTERM),
     "SIGKILL to 2 of 3": functools.partial(lose, victim=2, number=signal.SIGKILL, count=3),
     "stuck 0": functools.partial(stuck, victim=0),
     "stuck 1": functools.partial(stuck, victim=1),
@@ -190,6 +193,7 @@ SLOW_LINES = {
     "stuck 0": {1: LATE},
     "SIGKILL to 0": {1: f"worker 0 (ADDRESS) {GONE}"},
     "SIGSTOP to 1": {0: f"worker 1 (ADDRESS) {GONE}"},
+    "SIGTERM to 1": {0: f"worker 1 (ADDRESS) {GONE}"},
     "SIGINT to 1": {0: f"worker 1 (ADDRESS) {GONE}", 1: "interrupted"},
     "SIGKILL to 2 of 3": {0: "worker ", 1: "worker "},
     "stuck 1": {0: LATE},
@@ -252,7 +256,7 @@ def test_run_that_lost_a_worker_goes_on_to_the_very_same_end(tmp_path, victim):
                 assert workers.ended(index, time.monotonic()).status == 0
             # The chief alone writes, and the others say where it is.
             assert not (root / "machine1" / "run").exists()
-            assert workers.output(1) == "worker 1 is done; worker 0 has the results\n"
+            assert workers.output(1) == "this worker is done; worker 0 has the results\n"
             return workers.run
 
     def killed(root: pathlib.Path) -> pathlib.Path:
