@@ -103,9 +103,10 @@ class Classifier(keras.Model):
         """
         strategy = self.distribute_strategy
         replicas = strategy.num_replicas_in_sync
-        if tf.distribute.has_strategy() and tf.distribute.get_strategy() is not strategy:
-            raise ValueError("the model was built outside of the strategy's scope; build it inside")
+        made = strategy.extended.variable_created_in_scope
         if replicas > 1:
+            if not all(made(weight.value) for weight in self.weights):
+                raise ValueError("the model was built outside of the strategy's scope")
             self._check_for_replicas(jit_compile, kwargs.get("run_eagerly"))
         with strategy.scope():
             super().compile(
@@ -119,11 +120,12 @@ class Classifier(keras.Model):
             # Under loss scaling, what clips and counts is inside.
             self._inner = inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
             self.clipping = {name: getattr(inner, name) for name in CLIPPING}
-            made = strategy.extended.variable_created_in_scope
-            if replicas > 1 and not made(inner.iterations.value):
-                raise ValueError("the optimizer was made outside of the strategy's scope")
             if inner.gradient_accumulation_steps:
                 raise ValueError("give accumulate_steps to compile, not to the optimizer")
+            if inner.use_ema:
+                raise ValueError("give ema to compile, not use_ema to the optimizer")
+            if replicas > 1 and not made(inner.iterations.value):
+                raise ValueError("the optimizer was made outside of the strategy's scope")
             self.label_smoothing, self.weight_decay, self.ema = label_smoothing, weight_decay, ema
             self.accumulate_steps = accumulate_steps
             self.averages = [_local_variable(w.value) for w in (self.weights if ema else ())]
@@ -187,14 +189,17 @@ class Classifier(keras.Model):
         The gradients are of the sum of losses, divided by the examples' weight or by NOMINAL_BATCH.
         """
         labels, smooth = tf.cast(labels, self._loss_dtype), self.label_smoothing
-        # A label that sums to 0 marks filling: it counts nothing.
-        weights = tf.reduce_sum(labels, axis=1, keepdims=True)
-        targets = labels * (1 - smooth) + weights * smooth / labels.shape[-1] if smooth else labels
+        # A label's sum is its example's weight, 0 for filling. TensorFlow's gradient of the
+        # cross-entropy is right for labels of sum 1 alone.
+        weights = tf.reduce_sum(labels, axis=1)
+        targets = tf.math.divide_no_nan(labels, weights[:, None])
+        targets = targets * (1 - smooth) + smooth / labels.shape[-1] if smooth else targets
         with tf.GradientTape() as tape:
             logits, *auxiliary = self._logits(images, training=True)
-            total = tf.reduce_sum(_cross_entropy(targets, logits))
+            losses = _cross_entropy(targets, logits)
             for other in auxiliary:
-                total += AUXILIARY_WEIGHT * tf.reduce_sum(_cross_entropy(targets, other))
+                losses += AUXILIARY_WEIGHT * _cross_entropy(targets, other)
+            total = tf.reduce_sum(losses * tf.cast(weights, losses.dtype))
             total /= tf.cast(tf.reduce_sum(weights), total.dtype) if divide else NOMINAL_BATCH
             scaled = self.optimizer.scale_loss(total)
         gradients = tape.gradient(

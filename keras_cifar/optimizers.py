@@ -67,6 +67,8 @@ class _Replicated:
 
         Keras's adds the replicas' gradients up, which would be once more.
         """
+        if self.loss_scale_factor:
+            gradients = [gradient / self.loss_scale_factor for gradient in gradients]
         self._apply_weight_decay(variables)
         rate = self.learning_rate
         for gradient, variable in zip(gradients, variables, strict=True):

@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from keras_cifar import classifier, layers, pipeline
 from keras_cifar.data import Split
-from keras_cifar.models import resnet_cifar
 from tests.conftest import colour_images
 
 CLASSES = 3
@@ -278,72 +277,6 @@ def test_recalibration_sees_the_network_without_dropout():
     np.testing.assert_array_equal(model.get_layer("drop").seed_generator.state.numpy(), seeds)
     dropped = inner(pixels, training=True).numpy()
     assert np.abs(dropped - plain).max() > 0.1
-
-
-# ---- Replicas
-
-STRATEGIES = {
-    "one device": tf.distribute.get_strategy,
-    "mirrored": lambda: tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
-}
-
-
-@pytest.fixture(scope="module")
-def replicas() -> dict:
-    """What one device and two replicas made of the same start, after five steps in float64."""
-    keras.config.set_dtype_policy("float64")
-    images, labels = colour_images(80, 8, CLASSES)
-    random = np.random.default_rng(0)
-    images = images // 2 + random.integers(0, 128, images.shape, dtype=np.uint8)
-    split, odd = Split(images, labels), Split(images[:21], labels[:21])
-    results, initial = {}, None
-    for name, strategy in STRATEGIES.items():
-        with strategy().scope():
-            keras.utils.set_random_seed(0)
-            model = resnet_cifar.resnet_cifar(8, (8, 8, 3), CLASSES)
-            initial = initial or model.get_weights()
-            model.set_weights(initial)
-            model.compile(
-                keras.optimizers.SGD(0.1, momentum=0.9),
-                label_smoothing=0.1,
-                weight_decay=1e-2,
-                ema=0.5,
-                jit_compile=False,
-            )
-        batches = pipeline.training(split, CLASSES, 16, "crop(1)|flip|mixup(0.2)", seed=0)
-        reported = model.fit(batches, steps_per_epoch=5, shuffle=False, verbose=0).history
-        result = {
-            "reported": reported,
-            "weights": model.get_weights(),
-            "averages": [average.numpy() for average in model.averages],
-            "evaluated": evaluate(model, pipeline.evaluation(odd, CLASSES, 4)),
-        }
-        with model.averaged():
-            result["swapped"] = model.get_weights()
-        calibration = model.distribute_strategy.experimental_distribute_dataset(batches)
-        model.recalibrate(iter(calibration), 3)
-        result["recalibrated"] = model.get_weights()
-        results[name] = result
-    keras.config.set_dtype_policy("float32")
-    assert any(not np.allclose(a, b) for a, b in zip(initial, result["weights"], strict=True))
-    return results
-
-
-@pytest.mark.parametrize("what", ["weights", "averages", "swapped", "recalibrated"])
-def test_two_replicas_compute_what_one_device_does(replicas, what):
-    one, two = (replicas[name][what] for name in STRATEGIES)
-    assert len(one) == len(two) > 0
-    for mine, other in zip(one, two, strict=True):
-        assert mine.dtype == np.float64
-        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("what", ["reported", "evaluated"])
-def test_two_replicas_report_what_one_device_does(replicas, what):
-    one, two = (replicas[name][what] for name in STRATEGIES)
-    assert set(one) == {"loss", "accuracy"}
-    for name, value in one.items():
-        assert two[name] == pytest.approx(value, rel=1e-6)
 
 
 # ---- Precision
