@@ -85,9 +85,9 @@ def cut(
 
     Args:
         steps: batches in a pass; None is as many as the data set has.
-        parts: in training, of a batch, one after another. A batch of fewer examples than pieces goes
-            whole into each piece, with labels of so much less weight. None is for evaluation: there
-            it is filled with examples whose label is all zero.
+        parts: in training, of a batch, one after another. Fewer examples than parts, or in a part
+            than replicas, go whole into each, with labels of so much less weight. None is for
+            evaluation: there a batch is filled with examples whose label is all zero.
 
     Raises:
         ValueError: there are no batches, or nobody knows how many.
@@ -122,14 +122,8 @@ def cut(
                 size += missing
 
             def piece(index):
-                start, end = size * index // number, size * (index + 1) // number
-                if parts is None:
-                    return images[start:end], labels[start:end]
-                whole = size < number
-                start, end = tf.where(whole, 0, start), tf.where(whole, size, end)
-                # Each of them then counts once in all.
-                weight = tf.cast(tf.where(whole, 1 / number, 1.0), labels.dtype)
-                return images[start:end], labels[start:end] * weight
+                part = _nth(index // share.total, parts or 1, images, labels)
+                return _nth(index % share.total, share.total, *part)
 
             indices = tf.data.Dataset.from_tensor_slices(tf.constant(mine))
             return indices.map(piece)
@@ -137,6 +131,17 @@ def cut(
         return endless(dataset.flat_map(pieces_of).prefetch(tf.data.AUTOTUNE))
 
     return pieces(strategy, make, steps)
+
+
+def _nth(index, number: int, images, labels) -> tuple:
+    """One of so many equal shares of examples; all of them where they are fewer, for their share."""
+    size = tf.shape(labels)[0]
+    whole = size < number
+    start, end = size * index // number, size * (index + 1) // number
+    start, end = tf.where(whole, 0, start), tf.where(whole, size, end)
+    # Each of them then counts once in all.
+    weight = tf.cast(tf.where(whole, 1 / number, 1.0), labels.dtype)
+    return images[start:end], labels[start:end] * weight
 
 
 def endless(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -22,7 +22,7 @@ SMALL = [name for name in ALL if name not in LARGE]
 FEW = ["sgd", "uneven batches", "all at once", "last batch of two"]
 USUAL = [
     *("adam", "sgd", "sgd float32", "uneven batches", "global_clipnorm", "accumulate_steps", "ema"),
-    *("label_smoothing", "mixup", "auxiliary heads", "steps_per_execution", "l2", "all at once"),
+    *("mixup", "all at once"),
     *("dropout", "last batch of one", "last batch of two", "clipnorm", "mixed_float16"),
     *("refusals", "masks", "resnet20 adam"),
 ]
