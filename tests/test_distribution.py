@@ -293,8 +293,12 @@ def test_pieces_of_a_batch_are_the_batch(size, total, parts):
 
 
 def test_batch_of_fewer_examples_than_pieces_goes_whole_into_each():
+    found = pieces(numbered(2).batch(5), Share(0, 3, 3), None, 1)
+    assert [images.tolist() for images, _ in found] == [[1, 2]] * 3
+    assert np.sum([weights.sum() for _, weights in found]) == pytest.approx(2)
+    # Parts are the same whatever the number of replicas.
     found = pieces(numbered(2).batch(5), Share(0, 3, 3), None, 2)
-    assert [images.tolist() for images, _ in found] == [[1, 2]] * 6
+    assert [images.tolist() for images, _ in found] == [[1]] * 3 + [[2]] * 3
     assert np.sum([weights.sum() for _, weights in found]) == pytest.approx(2)
 
 
