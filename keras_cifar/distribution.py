@@ -326,7 +326,7 @@ class Devices:
         """
         self.choice, self._timeout = choice, config.peer_timeout
         cluster = choice.cluster
-        self._group = None
+        self._group, self._met = None, False
         if not start:
             self.strategy = tf.distribute.get_strategy()
             return
@@ -393,6 +393,7 @@ class Devices:
         """Ends the talk that precedes training; from here on TensorFlow watches the others."""
         if self._group is not None:
             self._group.close()
+            self._met = True
 
     def __enter__(self) -> "Devices":
         return self
@@ -403,7 +404,7 @@ class Devices:
         lost_peer = isinstance(error, LOST)
         if lost_peer:
             # Before training the group knows more: the other has said why it ends.
-            why = self._group.failure
+            why = None if self._met else self._group.failure
             error = LostWorkerError(why or lost(error, self.choice.cluster, self._timeout))
         self._group.abort(reason(error))
         if lost_peer:
@@ -443,10 +444,11 @@ def _multiworker(choice: Choice, timeout: float) -> tf.distribute.Strategy:
     )
     # Without a limit the others would wait for ever for a worker that is alive but stuck.
     options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout)
+    before = signal.getsignal(signal.SIGTERM)
     strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
     if threading.current_thread() is threading.main_thread():
-        # TensorFlow has taken SIGTERM, by which launchers end a process, and does nothing on it.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # TensorFlow takes SIGTERM, by which launchers end a process, and goes on.
+        signal.signal(signal.SIGTERM, before)
     return strategy
 
 

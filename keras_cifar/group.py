@@ -308,7 +308,8 @@ class Group:
         if not self._over.is_set():
             self._over.set()
             for peer in self._peers:
-                peer.writer.write_eof()
+                with contextlib.suppress(OSError):  # it may be gone
+                    peer.writer.write_eof()
 
     async def _linger(self, peer: "_Peer") -> None:
         """Waits until another has hung up, as long as it takes what it is still to get.

@@ -118,7 +118,6 @@ RUNS = {
 RESNET = {"model": "resnet20", "steps_per_epoch": 10}
 RUNS |= {
     "resnet20 adam": Run(RESNET | {"learning_rate": 1e-3}),
-    "resnet20 sgd float32": Run(RESNET | SGD | FLOAT32),
 }
 
 

@@ -17,8 +17,6 @@ from tests.strategies import CASES, FITS, RUNS, STRATEGIES
 
 ALL = list(CASES)
 # What needs a minute or more of several processes is left to `-m slow`.
-LARGE = [name for name in ALL if name.startswith("resnet20")]
-SMALL = [name for name in ALL if name not in LARGE]
 FEW = ["sgd", "uneven batches", "all at once", "last batch of two"]
 USUAL = [
     *("adam", "sgd", "sgd float32", "uneven batches", "global_clipnorm", "accumulate_steps", "ema"),
@@ -33,7 +31,7 @@ PLAN = {
 }
 SLOW_PLAN = dict.fromkeys(STRATEGIES, ALL)
 
-TOLERANCES = {"sgd float32": 5e-5, "resnet20 sgd float32": 1.0}
+TOLERANCES = {"sgd float32": 5e-5}
 HALF = 1e-3  # of the weights, in half precision
 
 
