@@ -532,7 +532,7 @@ def test_the_model_knows_its_size_and_classes(export):
         (["--model=x"], "name at least one picture"),
         (["--model=x", "a.png", "--top_k=0"], "--top_k=0 must be greater than 0"),
         (["--model=x", "a.png", "--top_k=two"], "top_k"),
-        (["--model=x", "a.png", "--format=xml"], "text|csv|json"),
+        (["--model=x", "a.png", "--format=xml"], "--format 'xml'; choose one of: csv, json, text"),
         (["--model=x", "a.png", "--nothing"], "nothing"),
     ],
 )
