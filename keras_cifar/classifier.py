@@ -166,7 +166,7 @@ class Classifier(keras.Model):
             float [3], of the whole batch: the sum of the cross-entropies, the number of right
             answers, the weight of the examples.
         """
-        alone = _replicas() == 1
+        alone = layers.replicas() == 1
         return self._update(*self._gradients(*data, divide=alone), divided=alone)
 
     def _accumulate(self, data) -> None:
@@ -212,7 +212,7 @@ class Classifier(keras.Model):
     def _update(self, gradients, figures, divided: bool = False):
         """Adds up over the replicas, changes the weights, returns the figures of the whole batch."""
         variables, optimizer = self.trainable_variables, self.optimizer
-        if _replicas() > 1:
+        if layers.replicas() > 1:
             context = tf.distribute.get_replica_context()
             *gradients, figures = context.all_reduce("SUM", [*gradients, figures])
         if not divided:
@@ -224,13 +224,13 @@ class Classifier(keras.Model):
                 g + tf.cast(decay, g.dtype) * v.value if is_kernel(v) else g
                 for g, v in zip(gradients, variables, strict=True)
             ]
-        if _replicas() == 1:
+        if layers.replicas() == 1:
             optimizer.apply(gradients, variables)
         elif hasattr(optimizer, "apply_reduced"):
             optimizer.apply_reduced(self._clip(gradients), variables)
         else:
             # Keras adds the replicas' gradients up.
-            optimizer.apply([g / _replicas() for g in self._clip(gradients)], variables)
+            optimizer.apply([g / layers.replicas() for g in self._clip(gradients)], variables)
         self._update_averages()
         return figures
 
@@ -369,17 +369,7 @@ class Classifier(keras.Model):
             validation = self._pieces(
                 *validation, validation_batch_size or batch_size, validation_steps, training=False
             )
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            verbose = 1 if verbose == "auto" else verbose
-            callbacks = keras.callbacks.CallbackList(
-                callbacks,
-                add_history=True,
-                add_progbar=verbose != 0,
-                verbose=verbose,
-                epochs=epochs,
-                steps=pieces.steps,
-                model=self,
-            )
+        callbacks = self._callback_list(callbacks, verbose, epochs, pieces.steps, history=True)
         run = self.make_train_function()
         self.stop_training = False
         batches = None
@@ -423,15 +413,7 @@ class Classifier(keras.Model):
             steps: batches; without it, one pass.
         """
         pieces = self._pieces(x, y, batch_size, steps, training=False)
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks = keras.callbacks.CallbackList(
-                callbacks,
-                add_progbar=verbose != 0,
-                verbose=1 if verbose == "auto" else verbose,
-                epochs=1,
-                steps=pieces.steps,
-                model=self,
-            )
+        callbacks = self._callback_list(callbacks, verbose, 1, pieces.steps)
         callbacks.on_test_begin()
         logs = self._run(
             self.test_function,
@@ -442,6 +424,19 @@ class Classifier(keras.Model):
         )
         callbacks.on_test_end(logs)
         return logs if return_dict else list(logs.values())
+
+    def _callback_list(self, callbacks, verbose, epochs, steps, history: bool = False):
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            return callbacks
+        return keras.callbacks.CallbackList(
+            callbacks,
+            add_history=history,
+            add_progbar=verbose != 0,
+            verbose=1 if verbose == "auto" else verbose,
+            epochs=epochs,
+            steps=steps,
+            model=self,
+        )
 
     def _run(self, function, batches, steps: int | None, on_begin, on_end) -> dict:
         """Calls `function` for `steps` batches, or until they end; the mean figures of all."""
@@ -585,10 +580,6 @@ def _cross_entropy(targets, logits):
     if logits.dtype in (tf.float16, tf.bfloat16):
         logits = tf.cast(logits, tf.float32)
     return tf.nn.softmax_cross_entropy_with_logits(tf.cast(targets, logits.dtype), logits)
-
-
-def _replicas() -> int:
-    return tf.distribute.get_strategy().num_replicas_in_sync
 
 
 def _local_variable(value) -> tf.Variable:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_cifar.config import TrainConfig
 from keras_cifar.errors import LostWorkerError, UsageError, UserError, reason
-from keras_cifar.group import Group
+from keras_cifar.group import Group, split
 
 # The first port of SLURM jobs: below those that Linux gives to outgoing connections (from 32768 on),
 # and another one for each job, as two jobs may share a machine.
@@ -169,9 +169,12 @@ class Cluster:
 
     def __post_init__(self):
         for address in self.addresses:
-            host, _, port = address.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-                raise UsageError(f"{self.source}: {address!r} is not of the form host:port")
+            try:
+                split(address)
+            except UsageError:
+                raise UsageError(
+                    f"{self.source}: {address!r} is not of the form host:port"
+                ) from None
         if len(set(self.addresses)) < len(self.addresses):
             raise UsageError(f"{self.source}: two workers have the same address")
         if not 0 <= self.index < len(self.addresses):

@@ -39,7 +39,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             and self.center
             and not self.renorm
             and inputs.dtype.name in FUSED_DTYPES
-            and not (training and _replicas() > 1)
+            and not (training and replicas() > 1)
         )
         if not fused:
             return super().call(inputs, training=training, mask=mask)
@@ -66,7 +66,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _moments(self, inputs, mask):
         """(mean, variance) over all replicas, each float [C]."""
         context = tf.distribute.get_replica_context()
-        if mask is not None or _replicas() == 1 or context is None:
+        if mask is not None or replicas() == 1 or context is None:
             return super()._moments(inputs, mask)
         # Chan et al. 1983: count, mean and mean square of each replica add up. One all-reduce takes
         # them, in float64: in float32 the square of a large mean would drown the variance.
@@ -95,7 +95,7 @@ class Dropout(keras.layers.Dropout):
             return super().call(inputs, training=training)
         seed = tf.cast(self.seed_generator.next(), tf.int32)
         context = tf.distribute.get_replica_context()
-        if _replicas() > 1 and context is not None:
+        if replicas() > 1 and context is not None:
             replica = context.replica_id_in_sync_group
             seed = tf.random.experimental.stateless_fold_in(seed, replica)
         shape, channels = tf.shape(inputs), inputs.shape[-1]
@@ -112,7 +112,8 @@ class Dropout(keras.layers.Dropout):
         return inputs * (tf.cast(kept, inputs.dtype) * (1 / (1 - self.rate)))
 
 
-def _replicas() -> int:
+def replicas() -> int:
+    """How many replicas compute here, in all processes: of the strategy whose scope this is."""
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 

@@ -321,9 +321,10 @@ def fit(plan: Plan, run: Run, callbacks: tuple[keras.callbacks.Callback, ...] = 
     config, devices = plan.config, plan.devices
     state = checkpoint.restore(run.checkpoint, plan.model, devices)
     recorder = Recorder(plan, run, state.get("history", []))
-    devices.agree(
-        {"the step": recorder.epochs_done, "the model's state": checkpoint.digest(plan.model)}
-    )
+    if devices.choice.cluster:  # alone, nobody reads the whole state for nothing
+        devices.agree(
+            {"the step": recorder.epochs_done, "the model's state": checkpoint.digest(plan.model)}
+        )
     devices.meet()
     if state and devices.is_chief:
         print(f"going on after epoch {recorder.epochs_done} of {config.epochs}", flush=True)
