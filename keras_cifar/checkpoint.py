@@ -1,16 +1,62 @@
-"""The state of a run after an epoch, in one file that is replaced as a whole."""
+"""The state of a run after a step: everything that decides the rest of it.
 
+A checkpoint is one file in the safetensors format (https://github.com/huggingface/safetensors), which
+holds arrays and cannot hold code. Its name has the step and a checksum of its contents. It is written
+under another name, put on the disk and renamed, and the one before it is kept.
+"""
+
+import dataclasses
 import hashlib
-import io
 import json
 import pathlib
+import re
 
 import numpy as np
 
 from keras_cifar.classifier import Classifier
-from keras_cifar.distribution import Devices
-from keras_cifar.errors import UserError, reason
+from keras_cifar.errors import UserError
 from keras_cifar.run import replacing
+
+KEPT = 2  # checkpoints: the newest, and one to go back to where that is damaged
+
+FORMAT = "step-{step:09d}-epoch-{epochs:05d}-{checksum}.safetensors"
+_NAME = re.compile(r"step-(\d+)-epoch-(\d+)-([0-9a-f]{32})\.safetensors")
+
+# The names of the format.
+_DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "uint32": "U32",
+    "uint64": "U64",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run is, and what it has found so far.
+
+    Attributes:
+        history: a row for each epoch that is complete.
+        steps: done in the epoch after these.
+        totals: the sums of `classifier.FIGURES` over these steps.
+        seconds: that these steps took.
+        rollbacks: how often the run went back because the loss was not finite.
+    """
+
+    history: list[dict] = dataclasses.field(default_factory=list)
+    steps: int = 0
+    totals: tuple[float, ...] = ()
+    seconds: float = 0.0
+    rollbacks: int = 0
+
+    def step(self, steps_per_epoch: int) -> int:
+        """Of the run."""
+        return len(self.history) * steps_per_epoch + self.steps
 
 
 def _variables(model: Classifier) -> list:
@@ -19,42 +65,126 @@ def _variables(model: Classifier) -> list:
     return [*model.variables, *model.optimizer.variables, *model.averages]
 
 
-def save(path: pathlib.Path, model: Classifier, state: dict) -> None:
-    """Writes the model's and the optimizer's variables, and `state`, which must be JSON."""
-    arrays = {f"variable_{i}": v.numpy() for i, v in enumerate(_variables(model))}
-    with replacing(path) as temporary:
-        np.savez(temporary, state=np.array(json.dumps(state)), **arrays)
+def _arrays(model: Classifier) -> list[np.ndarray]:
+    return [np.asarray(variable.numpy(), order="C") for variable in _variables(model)]
+
+
+def _checksum(parts: list) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def digest(model: Classifier) -> str:
-    """A hash of everything that `save` writes of a model: equal for equal bits only."""
-    found = hashlib.sha256()
-    for variable in _variables(model):
-        found.update(np.ascontiguousarray(variable.numpy()))
-    return found.hexdigest()[:16]
+    """A hash of everything that a checkpoint has of a model: equal for equal bits only."""
+    return _checksum(_arrays(model))
 
 
-def restore(path: pathlib.Path, model: Classifier, devices: Devices) -> dict:
-    """Assigns what `save` wrote and returns its `state`; {} where there is no checkpoint.
+def save(directory: pathlib.Path, model: Classifier, position: Position, step: int) -> pathlib.Path:
+    """Writes a checkpoint and removes all but this one and KEPT - 1 before it.
 
-    The chief reads the file; the other workers need not see it.
+    Args:
+        step: of the run.
+
+    Returns:
+        The file.
+    """
+    parts = _pack(model, position)
+    path = directory / FORMAT.format(
+        step=step, epochs=len(position.history), checksum=_checksum(parts)
+    )
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(parts)
+    files = _files(directory)
+    mine = files.index(path)
+    # Of later ones nothing became of this run: they are damaged.
+    for other in files[:mine] + files[mine + KEPT :]:
+        other.unlink(missing_ok=True)
+    return path
+
+
+def _pack(model: Classifier, position: Position) -> list:
+    """The contents of a checkpoint: the header's length, the header, the arrays."""
+    arrays, header, offset = _arrays(model), {}, 0
+    header["__metadata__"] = {"position": json.dumps(dataclasses.asdict(position))}
+    for index, array in enumerate(arrays):
+        header[f"variable_{index}"] = {
+            "dtype": _DTYPES[array.dtype.name],
+            "shape": array.shape,
+            "data_offsets": (offset, offset + array.nbytes),
+        }
+        offset += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *arrays]
+
+
+def _files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoints in a directory, the newest first."""
+    found = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def exists(directory: pathlib.Path) -> bool:
+    """Whether there is a checkpoint, whole or damaged."""
+    return bool(_files(directory))
+
+
+def read(directory: pathlib.Path) -> tuple[pathlib.Path | None, bytes]:
+    """(file, contents) of the newest checkpoint that is whole; (None, b"") where there is none.
+
+    Of each that is damaged a line is printed.
 
     Raises:
-        UserError: the file is damaged, or of another network.
+        UserError: all are damaged.
     """
-    data = path.read_bytes() if devices.is_chief and path.exists() else b""
-    data = devices.broadcast(data)
-    if not data:
-        return {}
+    files, damaged = _files(directory), []
+    for path in files:
+        data = path.read_bytes()
+        if _checksum([data]) == _NAME.fullmatch(path.name)[3]:
+            if damaged:
+                print(
+                    f"checkpoint {damaged[0]} is damaged; going on from the one before, {path.name}",
+                    flush=True,
+                )
+            return path, data
+        damaged.append(path.name)
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {directory} is whole: {' and '.join(damaged)} are damaged; start "
+            "anew with another --run_dir, where --init_from takes the weights of this one's model.keras"
+        )
+    return None, b""
+
+
+def assign(model: Classifier, data: bytes, where: str | pathlib.Path) -> Position:
+    """Gives a model the state of a checkpoint.
+
+    Args:
+        data: its contents.
+        where: it comes from, for messages.
+
+    Raises:
+        UserError: it is no checkpoint, or of another network or optimizer.
+    """
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            state = json.loads(str(arrays["state"]))
-            values = [arrays[f"variable_{i}"] for i in range(len(arrays.files) - 1)]
-    except Exception as error:  # A damaged zip file can raise many things.
-        raise UserError(f"checkpoint {path} is damaged: {reason(error)}") from None
-    variables = _variables(model)
-    if [v.shape for v in values] != [tuple(v.shape) for v in variables]:
-        raise UserError(f"checkpoint {path} is of another network or optimizer")
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-    return state
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        position = Position(**json.loads(header.pop("__metadata__")["position"]))
+        position = dataclasses.replace(position, totals=tuple(position.totals))
+        entries = [header[f"variable_{index}"] for index in range(len(header))]
+        found = [(entry["dtype"], entry["shape"]) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"checkpoint {where} is damaged") from None
+    # What the model has says what is read, so that the file cannot ask for more memory.
+    arrays = _arrays(model)
+    wanted = [(_DTYPES[array.dtype.name], list(array.shape)) for array in arrays]
+    start = 8 + length
+    if found != wanted or len(data) != start + sum(array.nbytes for array in arrays):
+        raise UserError(f"checkpoint {where} is of another network or optimizer")
+    for variable, array in zip(_variables(model), arrays, strict=True):
+        values = np.frombuffer(data, array.dtype, array.size, start)
+        variable.assign(values.reshape(array.shape))
+        start += array.nbytes
+    return position

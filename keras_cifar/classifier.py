@@ -23,6 +23,9 @@ AUXILIARY_WEIGHT = 0.3
 # of two keeps them exact.
 NOMINAL_BATCH = 128.0
 
+# What a training step adds up: the first three as evaluation, the weight being that of the examples.
+FIGURES = ("loss", "right answers", "weight", "norm of the gradient", "calls to stop")
+
 # What a Keras optimizer has of it; at most one is set.
 CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
 
@@ -129,11 +132,12 @@ class Classifier(keras.Model):
             self.label_smoothing, self.weight_decay, self.ema = label_smoothing, weight_decay, ema
             self.accumulate_steps = accumulate_steps
             self.averages = [_local_variable(w.value) for w in (self.weights if ema else ())]
+            self._stop = _local_variable(tf.zeros([], self._loss_dtype))
             self._sums = []
             if accumulate_steps > 1:
-                dtype = keras.config.dtype_policy().variable_dtype
                 shapes = [tf.zeros(v.shape, v.dtype) for v in self.trainable_variables]
-                self._sums = [_local_variable(x) for x in [*shapes, tf.zeros(3, dtype)]]
+                self._sums = [_local_variable(x) for x in [*shapes, tf.zeros(4, self._loss_dtype)]]
+        self.totals = np.zeros(len(FIGURES))
         self.test_function = self._compiled(self._evaluate_steps)
 
     def _check_for_replicas(self, jit_compile, run_eagerly) -> None:
@@ -163,8 +167,9 @@ class Classifier(keras.Model):
         """One step of one replica on its part of a batch: (images, labels).
 
         Returns:
-            float [3], of the whole batch: the sum of the cross-entropies, the number of right
-            answers, the weight of the examples.
+            float [5], of the whole batch: the sum of the cross-entropies, the number of right
+            answers, the weight of the examples, the norm of the gradient before it is clipped, and
+            how many replicas' processes were told to stop (`call_to_stop`).
         """
         alone = layers.replicas() == 1
         return self._update(*self._gradients(*data, divide=alone), divided=alone)
@@ -176,7 +181,7 @@ class Classifier(keras.Model):
             total.assign_add(value)
 
     def _update_from_sums(self):
-        """The step on what was accumulated; float [3] as of `train_step`."""
+        """The step on what was accumulated; float [5] as of `train_step`."""
         *gradients, figures = [tf.identity(total) for total in self._sums]
         figures = self._update(gradients, figures)
         for total in self._sums:
@@ -184,7 +189,7 @@ class Classifier(keras.Model):
         return figures
 
     def _gradients(self, images, labels, divide: bool = False) -> tuple[list, tf.Tensor]:
-        """(gradients, figures float [3]) of this replica's examples.
+        """(gradients, figures float [4]) of this replica's examples: all of FIGURES but the norm.
 
         The gradients are of the sum of losses, divided by the examples' weight or by NOMINAL_BATCH.
         """
@@ -207,10 +212,10 @@ class Classifier(keras.Model):
             [v.value for v in self.trainable_variables],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,  # layers.ConvBeforeNorm's bias
         )
-        return gradients, self._figures(labels, logits)
+        return gradients, tf.concat([self._figures(labels, logits), [self._stop]], 0)
 
     def _update(self, gradients, figures, divided: bool = False):
-        """Adds up over the replicas, changes the weights, returns the figures of the whole batch."""
+        """Adds up over the replicas, changes the weights, returns the FIGURES of the whole batch."""
         variables, optimizer = self.trainable_variables, self.optimizer
         if layers.replicas() > 1:
             context = tf.distribute.get_replica_context()
@@ -224,6 +229,7 @@ class Classifier(keras.Model):
                 g + tf.cast(decay, g.dtype) * v.value if is_kernel(v) else g
                 for g, v in zip(gradients, variables, strict=True)
             ]
+        norm = self._norm(gradients)
         if layers.replicas() == 1:
             optimizer.apply(gradients, variables)
         elif hasattr(optimizer, "apply_reduced"):
@@ -232,7 +238,17 @@ class Classifier(keras.Model):
             # Keras adds the replicas' gradients up.
             optimizer.apply([g / layers.replicas() for g in self._clip(gradients)], variables)
         self._update_averages()
-        return figures
+        return tf.stack([*tf.unstack(figures[:3]), norm, figures[3]])
+
+    def _norm(self, gradients: list) -> tf.Tensor:
+        """The norm of all gradients together, as float []."""
+        squares = [tf.cast(tf.nn.l2_loss(g), self._loss_dtype) for g in gradients]
+        scale = self.optimizer.scale_loss(tf.constant(1.0, self._loss_dtype))
+        norm = tf.sqrt(2 * tf.add_n(squares)) / scale
+        if self._inner is self.optimizer:
+            return norm
+        # Under loss scaling what is too large for half precision is usual: the step is left out.
+        return tf.where(tf.math.is_finite(norm), norm, 0)
 
     def _clip(self, gradients: list) -> list:
         """The gradients of the whole batch, clipped as the optimizer is to."""
@@ -304,7 +320,7 @@ class Classifier(keras.Model):
             return strategy.experimental_local_results(figures)[0]
 
         with self._clipping_here():
-            return self._sum_over(step, count)
+            return self._sum_over(step, count, len(FIGURES))
 
     def _evaluate_steps(self, iterator, count):
         strategy = self.distribute_strategy
@@ -314,14 +330,14 @@ class Classifier(keras.Model):
                 "SUM", strategy.run(self.test_step, args=(next(iterator),)), None
             )
 
-        return self._sum_over(step, count)
+        return self._sum_over(step, count, 3)
 
-    def _sum_over(self, step, count):
-        """The sum of float [3] over `count` calls of `step`."""
+    def _sum_over(self, step, count, size):
+        """The sum of what `count` calls of `step` return, float [size]."""
         # Without the loop where there is none: the graph in its body is optimized less.
         if self.steps_per_execution == 1:
             return step()
-        zeros = tf.zeros(3, self._loss_dtype)
+        zeros = tf.zeros(size, self._loss_dtype)
         return tf.while_loop(
             lambda done, _: done < count,
             lambda done, total: (done + 1, total + step()),
@@ -341,6 +357,8 @@ class Classifier(keras.Model):
         validation_data=None,
         shuffle: bool = True,
         initial_epoch: int = 0,
+        initial_step: int = 0,
+        initial_totals: Sequence[float] = (),
         steps_per_epoch: int | None = None,
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
@@ -357,6 +375,8 @@ class Classifier(keras.Model):
             validation_data: (images, labels), or a data set as `x`.
             shuffle: shuffles arrays, anew each epoch; data sets stay as they are.
             steps_per_epoch: with data sets; without it an epoch is one pass.
+            initial_step: where in the initial epoch to go on; the first batch of `x` is that step's.
+            initial_totals: what `totals` was there: the sums of FIGURES over the epoch so far.
             epochs, verbose, callbacks, initial_epoch, validation_*: as in keras.Model.fit.
 
         Raises:
@@ -378,12 +398,15 @@ class Classifier(keras.Model):
             callbacks.on_epoch_begin(epoch)
             # An endless data set goes on; one that ends is begun anew.
             batches = iter(pieces.dataset) if batches is None or pieces.steps is None else batches
+            first = epoch == initial_epoch
             logs = self._run(
                 run,
                 batches,
                 pieces.steps,
                 callbacks.on_train_batch_begin,
                 callbacks.on_train_batch_end,
+                initial_step if first else 0,
+                initial_totals if first else (),
             )
             if validation is not None and (epoch + 1) % validation_freq == 0:
                 figures = self.evaluate(
@@ -438,9 +461,19 @@ class Classifier(keras.Model):
             model=self,
         )
 
-    def _run(self, function, batches, steps: int | None, on_begin, on_end) -> dict:
-        """Calls `function` for `steps` batches, or until they end; the mean figures of all."""
-        done, logs, totals = 0, {}, np.zeros(3)
+    def _run(
+        self,
+        function: Callable,
+        batches: Iterator,
+        steps: int | None,
+        on_begin: Callable,
+        on_end: Callable,
+        done: int = 0,
+        totals: Sequence[float] = (),
+    ) -> dict:
+        """Calls `function` until `steps` batches are done, or they end; the mean figures of all."""
+        training = function is self.train_function
+        totals = np.array(totals or np.zeros(len(FIGURES) if training else 3))
         while steps is None or done < steps:
             count = min(self.steps_per_execution, steps - done) if steps else 1
             on_begin(done)
@@ -451,11 +484,16 @@ class Classifier(keras.Model):
                     break
                 raise ValueError(f"the data set ended after {done} batches of {steps}") from None
             done += count
-            logs = {"loss": float(totals[0] / totals[2]), "accuracy": float(totals[1] / totals[2])}
-            on_end(done - 1, logs)
-            if self.stop_training and function is self.train_function:
+            if training:
+                self.totals = totals
+            on_end(done - 1, _means(totals))
+            if self.stop_training and training:
                 break
-        return dict(logs)
+        return _means(totals)
+
+    def call_to_stop(self) -> None:
+        """Has every process of the run see, in `totals` after the same step, that it is to stop."""
+        self._stop.assign(tf.ones_like(self._stop))
 
     def _pieces(self, x, y, batch_size, steps, *, training: bool, shuffle=False) -> Pieces:
         if isinstance(x, Pieces):
@@ -500,7 +538,9 @@ class Classifier(keras.Model):
             batches: an iterator over (images, labels) as in training, cut for the replicas.
             count: batches to use.
         """
-        norms = [x for x in self.layers if isinstance(x, keras.layers.BatchNormalization)]
+        norms = [
+            x for x in self.layers if isinstance(x, keras.layers.BatchNormalization) and x.trainable
+        ]
         if not norms or not count:
             return
         count *= self.accumulate_steps
@@ -568,6 +608,11 @@ def _all_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
         yield layer
         if isinstance(layer, keras.Model):
             yield from _all_layers(layer)
+
+
+def _means(totals: np.ndarray) -> dict[str, float]:
+    """The logs of Keras from sums of FIGURES."""
+    return {"loss": float(totals[0] / totals[2]), "accuracy": float(totals[1] / totals[2])}
 
 
 def is_kernel(variable) -> bool:

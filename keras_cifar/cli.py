@@ -1,6 +1,6 @@
 """Command lines: a frozen dataclass -> flags -> an instance of it; errors -> exit status.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from absl import flags
 
 from keras_cifar import environment
-from keras_cifar.errors import LostWorkerError, UsageError, UserError, reason, unknown
+from keras_cifar.errors import LostWorkerError, StoppedError, UsageError, UserError, reason, unknown
 
 
 def run(
@@ -60,7 +60,7 @@ def _execute(
         status = main(options, positional) if arguments else main(options)
         sys.stdout.flush()
         return status or 0
-    except LostWorkerError as error:
+    except (LostWorkerError, StoppedError) as error:
         _fail(name, str(error), error.status)
         sys.stdout.flush()
         os._exit(error.status)

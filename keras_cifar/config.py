@@ -114,6 +114,22 @@ class TrainConfig:
         "each epoch; 0 keeps the moving averages",
         "Training",
     )
+    init_from: str | None = option(
+        None,
+        "a run directory or .keras file of the same network whose weights a new run begins with; the "
+        "last layer is new where the classes are others",
+        "Training",
+    )
+    freeze: str | None = option(
+        None, "a layer: it and all that it is computed from keep their weights", "Training"
+    )
+    on_nan: str = option(
+        "stop",
+        "when the loss is not finite: stop, or rollback to the last checkpoint with half the "
+        "learning rate, at most 3 times",
+        "Training",
+        ("stop", "rollback"),
+    )
     early_stopping: int = option(
         0, "epochs without a better validation accuracy before stopping; 0 never stops", "Training"
     )
@@ -154,10 +170,22 @@ class TrainConfig:
         DTYPE_POLICIES,
     )
 
+    deterministic: bool | None = option(
+        None,
+        "the same bits again, also after an interruption (default: on without GPU)",
+        "Devices",
+    )
+
     run_dir: str | None = option(
         None,
         "where everything is written (default: runs/MODEL-DATA-TIME); again: resumes",
         "Output",
+    )
+    checkpoint_every: int = option(
+        0, "steps between checkpoints, besides those after each epoch; 0: by time alone", "Output"
+    )
+    checkpoint_seconds: float = option(
+        600.0, "seconds between checkpoints; 0: none between the ends of epochs", "Output"
     )
     export: bool = option(True, "write RUN/export/1, a SavedModel, at the end", "Output")
     dry_run: bool = option(False, "say what would be done, without training", "Output")
@@ -188,6 +216,8 @@ class TrainConfig:
             "warmup_epochs",
             "calibration_batches",
             "early_stopping",
+            "checkpoint_every",
+            "checkpoint_seconds",
             "seed",
         ):
             value = getattr(self, name)
@@ -222,16 +252,19 @@ class TrainConfig:
 
 
 # Flags that do not change what is computed but by rounding: where files are (the data's fingerprint
-# is compared beside the flags), what is written, and on which devices it runs.
+# is compared beside the flags), what is written and when, and on which devices it runs.
 NOT_COMPARED = (
     *("run_dir", "export", "dry_run", "list_models", "data_dir", "cache_dir"),
     *("strategy", "replicas", "workers", "worker_index", "startup_timeout", "peer_timeout"),
-    "steps_per_execution",
+    *("steps_per_execution", "checkpoint_every", "checkpoint_seconds", "on_nan"),
 )
 
 
 # Flags that may differ between the workers of a run.
-NOT_SHARED = ("run_dir", "export", "data_dir", "cache_dir", "worker_index", "startup_timeout")
+NOT_SHARED = (
+    *("run_dir", "export", "data_dir", "cache_dir", "worker_index", "startup_timeout"),
+    "init_from",  # The chief's state is everybody's.
+)
 
 
 def check(condition: bool, message: str) -> None:

@@ -373,7 +373,13 @@ class Devices:
         """The chief's `data`, at every worker."""
         if self._group is None:
             return data
-        size = self._group.gather(len(data))[0]
+        if not self._met:
+            self.agree({})  # A chief that fails before it has the data is heard at once here.
+        size = int.from_bytes(self._add_up(len(data).to_bytes(8, "little"), 8), "little")
+        return self._add_up(data, size)
+
+    def _add_up(self, data: bytes, size: int) -> bytes:
+        """The chief's `data`, which all know to have that size."""
         # As float32, which every kind of device can add up, and of bytes exactly.
         chief = np.zeros(size, np.uint8)
         if self.is_chief:

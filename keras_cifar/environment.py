@@ -120,6 +120,21 @@ def use_xla(strategy: str) -> tuple[bool, str]:
     return False, "it makes convolutions slower on a CPU"
 
 
+def make_deterministic(wanted: bool | None) -> bool:
+    """Has TensorFlow compute the same bits each time, where wanted; None is where there is no GPU.
+
+    Returns:
+        Whether it does.
+    """
+    import tensorflow as tf
+
+    if wanted is None:
+        wanted = not tf.config.list_physical_devices("GPU")
+    if wanted:
+        tf.config.experimental.enable_op_determinism()
+    return wanted
+
+
 def dtype_policy(name: str) -> tuple[str, str]:
     """(the Keras dtype policy that `--dtype_policy=name` stands for on this machine, why)."""
     import tensorflow as tf

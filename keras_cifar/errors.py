@@ -15,6 +15,14 @@ class LostWorkerError(UserError):
     """
 
 
+class StoppedError(UserError):
+    """SIGTERM or SIGINT came. The process ends at once: other threads may still wait for something."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.status = 128 + number  # as a shell reports the signal
+
+
 class UsageError(UserError):
     """The command line is wrong."""
 

@@ -30,11 +30,15 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         total_steps: of the run; `cosine` and `onecycle` end at 0 there.
         warmup_steps: of linear warm-up from 0; with `onecycle`, the rise's length, 0 is its default.
         milestones: with `step`, the shares of the run after which the rate falls to a tenth.
+
+    Attributes:
+        factor: a variable that all rates are multiplied by, 1 at first.
     """
 
     def __init__(self, kind, peak, total_steps, warmup_steps=0, milestones=()):
         self.kind, self.peak, self.milestones = kind, peak, tuple(milestones)
         self.total_steps, self.warmup_steps = total_steps, warmup_steps
+        self.factor = tf.Variable(1.0, trainable=False)
 
     def __call__(self, step):
         step = tf.cast(step, tf.float32)
@@ -52,7 +56,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         else:
             share = tf.clip_by_value((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
             falling = (1 + tf.cos(math.pi * share)) / 2
-        return self.peak * rising * falling
+        return self.factor * (self.peak * rising * falling)
 
     def get_config(self):
         names = ("kind", "peak", "total_steps", "warmup_steps", "milestones")
@@ -152,8 +156,10 @@ def schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
     return Schedule(kind, config.learning_rate, total, warmup, milestones)
 
 
-def compile_model(model: Classifier, config: TrainConfig, steps_per_epoch: int, **kwargs) -> None:
-    """Compiles `model` with the optimizer and the loss that the flags describe.
+def compile_model(
+    model: Classifier, config: TrainConfig, steps_per_epoch: int, **kwargs
+) -> Schedule:
+    """Compiles `model` with the optimizer and the loss that the flags describe; the learning rate.
 
     Weight decay is on kernels alone: decoupled with adamw (Loshchilov and Hutter 2017,
     arXiv:1711.05101), L2 in the gradient with the others.
@@ -178,3 +184,4 @@ def compile_model(model: Classifier, config: TrainConfig, steps_per_epoch: int, 
         steps_per_execution=config.steps_per_execution,
         **kwargs,
     )
+    return rate

@@ -1,13 +1,21 @@
 """The run directory: where everything of a run lies, and how files get there. Standard library only."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 
 from keras_cifar.errors import UserError, check_directory, reason
+
+# What is being written is in directories whose names begin so; a killed process leaves them.
+TEMPORARY = ".writing-"
+
+LOCK = ".lock"
 
 
 class Run:
@@ -16,7 +24,7 @@ class Run:
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path).expanduser()
         self.config = self.path / "config.json"
-        self.checkpoint = self.path / "checkpoint" / "latest.npz"
+        self.checkpoint = self.path / "checkpoint"
         self.model = self.path / "model.keras"
         self.history = self.path / "history.csv"
         self.curves = self.path / "curves.png"
@@ -30,6 +38,46 @@ class Run:
     def confusion(self, split: str) -> pathlib.Path:
         """The picture of a split's confusion matrix."""
         return self.path / "eval" / f"{split}_confusion.png"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training here; the lock ends with the process, however that ends.
+
+        What a killed process was writing is removed.
+
+        Raises:
+            UserError: another process trains here, or the directory cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / LOCK, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"{self.path} is in use: {file.read().strip() or 'another process'} trains there; "
+                    "wait for its end or choose another --run_dir"
+                ) from None
+            except OSError:
+                pass  # The file system has no locks.
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            for path in (self.path, self.checkpoint, self.path / "eval", self.export):
+                for left in path.glob(f"{TEMPORARY}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            try:
+                yield
+            finally:
+                if self.is_empty():  # A wrong flag or missing data leaves nothing.
+                    shutil.rmtree(self.path, ignore_errors=True)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is there but what a process leaves that is killed at its start."""
+        if not self.path.exists():
+            return True
+        names = [path.name for path in self.path.iterdir()]
+        return all(name == LOCK or name.startswith(TEMPORARY) for name in names)
 
     def read_config(self) -> dict:
         """The contents of config.json.
@@ -62,7 +110,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as directory:
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as directory:
             temporary = pathlib.Path(directory) / path.name
             yield temporary
             sync(temporary)

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_cifar import image
 from keras_cifar.exporters import folding
-from keras_cifar.run import next_version, sync
+from keras_cifar.run import TEMPORARY, next_version, sync
 
 LABELS = "labels.txt"  # in assets/: a class name a line
 
@@ -30,7 +30,7 @@ def export(
     if target.exists():
         raise FileExistsError(17, "this version is there already", str(target))
     base.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=base) as temporary:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=base) as temporary:
         # The asset's file is copied, so it must stay until the model is saved.
         labels = pathlib.Path(temporary) / LABELS
         labels.write_text("".join(f"{name}\n" for name in class_names), "utf-8")

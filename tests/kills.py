@@ -1,0 +1,209 @@
+"""Kills a run of training at random instants, starts it again each time, and compares what it leaves.
+
+    python -m tests.kills DIRECTORY CASE KILLS [SEED]
+
+The whole run and each start are processes that are forked from this one, which has imported
+TensorFlow and not started it. Every second kill waits until something is being written. Prints how
+many kills there were, how many of them while something was written, and what differs from the run that
+was not killed; the status is 1 if anything does.
+"""
+
+import csv
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+
+from keras_cifar import environment
+
+environment.import_tensorflow()
+
+import numpy as np
+import tensorflow as tf
+
+from keras_cifar import checkpoint, models, trainer
+from keras_cifar.config import TrainConfig
+from keras_cifar.run import TEMPORARY, Run
+from tests import strategies
+
+# Two validations, three epochs, checkpoints in the midst and at the ends of epochs.
+BASE = {
+    "data": "digits",
+    "batch_size": 24,
+    "epochs": 3,
+    "steps_per_epoch": 4,
+    "checkpoint_every": 3,
+    "calibration_batches": 2,
+    "augment": "crop(2)|flip|mixup(0.3)",
+    "ema": 0.9,
+    "lr_schedule": "cosine",
+}
+SMALL = {"model": "tiny_drop", "image_size": 8, "augment": "crop(1)|flip|mixup(0.3)"}
+CASES = {
+    "tiny": SMALL,
+    "tiny, 2 replicas": SMALL | {"replicas": 2, "accumulate_steps": 2, "steps_per_execution": 2},
+    "resnet20": {"model": "resnet20"},
+    "resnet20, 2 replicas": {"model": "resnet20", "replicas": 2},
+    "vgg_bn_drop": {"model": "vgg_bn_drop"},
+    "vgg_bn_drop, 2 replicas": {"model": "vgg_bn_drop", "replicas": 2},
+}
+# Of the time that a whole run takes; a start is most of it.
+LATEST = 1.0
+TIMES = ("seconds", "images_per_second")
+NOTICES = 0.0005  # seconds between two looks for what is being written
+
+
+def start(flags: dict, run: Run) -> int:
+    """A process that trains; its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        log = os.open(run.path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        trainer.train(TrainConfig(**BASE | flags, run_dir=str(run.path)), run)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def is_writing(run: Run) -> bool:
+    places = (run.path, run.checkpoint, run.export, run.path / "eval")
+    return any(next(place.glob(f"{TEMPORARY}*"), None) for place in places)
+
+
+def kill(child: int, run: Run, delay: float, in_writing: bool) -> tuple[bool, bool]:
+    """Kills a process after so many seconds; (whether it still lived, was writing)."""
+    time.sleep(delay)
+    while in_writing and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if is_writing(run):
+            break
+        time.sleep(NOTICES)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        assert os.WEXITSTATUS(status) == 0, run.path.with_suffix(".log").read_text()[-4000:]
+        return False, False
+    return True, is_writing(run)
+
+
+def results(run: Run) -> dict[str, bytes | str]:
+    """Everything that a run leaves, but for times."""
+    _, data = checkpoint.read(run.checkpoint)
+    end = 8 + int.from_bytes(data[:8], "little")
+    position = json.loads(json.loads(data[8:end])["__metadata__"]["position"])
+    found = {"variables of the checkpoint": data[end:]}
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in position["history"]]
+    found["position of the checkpoint"] = json.dumps(position | {"history": rows, "seconds": 0})
+    with open(run.history) as file:
+        rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+    found["history.csv"] = json.dumps(rows)
+    found["TensorBoard"] = json.dumps(scalars(run))
+    found["test.json"] = run.evaluation("test").read_text()
+    found["model.keras"] = joined(models.load(run.model).get_weights())
+    (version,) = [path for path in run.export.iterdir() if not path.name.startswith(TEMPORARY)]
+    reader = tf.train.load_checkpoint(str(version / "variables" / "variables"))
+    names = sorted(name for name in reader.get_variable_to_shape_map() if name[0] != "_")
+    found["exported variables"] = joined(reader.get_tensor(name) for name in names)
+    images = np.random.default_rng(0).integers(0, 256, (4, *models_size(run), 3), np.uint8)
+    served = tf.saved_model.load(str(version)).signatures["serving_default"]
+    found["exported model"] = joined([served(tf.constant(images))["probabilities"].numpy()])
+    left = [path.name for path in run.path.rglob(f"{TEMPORARY}*")]
+    found["what is left of writing"] = " ".join(left)
+    return found
+
+
+def models_size(run: Run) -> tuple[int, int]:
+    return tuple(run.read_config()["image_shape"][:2])
+
+
+def joined(arrays) -> bytes:
+    return b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+
+
+def scalars(run: Run) -> list:
+    found = []
+    for file in run.tensorboard.rglob("events.*"):
+        for record in tf.data.TFRecordDataset(str(file)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                if value.tag.removeprefix("epoch_") not in TIMES:
+                    number = float(tf.make_ndarray(value.tensor))
+                    found.append([file.parent.name, value.tag, event.step, number])
+    return sorted(found)
+
+
+def compute(action) -> dict:
+    """What `action` returns, computed in a process of its own: TensorFlow must not start in this."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        try:
+            with os.fdopen(writer, "w") as pipe:
+                json.dump(action(), pipe)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return json.loads(text)
+
+
+def differences(one: Run, two: Run) -> list[str]:
+    first, second = results(one), results(two)
+    return [name for name in first if first[name] != second[name]]
+
+
+def main(directory: str, case: str, kills: str, seed: str = "0") -> int:
+    strategies.register()
+    root, flags, chance = pathlib.Path(directory), CASES[case], random.Random(int(seed))
+    root.mkdir(parents=True, exist_ok=True)
+    # A fork has no other thread than the one that calls for it.
+    assert len(os.listdir("/proc/self/task")) == 1
+    whole = Run(root / "whole")
+    began = time.monotonic()
+    _, status = os.waitpid(start(flags, whole), 0)
+    seconds = time.monotonic() - began
+    assert status == 0, whole.path.with_suffix(".log").read_text()
+    done = writing = runs = 0
+    different = {}
+    while done < int(kills):
+        runs += 1
+        run = Run(root / f"killed{runs}")
+        finished = False
+        while not finished:
+            child = start(flags, run)
+            if done < int(kills):
+                in_writing = done % 2 == 1
+                lived, wrote = kill(child, run, chance.uniform(0, LATEST * seconds), in_writing)
+                finished, done, writing = not lived, done + lived, writing + wrote
+            else:
+                _, status = os.waitpid(child, 0)
+                assert status == 0, run.path.with_suffix(".log").read_text()[-4000:]
+                finished = True
+        if found := compute(lambda run=run: differences(whole, run)):
+            different[run.path.name] = found
+        else:
+            shutil.rmtree(run.path)
+    print(
+        json.dumps({"kills": done, "while writing": writing, "runs": runs, "different": different})
+    )
+    return int(bool(different))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
