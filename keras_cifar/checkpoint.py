@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from keras_cifar.classifier import Classifier
+from keras_cifar.classifier import FIGURES, Classifier
 from keras_cifar.errors import UserError
 from keras_cifar.run import replacing
 
@@ -126,6 +126,29 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
+def _position(values: dict) -> Position:
+    """The position that was stored.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    position = Position(**values | {"totals": tuple(values["totals"])})
+    rows = position.history
+    counts = (position.steps, position.rollbacks)
+    right = (
+        isinstance(rows, list)
+        and all(row.keys() == rows[0].keys() for row in rows)
+        and [row.get("epoch") for row in rows] == list(range(1, len(rows) + 1))
+        and all(isinstance(count, int) and count >= 0 for count in counts)
+        and len(position.totals) in (0, len(FIGURES))
+    )
+    numbers = [*position.totals, position.seconds]
+    numbers += [value for row in rows for value in row.values()]
+    if not right or not all(isinstance(number, (int, float)) for number in numbers):
+        raise ValueError
+    return position
+
+
 def exists(directory: pathlib.Path) -> bool:
     """Whether there is a checkpoint, whole or damaged."""
     return bool(_files(directory))
@@ -171,11 +194,10 @@ def assign(model: Classifier, data: bytes, where: str | pathlib.Path) -> Positio
     try:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
-        position = Position(**json.loads(header.pop("__metadata__")["position"]))
-        position = dataclasses.replace(position, totals=tuple(position.totals))
+        position = _position(json.loads(header.pop("__metadata__")["position"]))
         entries = [header[f"variable_{index}"] for index in range(len(header))]
         found = [(entry["dtype"], entry["shape"]) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"checkpoint {where} is damaged") from None
     # What the model has says what is read, so that the file cannot ask for more memory.
     arrays = _arrays(model)

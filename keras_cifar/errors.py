@@ -42,6 +42,14 @@ def reason(error: BaseException) -> str:
     return lines[0].rstrip(":") if lines else type(error).__name__
 
 
+def unwritten(path: pathlib.Path, error: BaseException) -> UserError:
+    """The error for what TensorFlow could not write."""
+    # It begins with the node and the file, and says at the end what the system did.
+    lines = str(getattr(error, "message", error)).splitlines()
+    why = lines[0].rpartition("; ")[2] if lines else type(error).__name__
+    return UserError(f"{path} cannot be written: {why}; what was saved before stays")
+
+
 def check_directory(path: str | pathlib.Path, what: str) -> pathlib.Path:
     """`path` as a pathlib.Path, or a UserError that says why it is no readable directory."""
     path = pathlib.Path(path).expanduser()

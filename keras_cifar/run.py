@@ -74,8 +74,8 @@ class Run:
 
     def is_empty(self) -> bool:
         """Whether nothing is there but what a process leaves that is killed at its start."""
-        if not self.path.exists():
-            return True
+        if not self.path.is_dir():
+            return not self.path.exists()
         names = [path.name for path in self.path.iterdir()]
         return all(name == LOCK or name.startswith(TEMPORARY) for name in names)
 

@@ -1,6 +1,8 @@
 """What tests share. TensorFlow starts with two virtual CPU devices, so that replicas can be tested."""
 
+import contextlib
 import pathlib
+import resource
 
 import numpy as np
 import pytest
@@ -85,3 +87,19 @@ def trained_run(tmp_path_factory, image_folder):
     )
     trainer.train(config, run)
     return run
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which this process can write no more than so many bytes to a file."""
+
+    @contextlib.contextmanager
+    def full(size: int = 1000):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return full

@@ -99,10 +99,8 @@ def kill(child: int, run: Run, delay: float, in_writing: bool) -> tuple[bool, bo
 
 def results(run: Run) -> dict[str, bytes | str]:
     """Everything that a run leaves, but for times."""
-    _, data = checkpoint.read(run.checkpoint)
-    end = 8 + int.from_bytes(data[:8], "little")
-    position = json.loads(json.loads(data[8:end])["__metadata__"]["position"])
-    found = {"variables of the checkpoint": data[end:]}
+    variables, position = saved_state(run.checkpoint)
+    found = {"variables of the checkpoint": variables}
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in position["history"]]
     found["position of the checkpoint"] = json.dumps(position | {"history": rows, "seconds": 0})
     with open(run.history) as file:
@@ -115,7 +113,8 @@ def results(run: Run) -> dict[str, bytes | str]:
     reader = tf.train.load_checkpoint(str(version / "variables" / "variables"))
     names = sorted(name for name in reader.get_variable_to_shape_map() if name[0] != "_")
     found["exported variables"] = joined(reader.get_tensor(name) for name in names)
-    images = np.random.default_rng(0).integers(0, 256, (4, *models_size(run), 3), np.uint8)
+    shape = run.read_config()["image_shape"]
+    images = np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8)
     served = tf.saved_model.load(str(version)).signatures["serving_default"]
     found["exported model"] = joined([served(tf.constant(images))["probabilities"].numpy()])
     left = [path.name for path in run.path.rglob(f"{TEMPORARY}*")]
@@ -123,8 +122,11 @@ def results(run: Run) -> dict[str, bytes | str]:
     return found
 
 
-def models_size(run: Run) -> tuple[int, int]:
-    return tuple(run.read_config()["image_shape"][:2])
+def saved_state(directory: pathlib.Path) -> tuple[bytes, dict]:
+    """(the bytes of all variables, the position) of the newest whole checkpoint."""
+    _, data = checkpoint.read(directory)
+    end = 8 + int.from_bytes(data[:8], "little")
+    return data[end:], json.loads(json.loads(data[8:end])["__metadata__"]["position"])
 
 
 def joined(arrays) -> bytes:

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import tensorflow as tf
 from PIL import Image
 
 from keras_cifar import (
+    checkpoint,
     cli,
     data,
     evaluate,
@@ -320,14 +322,19 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_model(
     with pytest.raises(UserError) as caught:
         train_to(tmp_path / "run", image_folder, epochs=4, val_fraction=0)
     message = str(caught.value)
-    assert "loss became nan at step 13 (epoch 3, learning rate 0.001)" in message
-    assert "model.keras (epoch 2)" in message
+    assert (
+        "loss became nan at step 13 (epoch 3, learning rate 0.001, norm of the gradient na"
+        in message
+    )
+    assert re.search(r"and \d+\.?\d* before it", message)
     run = Run(tmp_path / "run")
+    assert f"last good checkpoint is {checkpoint.read(run.checkpoint)[0]}" in message
+    assert "model.keras (epoch 2)" in message
     assert all(np.isfinite(w).all() for w in weights(run))
     assert len(history(run)) == 2
 
 
-def test_divergence_in_the_first_epoch_says_that_nothing_was_saved(tmp_path, image_folder, capsys):
+def test_divergence_in_the_first_epoch_is_one_line(tmp_path, image_folder, capsys):
     argv = [
         "--model=resnet20", f"--data=folder:{image_folder}", "--batch_size=16", "--optimizer=sgd",
         "--learning_rate=1e30", f"--run_dir={tmp_path / 'run'}",
@@ -335,7 +342,8 @@ def test_divergence_in_the_first_epoch_says_that_nothing_was_saved(tmp_path, ima
     assert cli._execute("train", train.main, TrainConfig, "", argv) == 1
     error = capsys.readouterr().err
     assert error.startswith("train: error: the loss became ")
-    assert "nothing was saved" in error
+    assert "last good checkpoint is " in error
+    assert "model.keras" not in error
     assert error.count("\n") == 1
 
 

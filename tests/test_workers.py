@@ -21,6 +21,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.kills import saved_state
 from tests.test_group import free_addresses
 
 LIMIT = 60  # seconds, within which every other worker must have ended
@@ -109,10 +110,8 @@ def lose(root: pathlib.Path, victim: int, number: int, count: int = 2) -> dict[i
         workers.processes[victim].send_signal(number)
         since = time.monotonic()
         found = {i: workers.ended(i, since) for i in range(count) if i != victim}
-        if number == signal.SIGINT:
+        if number in (signal.SIGINT, signal.SIGTERM):
             found[victim] = workers.ended(victim, since)
-        if number == signal.SIGTERM:
-            assert workers.ended(victim, since).status == -signal.SIGTERM
         check_saved(workers.run)
         return found
 
@@ -158,15 +157,14 @@ def check_saved(run: pathlib.Path) -> None:
     from keras_cifar import models
 
     models.load(run / "model.keras")
-    with np.load(run / "checkpoint" / "latest.npz") as arrays:
-        assert json.loads(str(arrays["state"]))["history"]
+    assert saved_state(run / "checkpoint")[1]["history"]
 
 
 SIGNALLED = {f"{s.name} to {i}": (i, s) for s in (signal.SIGKILL, signal.SIGSTOP) for i in (0, 1)}
 ACTIONS = {
     **{name: functools.partial(lose, victim=i, number=s) for name, (i, s) in SIGNALLED.items()},
     "SIGINT to 1": functools.partial(lose, victim=1, number=signal.SIGINT),
-    "SIGTERM to 1": functools.partial(lose, victim=1, number=signal.SIGTERM),
+    "SIGTERM to 0": functools.partial(lose, victim=0, number=signal.SIGTERM),
     "SIGKILL to 2 of 3": functools.partial(lose, victim=2, number=signal.SIGKILL, count=3),
     "stuck 0": functools.partial(stuck, victim=0),
     "stuck 1": functools.partial(stuck, victim=1),
@@ -193,8 +191,8 @@ SLOW_LINES = {
     "stuck 0": {1: LATE},
     "SIGKILL to 0": {1: f"worker 0 (ADDRESS) {GONE}"},
     "SIGSTOP to 1": {0: f"worker 1 (ADDRESS) {GONE}"},
-    "SIGTERM to 1": {0: f"worker 1 (ADDRESS) {GONE}"},
-    "SIGINT to 1": {0: f"worker 1 (ADDRESS) {GONE}", 1: "interrupted"},
+    "SIGTERM to 0": {0: "stopped by SIGTERM; step ", 1: "stopped by another worker"},
+    "SIGINT to 1": {0: "stopped by another worker", 1: "stopped by SIGINT; step "},
     "SIGKILL to 2 of 3": {0: "worker ", 1: "worker "},
     "stuck 1": {0: LATE},
     "0 is missing": {1: "worker 0 (ADDRESS) has not "},
@@ -206,10 +204,13 @@ SLOW_LINES = {
 }
 
 
+STATUS = {"stopped by SIGINT": 130, "stopped by SIGTERM": 143, "stopped by another worker": 143}
+
+
 def check(found: dict[int, Ended], lines: dict[int, str]) -> None:
     assert found.keys() == lines.keys()
     for index, ended in found.items():
-        assert ended.status == (130 if lines[index] == "interrupted" else 1)
+        assert ended.status == STATUS.get(lines[index].partition(";")[0], 1)
         assert ended.seconds < LIMIT
         error = re.sub(r"127\.0\.0\.1:\d+", "ADDRESS", ended.error)
         assert error.startswith(f"train: error: {lines[index]}"), error
@@ -234,10 +235,9 @@ def test_every_other_worker_ends_within_a_minute_with_one_line_too(tmp_path, nam
     check(ACTIONS[name](tmp_path), SLOW_LINES[name])
 
 
-def results(run: pathlib.Path) -> tuple[dict, list, dict]:
-    """(everything that a checkpoint holds, history but for times, figures of the test)."""
-    with np.load(run / "checkpoint" / "latest.npz") as arrays:
-        saved = {name: arrays[name].tobytes() for name in arrays.files if name != "state"}
+def results(run: pathlib.Path) -> tuple[bytes, list, dict]:
+    """(all variables of a checkpoint, history but for times, figures of the test)."""
+    saved, _ = saved_state(run / "checkpoint")
     with open(run / "history.csv") as file:
         times = ("seconds", "images_per_second")
         rows = [{k: v for k, v in row.items() if k not in times} for row in csv.DictReader(file)]
@@ -280,5 +280,4 @@ def test_run_that_lost_a_worker_goes_on_to_the_very_same_end(tmp_path, victim):
 
 
 def results_so_far(run: pathlib.Path) -> list:
-    with np.load(run / "checkpoint" / "latest.npz") as arrays:
-        return json.loads(str(arrays["state"]))["history"]
+    return saved_state(run / "checkpoint")[1]["history"]

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_cifar import image
+from keras_cifar.errors import unwritten
 from keras_cifar.exporters import folding
 from keras_cifar.run import TEMPORARY, next_version, sync
 
@@ -25,6 +26,9 @@ def export(
 
     Returns:
         The new directory.
+
+    Raises:
+        UserError: the disk is full, for one.
     """
     target = base / str(version or next_version(base))
     if target.exists():
@@ -36,7 +40,10 @@ def export(
         labels.write_text("".join(f"{name}\n" for name in class_names), "utf-8")
         saved = pathlib.Path(temporary) / "model"
         module = _module(model, class_names, labels)
-        tf.saved_model.save(module, str(saved), signatures=_signatures(module))
+        try:
+            tf.saved_model.save(module, str(saved), signatures=_signatures(module))
+        except tf.errors.OpError as error:
+            raise unwritten(target, error) from None
         for path in saved.rglob("*"):
             sync(path)
         os.rename(saved, target)
