@@ -38,7 +38,9 @@ setup(
     packages=find_packages(include=["keras_cifar", "keras_cifar.*"]),
     python_requires=">=3.11,<3.13",
     install_requires=REQUIRES,
-    extras_require={"dev": ["pytest>=8,<10", "PyYAML>=6,<7", "ruff>=0.17,<0.18"]},
+    extras_require={
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "PyYAML>=6,<7", "ruff>=0.17,<0.18"]
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Image Recognition",
