@@ -37,13 +37,12 @@ BEAT_SECONDS = 5.0
 # At the end: how long another may take nothing of what it is still to be told.
 LINGER_SECONDS = 5.0
 CONNECT_SECONDS, RETRY_SECONDS = 5.0, 0.3
+# Until the thread has heard what was said while something held Python up.
+SETTLE_SECONDS = 1.0
 
 
 class Group:
     """The workers of a run, who talk through the first of them (the chief) until training starts.
-
-    Attributes:
-        failure: why the group ended, the line that all show; None while it goes on or is just closed.
 
     Args:
         addresses: "host:port" of every worker, the same list at all of them.
@@ -58,7 +57,7 @@ class Group:
     def __init__(self, addresses: Sequence[str], index: int, timeout: float, silence: float):
         self.addresses, self.index = list(addresses), index
         self._timeout, self._silence = timeout, silence
-        self.failure: str | None = None
+        self._line: str | None = None
         self._failure = self._thread = None
         self._chief, *_ = [split(address) for address in self.addresses]
         if len(self.addresses) == 1:
@@ -96,6 +95,12 @@ class Group:
             return [value]
         self._call(self._give, value)
         return self._answer()
+
+    def failure(self) -> str | None:
+        """The line on which the group ended, where it did; for a caller who waited elsewhere."""
+        if self._thread:
+            self._thread.join(SETTLE_SECONDS)
+        return self._line
 
     def abort(self, why: str) -> None:
         """Tells the others, as well as it can, why this worker ends, and closes."""
@@ -297,7 +302,7 @@ class Group:
 
     def _fail(self, line: str) -> None:
         if not self._over.is_set():
-            self.failure = line
+            self._line = line
             self._answers.put(("failed", line))
             self._end(line)
 
