@@ -58,11 +58,18 @@ class Group:
         self.addresses, self.index = list(addresses), index
         self._timeout, self._silence = timeout, silence
         self._line: str | None = None
+        self._unfit: str | None = None
         self._failure = self._thread = None
         self._chief, *_ = [split(address) for address in self.addresses]
         if len(self.addresses) == 1:
             return
-        listener = self._listen()
+        listener = None
+        try:
+            listener = self._listen()
+        except UserError as error:
+            if index == 0:
+                raise
+            self._unfit = str(error)  # The chief is to hear it, and from it the others.
         # The thread owns the connections; this one only takes its answers, of which the last is
         # why there will be no more.
         self._answers = queue.SimpleQueue()
@@ -142,20 +149,21 @@ class Group:
 
     # What follows runs in the thread.
 
-    def _talk(self, listener: socket.socket) -> None:
+    def _talk(self, listener: socket.socket | None) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             try:
                 runner.run(self._meet(listener))
             finally:
                 self._answers.put(("failed", "the group of workers is closed"))
 
-    async def _meet(self, listener: socket.socket) -> None:
-        deadline = time.monotonic() + self._timeout
+    async def _meet(self, listener: socket.socket | None) -> None:
+        deadline = time.monotonic() + (CONNECT_SECONDS if self._unfit else self._timeout)
         if self.index == 0:
             self._server = await asyncio.start_server(self._welcome, sock=listener, backlog=1024)
         else:
-            # It was only to see whether the port is free: TensorFlow is to listen there.
-            listener.close()
+            if listener:
+                # It was only to see whether the port is free: TensorFlow is to listen there.
+                listener.close()
             await self._connect(deadline)
         await self._watch(deadline)
         if self.index == 0:
@@ -172,7 +180,7 @@ class Group:
                 if left > RETRY_SECONDS:
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
-                self._fail(self._not_started([0], f" ({reason(error)})"))
+                self._fail(self._unfit or self._not_started([0], f" ({reason(error)})"))
 
     async def _greet(self, left: float) -> None:
         """Connects to the chief and says who this is."""
@@ -202,6 +210,7 @@ class Group:
             "version": keras_cifar.__version__,
             "workers": len(self.addresses),
             "digest": hashlib.sha256(json.dumps(self.addresses).encode()).hexdigest(),
+            "unfit": self._unfit,
         }
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -259,7 +268,7 @@ class Group:
         for other in self._peers:
             if other.worker == worker:
                 return f"{who} was started at {other.host()} too; each needs its own index"
-        return None
+        return hello.get("unfit")
 
     async def _converse(self, peer: "_Peer") -> None:
         """Acts on what another says until it hangs up."""
