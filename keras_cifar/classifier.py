@@ -135,6 +135,7 @@ class Classifier(keras.Model):
                 shapes = [tf.zeros(v.shape, v.dtype) for v in self.trainable_variables]
                 self._sums = [_local_variable(x) for x in [*shapes, tf.zeros(3, dtype)]]
         self.test_function = self._compiled(self._evaluate_steps)
+        self._strategy = strategy
 
     def _check_for_replicas(self, jit_compile, run_eagerly) -> None:
         if jit_compile is True or run_eagerly:
@@ -458,6 +459,9 @@ class Classifier(keras.Model):
         return dict(logs)
 
     def _pieces(self, x, y, batch_size, steps, *, training: bool, shuffle=False) -> Pieces:
+        # One that was made and compiled in no scope takes that in which it is called for its own.
+        if self.compiled and self.distribute_strategy is not self._strategy:
+            raise ValueError("the model was compiled outside of the strategy's scope")
         if isinstance(x, Pieces):
             return x if steps is None else dataclasses.replace(x, steps=steps)
         if not isinstance(x, tf.data.Dataset):

@@ -13,11 +13,7 @@ import tensorflow as tf
 
 from keras_cifar.config import TrainConfig
 from keras_cifar.errors import LostWorkerError, UsageError, UserError, reason
-from keras_cifar.group import Group, split
-
-# The first port of SLURM jobs: below those that Linux gives to outgoing connections (from 32768 on),
-# and another one for each job, as two jobs may share a machine.
-SLURM_PORTS = range(12_000, 32_000)
+from keras_cifar.group import PORTS, Group, split
 
 # Bytes of one broadcast: large enough to be fast, small enough for --peer_timeout.
 BROADCAST_BYTES = 2**22
@@ -230,8 +226,9 @@ def _of_tf_config(text: str) -> Cluster | None:
 def _of_slurm(environ: Mapping[str, str]) -> Cluster:
     job = int(environ.get("SLURM_JOB_ID", "0"))
     tasks = int(environ["SLURM_STEP_NUM_TASKS"])
-    steps = max(1, len(SLURM_PORTS) // tasks)
-    port = SLURM_PORTS[job % steps * tasks]
+    # Others for each job, as two may share a machine.
+    steps = max(1, len(PORTS) // tasks)
+    port = PORTS[job % steps * tasks]
     try:
         # The resolver counts GPUs to find tasks; as many as there are tasks gives all their ports.
         resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(

@@ -29,6 +29,8 @@ from collections.abc import Sequence
 import keras_cifar
 from keras_cifar.errors import UsageError, UserError, reason
 
+# What workers are given that were named no port: below those that Linux gives to outgoing connections.
+PORTS = range(12_000, 32_000)
 PROTOCOL = 1
 MESSAGE_BYTES = 2**30
 # What those who have not said who they are may make us keep, and how many and how long they may.

@@ -10,6 +10,7 @@ from keras_cifar import distribution
 from keras_cifar.config import TrainConfig
 from keras_cifar.distribution import Choice, Cluster, Devices, Share
 from keras_cifar.errors import UsageError
+from keras_cifar.group import PORTS
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +196,7 @@ def test_each_task_of_slurm_finds_an_address_of_its_own_node(gpus, environ, coun
         cluster = choose("auto").cluster
         host, _, port = cluster.addresses[cluster.index].rpartition(":")
         assert host == node
-        assert int(port) in distribution.SLURM_PORTS
+        assert int(port) in PORTS
         assert cluster.source == "SLURM"
         found.append(cluster.index)
         clusters.add(cluster.addresses)
