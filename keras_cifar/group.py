@@ -87,12 +87,6 @@ class Group:
             self.close()
             raise
 
-    def __enter__(self) -> "Group":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
     def gather(self, value) -> list:
         """The JSON value of every worker, in their order; waits until each has given one.
 
