@@ -139,6 +139,7 @@ class Classifier(keras.Model):
                 self._sums = [_local_variable(x) for x in [*shapes, tf.zeros(4, self._loss_dtype)]]
         self.totals = np.zeros(len(FIGURES))
         self.test_function = self._compiled(self._evaluate_steps)
+        self._strategy = strategy
 
     def _check_for_replicas(self, jit_compile, run_eagerly) -> None:
         if jit_compile is True or run_eagerly:
@@ -496,6 +497,9 @@ class Classifier(keras.Model):
         self._stop.assign(tf.ones_like(self._stop))
 
     def _pieces(self, x, y, batch_size, steps, *, training: bool, shuffle=False) -> Pieces:
+        # One that was made and compiled in no scope takes that in which it is called for its own.
+        if self.compiled and self.distribute_strategy is not self._strategy:
+            raise ValueError("the model was compiled outside of the strategy's scope")
         if isinstance(x, Pieces):
             return x if steps is None else dataclasses.replace(x, steps=steps)
         if not isinstance(x, tf.data.Dataset):

@@ -13,14 +13,14 @@ import tensorflow as tf
 
 from keras_cifar.config import TrainConfig
 from keras_cifar.errors import LostWorkerError, UsageError, UserError, reason
-from keras_cifar.group import Group, split
-
-# The first port of SLURM jobs: below those that Linux gives to outgoing connections (from 32768 on),
-# and another one for each job, as two jobs may share a machine.
-SLURM_PORTS = range(12_000, 32_000)
+from keras_cifar.group import PORTS, Group, split
 
 # Bytes of one broadcast: large enough to be fast, small enough for --peer_timeout.
 BROADCAST_BYTES = 2**22
+
+# How long TensorFlow's servers may look for each other: a share of --peer_timeout, and at least. They
+# have just met, and what ends is noticed and said up to 12 s later.
+MEET_SHARE, MEET_SECONDS = 0.75, 30.0
 
 # How TensorFlow reports that another worker is gone, stuck or restarted.
 LOST = (
@@ -226,8 +226,9 @@ def _of_tf_config(text: str) -> Cluster | None:
 def _of_slurm(environ: Mapping[str, str]) -> Cluster:
     job = int(environ.get("SLURM_JOB_ID", "0"))
     tasks = int(environ["SLURM_STEP_NUM_TASKS"])
-    steps = max(1, len(SLURM_PORTS) // tasks)
-    port = SLURM_PORTS[job % steps * tasks]
+    # Others for each job, as two may share a machine.
+    steps = max(1, len(PORTS) // tasks)
+    port = PORTS[job % steps * tasks]
     try:
         # The resolver counts GPUs to find tasks; as many as there are tasks gives all their ports.
         resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
@@ -413,7 +414,7 @@ class Devices:
         lost_peer = isinstance(error, LOST)
         if lost_peer:
             # Before training the group knows more: the other has said why it ends.
-            why = None if self._met else self._group.failure
+            why = None if self._met else self._group.failure()
             error = LostWorkerError(why or lost(error, self.choice.cluster, self._timeout))
         self._group.abort(reason(error))
         if lost_peer:
@@ -422,14 +423,21 @@ class Devices:
 
 def lost(error: tf.errors.OpError, cluster: Cluster, timeout: float) -> str:
     """One line on the worker that TensorFlow's error is about."""
-    if "timed out" in error.message:
-        who = f"a worker kept the others waiting for more than --peer_timeout={timeout:g} s"
+    others = set(range(len(cluster.addresses))) - {cluster.index}
+    # At the start TensorFlow names those who came and then those who did not; later, who noticed.
+    _, absent, text = error.message.rpartition("timed out task")
+    tasks = {int(n) for n in re.findall(r"/task:(\d+)", text)} & others
+    late = "timed out" in error.message and not absent
+    if late:
+        tasks = others if len(others) == 1 else set()
+    elif not tasks and "CoordinationService" in error.message:
+        tasks = {0}  # It is the chief's.
+    names = [f"worker {i} ({cluster.addresses[i]})" for i in sorted(tasks)]
+    who = " and ".join(names) or ("a worker" if late else "another worker")
+    if late:
+        who += f" kept the others waiting for more than --peer_timeout={timeout:g} s"
     else:
-        tasks = {int(n) for n in re.findall(r"/task:(\d+)", error.message)} - {cluster.index}
-        if not tasks and "CoordinationService" in error.message:
-            tasks = {0}  # It is the chief's.
-        names = [f"worker {i} ({cluster.addresses[i]})" for i in sorted(tasks)]
-        who = f"{' and '.join(names) or 'another worker'} ended or cannot be reached"
+        who += " ended or cannot be reached"
     return f"{who}; nothing that was saved is lost: start all workers again to go on from there"
 
 
@@ -451,6 +459,7 @@ def _multiworker(choice: Choice, timeout: float) -> tf.distribute.Strategy:
         num_accelerators={"GPU": gpus},
         rpc_layer="grpc",
     )
+    _limit_start(cluster, timeout)
     # Without a limit the others would wait for ever for a worker that is alive but stuck.
     options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout)
     before = signal.getsignal(signal.SIGTERM)
@@ -459,6 +468,31 @@ def _multiworker(choice: Choice, timeout: float) -> tf.distribute.Strategy:
         # TensorFlow takes SIGTERM, by which launchers end a process, and goes on.
         signal.signal(signal.SIGTERM, before)
     return strategy
+
+
+def _limit_start(cluster: Cluster, timeout: float) -> None:
+    """Limits how long TensorFlow's servers look for each other, where that can be done.
+
+    By itself it is an hour, in which Python is held: neither Ctrl-C nor the group is heard.
+    """
+    # As the strategy would, which leaves alone what is configured and has no argument for the limit.
+    # This is private: a TensorFlow that has changed it goes on with its own limit.
+    try:
+        from tensorflow.python.eager import context
+
+        job = context.coordination_config_pb2.CoordinatedJob(
+            name="worker", num_tasks=len(cluster.addresses)
+        )
+        tensorflow = context.context()
+        tensorflow.configure_coordination_service(
+            service_type="standalone",
+            service_leader="/job:worker/replica:0/task:0",
+            coordinated_jobs=[job],
+            cluster_register_timeout_in_ms=int(1000 * max(MEET_SECONDS, MEET_SHARE * timeout)),
+        )
+        tensorflow.coordination_service.cluster_register_with_barrier = True
+    except (ImportError, AttributeError, TypeError):
+        pass
 
 
 def _split_cpu(count: int) -> None:

@@ -29,6 +29,8 @@ from collections.abc import Sequence
 import keras_cifar
 from keras_cifar.errors import UsageError, UserError, reason
 
+# What workers are given that were named no port: below those that Linux gives to outgoing connections.
+PORTS = range(12_000, 32_000)
 PROTOCOL = 1
 MESSAGE_BYTES = 2**30
 # What those who have not said who they are may make us keep, and how many and how long they may.
@@ -37,13 +39,12 @@ BEAT_SECONDS = 5.0
 # At the end: how long another may take nothing of what it is still to be told.
 LINGER_SECONDS = 5.0
 CONNECT_SECONDS, RETRY_SECONDS = 5.0, 0.3
+# Until the thread has heard what was said while something held Python up.
+SETTLE_SECONDS = 1.0
 
 
 class Group:
     """The workers of a run, who talk through the first of them (the chief) until training starts.
-
-    Attributes:
-        failure: why the group ended, the line that all show; None while it goes on or is just closed.
 
     Args:
         addresses: "host:port" of every worker, the same list at all of them.
@@ -58,12 +59,19 @@ class Group:
     def __init__(self, addresses: Sequence[str], index: int, timeout: float, silence: float):
         self.addresses, self.index = list(addresses), index
         self._timeout, self._silence = timeout, silence
-        self.failure: str | None = None
+        self._line: str | None = None
+        self._unfit: str | None = None
         self._failure = self._thread = None
         self._chief, *_ = [split(address) for address in self.addresses]
         if len(self.addresses) == 1:
             return
-        listener = self._listen()
+        listener = None
+        try:
+            listener = self._listen()
+        except UserError as error:
+            if index == 0:
+                raise
+            self._unfit = str(error)  # The chief is to hear it, and from it the others.
         # The thread owns the connections; this one only takes its answers, of which the last is
         # why there will be no more.
         self._answers = queue.SimpleQueue()
@@ -79,12 +87,6 @@ class Group:
             self.close()
             raise
 
-    def __enter__(self) -> "Group":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
     def gather(self, value) -> list:
         """The JSON value of every worker, in their order; waits until each has given one.
 
@@ -96,6 +98,12 @@ class Group:
             return [value]
         self._call(self._give, value)
         return self._answer()
+
+    def failure(self) -> str | None:
+        """The line on which the group ended, where it did; for a caller who waited elsewhere."""
+        if self._thread:
+            self._thread.join(SETTLE_SECONDS)
+        return self._line
 
     def abort(self, why: str) -> None:
         """Tells the others, as well as it can, why this worker ends, and closes."""
@@ -137,20 +145,21 @@ class Group:
 
     # What follows runs in the thread.
 
-    def _talk(self, listener: socket.socket) -> None:
+    def _talk(self, listener: socket.socket | None) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             try:
                 runner.run(self._meet(listener))
             finally:
                 self._answers.put(("failed", "the group of workers is closed"))
 
-    async def _meet(self, listener: socket.socket) -> None:
-        deadline = time.monotonic() + self._timeout
+    async def _meet(self, listener: socket.socket | None) -> None:
+        deadline = time.monotonic() + (CONNECT_SECONDS if self._unfit else self._timeout)
         if self.index == 0:
             self._server = await asyncio.start_server(self._welcome, sock=listener, backlog=1024)
         else:
-            # It was only to see whether the port is free: TensorFlow is to listen there.
-            listener.close()
+            if listener:
+                # It was only to see whether the port is free: TensorFlow is to listen there.
+                listener.close()
             await self._connect(deadline)
         await self._watch(deadline)
         if self.index == 0:
@@ -167,7 +176,7 @@ class Group:
                 if left > RETRY_SECONDS:
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
-                self._fail(self._not_started([0], f" ({reason(error)})"))
+                self._fail(self._unfit or self._not_started([0], f" ({reason(error)})"))
 
     async def _greet(self, left: float) -> None:
         """Connects to the chief and says who this is."""
@@ -197,6 +206,7 @@ class Group:
             "version": keras_cifar.__version__,
             "workers": len(self.addresses),
             "digest": hashlib.sha256(json.dumps(self.addresses).encode()).hexdigest(),
+            "unfit": self._unfit,
         }
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -254,7 +264,7 @@ class Group:
         for other in self._peers:
             if other.worker == worker:
                 return f"{who} was started at {other.host()} too; each needs its own index"
-        return None
+        return hello.get("unfit")
 
     async def _converse(self, peer: "_Peer") -> None:
         """Acts on what another says until it hangs up."""
@@ -297,7 +307,7 @@ class Group:
 
     def _fail(self, line: str) -> None:
         if not self._over.is_set():
-            self.failure = line
+            self._line = line
             self._answers.put(("failed", line))
             self._end(line)
 

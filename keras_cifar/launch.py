@@ -22,9 +22,9 @@ import typing
 from keras_cifar import cli, environment, train
 from keras_cifar.config import TrainConfig, check, option
 from keras_cifar.errors import UsageError, UserError
+from keras_cifar.group import PORTS
 
 GRACE = 10.0  # seconds that workers have to end after SIGTERM
-PORTS = range(12_000, 32_000)  # below those that Linux may give away before a worker takes its own
 OUTPUT_WAIT = 5.0  # seconds that the last output of ended workers has to be written
 
 # What a worker's process runs before its command: from then on Linux kills it when the launcher

@@ -8,6 +8,7 @@ it, which takes as long as some of the cases. Process N of a strategy computes i
 another and writes arrays "CASE|what|name" to `DIRECTORY/STRATEGY-N.npz`, its output beside it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -75,11 +76,13 @@ class Run:
         flags: beside BASE.
         without: the case that this one's flags must change the weights of, "" for none.
         deployed: whether to put averages in place, recalibrate and evaluate at the end.
+        dropout: False sets the rates of all dropout to 0, as replicas drop others than one device.
     """
 
     flags: dict
     without: str = ""
     deployed: bool = False
+    dropout: bool = True
 
 
 RUNS = {
@@ -119,6 +122,16 @@ RESNET = {"model": "resnet20", "steps_per_epoch": 10}
 RUNS |= {
     "resnet20 adam": Run(RESNET | {"learning_rate": 1e-3}),
 }
+# Networks whole, for a few steps. With SGD, as Adam makes steps of the rounding of a gradient of 0,
+# which that of a bias before normalization is.
+WHOLE = SGD | {"learning_rate": 0.01, "batch_size": 13, "steps_per_epoch": 2}
+GOOGLENET = WHOLE | {"model": "googlenet", "image_size": 16}
+VGG = WHOLE | {"model": "vgg_bn_drop", "image_size": 32}
+LARGE = {
+    "googlenet": Run(GOOGLENET, dropout=False),
+    "vgg_bn_drop": Run(VGG, dropout=False),
+    "vgg_bn_drop dropout": Run(VGG),
+}
 
 
 def tiny(input_shape=(8, 8, 3), num_classes=3, name="tiny", heads=0, dropout=0.0):
@@ -151,14 +164,15 @@ def train(run: Run, config: TrainConfig, devices: distribution.Devices) -> dict:
     plan = trainer.prepare(dataclasses.replace(config, **BASE | run.flags), devices)
     model, config = plan.model, plan.config
     recording = Recording(devices)
-    history = model.fit(
-        plan.batches(0),
-        epochs=config.epochs,
-        validation_data=plan.validation(),
-        validation_freq=config.epochs,
-        callbacks=[recording],
-        verbose=0,
-    ).history
+    with contextlib.nullcontext() if run.dropout else model._without_dropout():
+        history = model.fit(
+            plan.batches(0),
+            epochs=config.epochs,
+            validation_data=plan.validation(),
+            validation_freq=config.epochs,
+            callbacks=[recording],
+            verbose=0,
+        ).history
     found = recording.found | of(model, devices)
     found |= {f"figures|{name}": np.array(values) for name, values in history.items()}
     found["validation|size"] = np.array(len(plan.dataset.val))
@@ -266,11 +280,11 @@ FITS = {
 }
 
 
-def examples(count: int, seed: int = 0) -> tuple:
-    """(uint8 [N, 8, 8, 3], float32 [N, 3]): noise around a colour of each class, some of it mixed."""
+def examples(count: int, seed: int = 0, side: int = 8) -> tuple:
+    """(uint8 [N, side, side, 3], float32 [N, 3]): noise around a colour of each class, some mixed."""
     random = np.random.default_rng(seed)
     colours = np.array([[90, 120, 150], [150, 90, 120], [120, 150, 90]])
-    noise = random.integers(-80, 81, (count, 8, 8, 3))
+    noise = random.integers(-80, 81, (count, side, side, 3))
     labels = random.integers(0, 3, count)
     images = (colours[labels][:, None, None] + noise).astype(np.uint8)
     mixed = np.eye(3)[labels] * 0.75 + np.eye(3)[random.integers(0, 3, count)] * 0.25
@@ -306,6 +320,57 @@ def fit(case: Fit, config: TrainConfig, devices: distribution.Devices) -> dict:
         found |= copied("after the overflow", model.trainable_weights, devices)
         found |= copied("scale", [model.optimizer.dynamic_scale], devices)
     return found
+
+
+# ---- How far rounding alone leads
+
+
+def resnet20(config, devices, rate: float, order: int | None = None, folder: str = "") -> dict:
+    """20 steps of SGD with momentum in float32.
+
+    Args:
+        order: of the examples within each batch, which changes nothing but the order of sums.
+        folder: of pictures of CIFAR-10; without it, `examples`.
+    """
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(1)
+    steps, size = 20, 96
+    images, labels = examples(steps * size, side=32)
+    if folder:
+        paths = sorted(pathlib.Path(folder).glob("train/*/*"))
+        paths = [paths[i] for i in np.random.default_rng(1).permutation(len(paths))[: len(images)]]
+        images = np.stack([keras.utils.img_to_array(keras.utils.load_img(p)) for p in paths])
+        images, classes = images.astype(np.uint8), sorted({p.parent.name for p in paths})
+        labels = np.eye(10, dtype=np.float32)[[classes.index(p.parent.name) for p in paths]]
+    places = np.arange(steps * size).reshape(steps, size)
+    if order is not None:
+        places = places[:, np.random.default_rng(order).permutation(size)]
+    with devices.strategy.scope():
+        model = models.build("resnet20", (32, 32, 3), labels.shape[1])
+        model.compile(keras.optimizers.SGD(rate, momentum=0.9))
+    recording, places = Recording(devices), places.ravel()
+    arguments = {"shuffle": False, "callbacks": [recording], "verbose": 0}
+    model.fit(images[places], labels[places], size, **arguments)
+    return recording.found | of(model, devices)
+
+
+ORDERS = (None, 0, 1, 2)
+RATES = (1e-3, 1e-4, 1e-5, 1e-6)
+
+
+def rounding(rate: float, order: int | None = None, folder: str = "") -> str:
+    """The name of a case."""
+    return f"{folder or 'noise'} at {rate:g}" + ("" if order is None else f" in order {order}")
+
+
+ROUNDING = {
+    rounding(rate, order, folder): functools.partial(
+        resnet20, rate=rate, order=order, folder=os.environ.get(folder, "")
+    )
+    for order in ORDERS
+    for folder in ("", "CIFAR10_FOLDER")
+    for rate in RATES
+}
 
 
 # ---- What is refused, and masks
@@ -400,8 +465,9 @@ def masks(config: TrainConfig, devices: distribution.Devices) -> dict:
 
 
 CASES = (
-    {name: functools.partial(train, run) for name, run in RUNS.items()}
+    {name: functools.partial(train, run) for name, run in (RUNS | LARGE).items()}
     | {name: functools.partial(fit, case) for name, case in FITS.items()}
+    | ROUNDING
     | {"refusals": refusals, "masks": masks}
 )
 

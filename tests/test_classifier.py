@@ -339,3 +339,13 @@ def test_deployable_shares_the_weights_and_has_no_training_step():
     np.testing.assert_array_equal(network(images), model(images))
     for mine, other in itertools.zip_longest(network.weights, model.weights):
         assert mine is other
+
+
+@pytest.mark.parametrize("call", ["fit", "evaluate"])
+def test_model_that_was_compiled_outside_of_the_scope_is_refused(call):
+    model = compiled()
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        with pytest.raises(ValueError, match="compiled outside of the strategy's scope") as error:
+            getattr(model, call)(*examples(), verbose=0)
+        assert "\n" not in str(error.value)
+    getattr(model, call)(*examples(), verbose=0)

@@ -10,6 +10,7 @@ from keras_cifar import distribution
 from keras_cifar.config import TrainConfig
 from keras_cifar.distribution import Choice, Cluster, Devices, Share
 from keras_cifar.errors import UsageError
+from keras_cifar.group import PORTS
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +196,7 @@ def test_each_task_of_slurm_finds_an_address_of_its_own_node(gpus, environ, coun
         cluster = choose("auto").cluster
         host, _, port = cluster.addresses[cluster.index].rpartition(":")
         assert host == node
-        assert int(port) in distribution.SLURM_PORTS
+        assert int(port) in PORTS
         assert cluster.source == "SLURM"
         found.append(cluster.index)
         clusters.add(cluster.addresses)
@@ -308,6 +309,53 @@ def test_evaluation_counts_each_example_once_and_leaves_no_piece_empty(count):
     assert all(len(images) for images, _ in found)
     counted = [i for images, weights in found for i, w in zip(images, weights, strict=True) if w]
     assert counted == list(range(1, count + 1))
+
+
+def test_servers_of_tensorflow_look_for_each_other_no_hour(monkeypatch):
+    from tensorflow.python.eager import context
+
+    monkeypatch.setattr(context, "_context", context.Context())
+    cluster = Cluster(("a:1", "b:1", "c:1"), 1, "")
+    for timeout, seconds in ((45.0, 33.75), (1.0, 30.0)):
+        distribution._limit_start(cluster, timeout)
+        found = context.context().coordination_service
+        assert found.cluster_register_timeout_in_ms == 1000 * seconds
+        assert found.cluster_register_with_barrier
+        assert [job.num_tasks for job in found.coordinated_job_list] == [3]
+    # A TensorFlow without it has its own limit.
+    monkeypatch.delattr(context.Context, "configure_coordination_service")
+    distribution._limit_start(cluster, 45.0)
+
+
+ABSENT = """Barrier timed out. Id: [Init]Wait_for_all_tasks_to_register::0. This usually ...
+The first task at the barrier: /job:worker/replica:0/task:0. Some timed out task names:
+/job:worker/replica:0/task:2
+"""
+# As another than the chief hears it.
+ABSENT += f"""
+Additional GRPC error information from remote target /job:worker/replica:0/task:0 while calling ...:
+:UNKNOWN:Error received from peer  {{grpc_message:"{ABSENT}", grpc_status:4}}"""
+GONE = "ended or cannot be reached;"
+LATE = "kept the others waiting for more than --peer_timeout=45 s;"
+
+
+@pytest.mark.parametrize(
+    ("count", "message", "line"),
+    [
+        (3, "From /job:worker/replica:0/task:2: Connection refused", f"worker 2 (c:1) {GONE}"),
+        (3, "lost /task:1, says /task:2 and /task:0", f"worker 0 (a:1) and worker 2 (c:1) {GONE}"),
+        (3, "the CoordinationService is unavailable", f"worker 0 (a:1) {GONE}"),
+        (3, "Socket closed", f"another worker {GONE}"),
+        (3, "Collective has timed out, says /task:0", f"a worker {LATE}"),
+        (2, "Collective has timed out", f"worker 0 (a:1) {LATE}"),
+        (3, ABSENT, f"worker 2 (c:1) {GONE}"),
+    ],
+)
+def test_line_on_a_lost_worker_names_it_where_it_is_known(count, message, line):
+    cluster = Cluster(("a:1", "b:1", "c:1")[:count], 1, "")
+    found = distribution.lost(tf.errors.DeadlineExceededError(None, None, message), cluster, 45.0)
+    assert found.startswith(line)
+    assert "\n" not in found
 
 
 @pytest.mark.parametrize(

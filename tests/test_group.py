@@ -196,7 +196,8 @@ def test_a_missing_chief_is_worker_0():
 
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("where", ["", "127.0.0.1", "::"])
-def test_a_port_in_use_is_said_at_once(index, where):
+def test_a_port_in_use_is_said_at_once(monkeypatch, index, where):
+    monkeypatch.setattr(group, "CONNECT_SECONDS", 0.3)  # for the chief, who is not there
     family = socket.AF_INET6 if where == "::" else socket.AF_INET
     if where == "::" and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6")
@@ -206,6 +207,18 @@ def test_a_port_in_use_is_said_at_once(index, where):
     with socket.create_server((where, port), family=family):
         (line,) = lines(together(starter(addresses, index)))
     assert line == f"worker {index} cannot use {addresses[index]}: Address already in use"
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(("count", "late"), [(3, 2), (2, 0)])
+def test_a_port_in_use_is_said_at_all_through_the_chief(count, late):
+    addresses, event, began = free_addresses(count), threading.Event(), time.monotonic()
+    threading.Timer(0.6, event.set).start()
+    with group.listen(group.split(addresses[-1])[1]):
+        after = [event if i == late else None for i in range(count)]
+        results = together(*(starter(addresses, i, after=after[i]) for i in range(count)))
+    line = f"worker {count - 1} cannot use {addresses[-1]}: Address already in use"
+    assert lines(results) == [line] * count
     assert time.monotonic() - began < 10
 
 
@@ -486,19 +499,18 @@ def test_nothing_is_left_when_a_start_fails_or_ends():
     addresses = free_addresses(2)
     groups = together(*(starter(addresses, i) for i in range(2)))
     for one in groups:
-        with one:
-            pass
+        one.close()
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
 
 
 MEMBER = """
-import json, sys, time
+import contextlib, json, sys, time
 from keras_cifar.errors import UserError
 from keras_cifar import group
 group.LINGER_SECONDS = 0.5
 addresses, index, silence, pause = json.loads(sys.argv[1])
 try:
-    with group.Group(addresses, index, 20.0, silence) as one:
+    with contextlib.closing(group.Group(addresses, index, 20.0, silence)) as one:
         one.gather(0)
         print("met", flush=True)
         time.sleep(pause)

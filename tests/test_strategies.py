@@ -13,9 +13,9 @@ import sys
 import numpy as np
 import pytest
 
-from tests.strategies import CASES, FITS, RUNS, STRATEGIES
+from tests.strategies import CASES, FITS, LARGE, ORDERS, RATES, ROUNDING, RUNS, STRATEGIES, rounding
 
-ALL = list(CASES)
+ALL = [name for name in CASES if name not in LARGE | ROUNDING]
 # What needs a minute or more of several processes is left to `-m slow`.
 FEW = ["sgd", "uneven batches", "all at once", "last batch of two"]
 USUAL = [
@@ -30,6 +30,11 @@ PLAN = {
     "2 workers": ["adam", *FEW, "dropout", "mixed_float16", "refusals"],
 }
 SLOW_PLAN = dict.fromkeys(STRATEGIES, ALL)
+LARGE_PLAN = {
+    "one device": ["googlenet", "vgg_bn_drop"],
+    "mirrored 2": ["googlenet", "vgg_bn_drop"],
+    "2 workers": ["googlenet", "vgg_bn_drop", "vgg_bn_drop dropout"],
+}
 
 TOLERANCES = {"sgd float32": 5e-5}
 HALF = 1e-3  # of the weights, in half precision
@@ -60,6 +65,11 @@ def everything(tmp_path_factory) -> dict:
     return computed(tmp_path_factory.mktemp("all"), SLOW_PLAN)
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> dict:
+    return computed(tmp_path_factory.mktemp("large"), LARGE_PLAN)
+
+
 def of_case(arrays: dict, case: str) -> dict:
     return {k.partition("|")[2]: v for k, v in arrays.items() if k.startswith(f"{case}|")}
 
@@ -74,7 +84,8 @@ def check(found: dict, strategy: str, case: str) -> None:
             assert mine.keys() == other.keys()
             for key, value in mine.items():
                 np.testing.assert_array_equal(value, other[key], err_msg=key)
-    if case == "dropout":
+    assert other
+    if case.endswith("dropout"):
         return  # Each replica drops others.
     half = case.startswith("mixed_float16")
     tolerance = HALF if half else TOLERANCES.get(case, 1e-8)
@@ -119,6 +130,82 @@ def test_strategy_computes_what_one_device_does(usual, strategy, case):
 @pytest.mark.parametrize(("strategy", "case"), compared(SLOW_PLAN))
 def test_every_strategy_computes_what_one_device_does(everything, strategy, case):
     check(everything, strategy, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "case"), compared(LARGE_PLAN))
+def test_strategy_computes_whole_networks_as_one_device_does(large, strategy, case):
+    check(large, strategy, case)
+
+
+KINDS = {
+    "first step": lambda key: key.startswith("first"),
+    "kernels": lambda key: key.startswith("weights") and key.endswith("kernel"),
+    "moving mean": lambda key: "moving_mean" in key,
+    "moving variance": lambda key: "moving_variance" in key,
+}
+
+
+def distances(one: dict, other: dict) -> dict[str, np.ndarray]:
+    """[largest difference, Euclidean distance] of each kind of array."""
+    found = {}
+    for kind, belongs in KINDS.items():
+        gaps = np.concatenate([(one[key] - other[key]).ravel() for key in one if belongs(key)])
+        found[kind] = np.array([np.abs(gaps).max(), np.linalg.norm(gaps)])
+    return found
+
+
+def from_one_device(directory, rates, folder: str = "") -> dict[float, tuple[dict, dict, float]]:
+    """For each rate: distances by strategy, by order of the examples, and how far kernels moved."""
+    strategies = ("mirrored 2", "mirrored 3", "2 workers")
+    plan = {name: [rounding(rate, None, folder) for rate in rates] for name in strategies}
+    orders = [rounding(rate, order, folder) for rate in rates for order in ORDERS]
+    arrays, found = computed(directory, plan | {"one device": orders}), {}
+    for rate in rates:
+        one, *others = (
+            of_case(arrays["one device", 0], rounding(rate, order, folder)) for order in ORDERS
+        )
+        replicas = {s: of_case(arrays[s, 0], rounding(rate, None, folder)) for s in plan}
+        ends = [v for k, v in one.items() if KINDS["kernels"](k)]
+        starts = [v for k, v in one.items() if k.startswith("initial") and k.endswith("kernel")]
+        moved = sum(np.sum((x - y) ** 2) for x, y in zip(starts, ends, strict=True)) ** 0.5
+        found[rate] = (
+            {strategy: distances(one, arrays) for strategy, arrays in replicas.items()},
+            dict(enumerate(distances(one, arrays) for arrays in others)),
+            moved,
+        )
+        for name, kinds in (found[rate][0] | found[rate][1]).items():
+            figures = ", ".join(f"{k} {v[0]:.1e} ({v[1]:.1e})" for k, v in kinds.items())
+            print(f"{rate:g} {name}: {figures}, {kinds['kernels'][1] / moved:.1e} of the way")
+    return found
+
+
+def check_rounding(strategies: dict, orders: dict) -> None:
+    """In float32, resnet20's replicas differ from one device as one device does from itself where the
+    examples of each batch come in another order: the same step but for rounding.
+    """
+    for kind in KINDS:
+        noise = np.max([each[kind] for each in orders.values()], axis=0)
+        for strategy, each in strategies.items():
+            assert (each[kind] <= 3 * noise).all(), (strategy, kind)
+
+
+@pytest.mark.slow
+def test_strategies_in_float32_are_as_far_from_one_device_as_its_own_rounding(tmp_path):
+    strategies, orders, _ = from_one_device(tmp_path, [1e-3])[1e-3]
+    check_rounding(strategies, orders)
+    for each in strategies.values():
+        assert each["first step"][0] < 1e-5
+    # One device itself does not keep the bound that the small network does.
+    assert min(each["kernels"][0] for each in orders.values()) > TOLERANCES["sgd float32"]
+
+
+@pytest.mark.cifar
+def test_strategies_in_float32_on_cifar(tmp_path):
+    found = from_one_device(tmp_path, RATES, "CIFAR10_FOLDER")
+    check_rounding(*found[max(RATES)][:2])
+    for each in found[min(RATES)][0].values():
+        assert each["kernels"][0] < TOLERANCES["sgd float32"]
 
 
 @pytest.mark.parametrize("strategy", ["mirrored 2", "2 workers"])

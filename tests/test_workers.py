@@ -41,6 +41,15 @@ trainer.Recorder.on_train_batch_end = stuck
 cli.run("train", train.main, TrainConfig, "")
 """
 
+# A worker that dies after all flags are compared, before TensorFlow's servers have met.
+KILLED = """
+import os
+from keras_cifar import cli, distribution, train
+from keras_cifar.config import TrainConfig
+distribution._multiworker = lambda *_: os.kill(os.getpid(), 9)
+cli.run("train", train.main, TrainConfig, "")
+"""
+
 
 @dataclasses.dataclass
 class Ended:
@@ -125,6 +134,16 @@ def stuck(root: pathlib.Path, victim: int) -> dict[int, Ended]:
         return {1 - victim: workers.ended(1 - victim, time.monotonic())}
 
 
+def killed_at_start(root: pathlib.Path, victim: int, count: int) -> dict[int, Ended]:
+    with Workers(root, count) as workers:
+        for index in range(count):
+            program = ("-c", KILLED) if index == victim else ("-m", "keras_cifar.train")
+            workers.start(index, program=program)
+        assert workers.processes[victim].wait(120) == -signal.SIGKILL
+        since = time.monotonic()
+        return {i: workers.ended(i, since) for i in range(count) if i != victim}
+
+
 def started_with(root: pathlib.Path, *flags: tuple) -> dict[int, Ended]:
     """Starts worker i with flags[i], None leaves it out; how they ended."""
     with Workers(root) as workers:
@@ -168,6 +187,8 @@ ACTIONS = {
     "SIGKILL to 2 of 3": functools.partial(lose, victim=2, number=signal.SIGKILL, count=3),
     "stuck 0": functools.partial(stuck, victim=0),
     "stuck 1": functools.partial(stuck, victim=1),
+    "0 dies at the start": functools.partial(killed_at_start, victim=0, count=2),
+    "1 of 3 dies at the start": functools.partial(killed_at_start, victim=1, count=3),
     "0 is missing": lambda root: started_with(root, None, ["--startup_timeout=3"]),
     "1 is missing": lambda root: started_with(root, ["--startup_timeout=3"], None),
     "other flags": lambda root: started_with(root, [], ["--learning_rate=0.5"]),
@@ -176,7 +197,8 @@ ACTIONS = {
 }
 
 GONE = "ended or cannot be reached; nothing that was saved is lost: start all workers again"
-LATE = "a worker kept the others waiting for more than --peer_timeout=5 s; nothing that was saved"
+LATE = "kept the others waiting for more than --peer_timeout=5 s; nothing that was saved"
+SILENT = "ended while the others waited for it"
 # What each worker says, in the default run.
 LINES = {
     "SIGKILL to 1": {0: f"worker 1 (ADDRESS) {GONE}"},
@@ -188,13 +210,15 @@ LINES = {
 }
 SLOW_LINES = {
     # TensorFlow itself crashed once in 15 of such runs when its collective timed out.
-    "stuck 0": {1: LATE},
+    "stuck 0": {1: f"worker 0 (ADDRESS) {LATE}"},
     "SIGKILL to 0": {1: f"worker 0 (ADDRESS) {GONE}"},
     "SIGSTOP to 1": {0: f"worker 1 (ADDRESS) {GONE}"},
     "SIGTERM to 0": {0: "stopped by SIGTERM; step ", 1: "stopped by another worker"},
     "SIGINT to 1": {0: "stopped by another worker", 1: "stopped by SIGINT; step "},
     "SIGKILL to 2 of 3": {0: "worker ", 1: "worker "},
-    "stuck 1": {0: LATE},
+    "stuck 1": {0: f"worker 1 (ADDRESS) {LATE}"},
+    "0 dies at the start": {1: f"worker 0 (ADDRESS) {SILENT}"},
+    "1 of 3 dies at the start": dict.fromkeys((0, 2), f"worker 1 (ADDRESS) {SILENT}"),
     "0 is missing": {1: "worker 0 (ADDRESS) has not "},
     "no data": {
         0: "worker 1 (ADDRESS) ended: folder images does not exist",
