@@ -3,9 +3,9 @@
     python -m tests.kills DIRECTORY CASE KILLS [SEED]
 
 The whole run and each start are processes that are forked from this one, which has imported
-TensorFlow and not started it. Every second kill waits until something is being written. Prints how
-many kills there were, how many of them while something was written, and what differs from the run that
-was not killed; the status is 1 if anything does.
+TensorFlow and not started it. Kills come, in turn, after some seconds, while something is written, and
+after some steps. Prints how many there were, how many of them while something was written, and what
+differs from the run that was not killed; the status is 1 if anything does.
 """
 
 import csv
@@ -52,21 +52,30 @@ CASES = {
     "vgg_bn_drop": {"model": "vgg_bn_drop"},
     "vgg_bn_drop, 2 replicas": {"model": "vgg_bn_drop", "replicas": 2},
 }
-# Of the time that a whole run takes; a start is most of it.
-LATEST = 1.0
+# The last step, and the last writing, of a process after which it is killed.
+STEPS, WRITINGS = 8, 6
 TIMES = ("seconds", "images_per_second")
 NOTICES = 0.0005  # seconds between two looks for what is being written
 
 
-def start(flags: dict, run: Run) -> int:
-    """A process that trains; its id."""
+def start(flags: dict, run: Run) -> tuple[int, int]:
+    """A process that trains; (its id, a pipe from which a byte can be read for each step)."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child:
-        return child
+        os.close(writer)
+        return child, reader
     try:
         log = os.open(run.path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(log, stream)
+        original = trainer.Recorder.on_train_batch_end
+
+        def counted(self, batch, logs=None):
+            original(self, batch, logs)
+            os.write(writer, b"x")
+
+        trainer.Recorder.on_train_batch_end = counted
         trainer.train(TrainConfig(**BASE | flags, run_dir=str(run.path)), run)
         status = 0
     except BaseException:
@@ -77,24 +86,41 @@ def start(flags: dict, run: Run) -> int:
     os._exit(status)
 
 
-def is_writing(run: Run) -> bool:
+def written(run: Run) -> set[pathlib.Path]:
+    """What is being written."""
     places = (run.path, run.checkpoint, run.export, run.path / "eval")
-    return any(next(place.glob(f"{TEMPORARY}*"), None) for place in places)
+    return {path for place in places for path in place.glob(f"{TEMPORARY}*")}
 
 
-def kill(child: int, run: Run, delay: float, in_writing: bool) -> tuple[bool, bool]:
-    """Kills a process after so many seconds; (whether it still lived, was writing)."""
-    time.sleep(delay)
-    while in_writing and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        if is_writing(run):
-            break
-        time.sleep(NOTICES)
+def is_over(child: int) -> bool:
+    return bool(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+
+
+def wait_for(kind: int, child: int, steps: int, run: Run, chance: random.Random, seconds: float):
+    """Returns at the instant at which to kill, or when the process is over."""
+    if kind == 0:
+        time.sleep(chance.uniform(0, seconds))
+    elif kind == 1:
+        seen, number = written(run), chance.randint(1, WRITINGS)
+        while number and not is_over(child):
+            new = written(run) - seen
+            seen |= new
+            number -= bool(new)
+            time.sleep(NOTICES)
+    else:
+        for _ in range(chance.randint(1, STEPS)):
+            os.read(steps, 1)  # also at the end of the process
+        time.sleep(chance.uniform(0, 0.1))
+
+
+def kill(child: int, run: Run) -> tuple[bool, bool]:
+    """Kills a process; (whether it still lived, whether it was writing)."""
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status):
         assert os.WEXITSTATUS(status) == 0, run.path.with_suffix(".log").read_text()[-4000:]
         return False, False
-    return True, is_writing(run)
+    return True, bool(written(run))
 
 
 def results(run: Run) -> dict[str, bytes | str]:
@@ -178,7 +204,7 @@ def main(directory: str, case: str, kills: str, seed: str = "0") -> int:
     assert len(os.listdir("/proc/self/task")) == 1
     whole = Run(root / "whole")
     began = time.monotonic()
-    _, status = os.waitpid(start(flags, whole), 0)
+    _, status = os.waitpid(start(flags, whole)[0], 0)
     seconds = time.monotonic() - began
     assert status == 0, whole.path.with_suffix(".log").read_text()
     done = writing = runs = 0
@@ -188,15 +214,16 @@ def main(directory: str, case: str, kills: str, seed: str = "0") -> int:
         run = Run(root / f"killed{runs}")
         finished = False
         while not finished:
-            child = start(flags, run)
+            child, steps = start(flags, run)
             if done < int(kills):
-                in_writing = done % 2 == 1
-                lived, wrote = kill(child, run, chance.uniform(0, LATEST * seconds), in_writing)
+                wait_for(done % 3, child, steps, run, chance, seconds)
+                lived, wrote = kill(child, run)
                 finished, done, writing = not lived, done + lived, writing + wrote
             else:
                 _, status = os.waitpid(child, 0)
                 assert status == 0, run.path.with_suffix(".log").read_text()[-4000:]
                 finished = True
+            os.close(steps)
         if found := compute(lambda run=run: differences(whole, run)):
             different[run.path.name] = found
         else:
