@@ -13,7 +13,7 @@ import pytest
 from tests.kills import CASES
 
 KILLS = int(os.environ.get("KILLS", "20"))
-USUAL = {"tiny": 4, "tiny, 2 replicas": 3}  # kills in the default run
+USUAL = {"tiny": 6, "tiny, 2 replicas": 4}  # kills in the default run
 
 
 def killed(directory, case: str, kills: int) -> dict:
