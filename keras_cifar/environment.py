@@ -12,6 +12,7 @@ that is less than its cores | TensorFlow counts cores, and more threads than quo
 `launch` starts on one machine | equal shares of its CPUs and visible GPUs | each would take all |
 | XLA | one GPU: on; otherwise off | on a CPU it makes convolutions slower (ResNet-32: 0.4 of the \
 speed), and Keras 3 fails with it under a strategy |
+| `--deterministic` | on without GPU | the same bits again; on a GPU it is not known what it costs |
 | `--dtype_policy=auto` | mixed_bfloat16 on GPUs with tensor cores for it, else float32 | twice the \
 speed and half the memory there; slow on CPUs without bfloat16 instructions |
 

@@ -24,18 +24,18 @@ class Interruption:
         self._can_wait = False
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator["Interruption"]:
+    def heard(self) -> Iterator[None]:
         """Takes the signals for the body, in the main thread; elsewhere there are none.
 
         Raises:
             StoppedError: a signal came outside of `deferred`.
         """
         if threading.current_thread() is not threading.main_thread():
-            yield self
+            yield
             return
         before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         try:
-            yield self
+            yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

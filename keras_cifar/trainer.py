@@ -156,24 +156,24 @@ def train(config: TrainConfig, run: Run) -> dict | None:
     """
     check_names(config)
     choice = distribution.choose(config)
-    with contextlib.ExitStack() as stack:
-        interruption = stack.enter_context(Interruption().heard())
-        devices = stack.enter_context(Devices(choice, config, config.common() | package_versions()))
-        if devices.is_chief:
-            previous_config(config, run)  # before anything is written
-            stack.enter_context(run.locked())
-        previous = previous_config(config, run) if devices.is_chief else None
-        begins = devices.is_chief and not checkpoint.exists(run.checkpoint)
-        plan = prepare(config, devices, begins)
-        if devices.is_chief:
-            if previous is None:
-                write_json(run.config, describe_run(plan))
-            elif previous["splits"] != plan.dataset.describe():
-                raise UserError(
-                    f"the images of --data={config.data} are not those that {run.path} began with"
-                )
-            print(f"run       {run.path}\n{plan.describe()}", flush=True)
-        fit(plan, run, interruption)
+    interruption = Interruption()
+    with contextlib.ExitStack() as stack, interruption.heard():
+        with Devices(choice, config, config.common() | package_versions()) as devices:
+            if devices.is_chief:
+                previous_config(config, run)  # before anything is written
+                stack.enter_context(run.locked())
+            previous = previous_config(config, run) if devices.is_chief else None
+            begins = devices.is_chief and not checkpoint.exists(run.checkpoint)
+            plan = prepare(config, devices, begins)
+            if devices.is_chief:
+                if previous is None:
+                    write_json(run.config, describe_run(plan))
+                elif previous["splits"] != plan.dataset.describe():
+                    raise UserError(
+                        f"the images of --data={config.data} are not those that {run.path} began with"
+                    )
+                print(f"run       {run.path}\n{plan.describe()}", flush=True)
+            fit(plan, run, interruption)
         if not devices.is_chief:
             return None
 

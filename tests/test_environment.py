@@ -123,3 +123,15 @@ def test_training_asks_for_precision_and_xla(monkeypatch, image_folder, xla):
     described = trainer.describe_run(plan)
     assert (described["dtype_policy"], described["xla"]) == ("mixed_bfloat16", xla)
     assert f"mixed_bfloat16 (so), XLA {'on' if xla else 'off'} (as none)" in plan.describe()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "is_on"),
+    [(None, [], True), (None, ["GPU:0"], False), (True, ["GPU:0"], True), (False, [], False)],
+)
+def test_deterministic_is_for_cpus_where_nothing_is_asked_for(monkeypatch, wanted, gpus, is_on):
+    calls = []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: calls.append(0))
+    assert environment.make_deterministic(wanted) == is_on
+    assert bool(calls) == is_on

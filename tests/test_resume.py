@@ -343,11 +343,12 @@ def poisoned(monkeypatch, times: int, what: str = "weights"):
     return done
 
 
+@pytest.mark.parametrize("flags", [{}, {"replicas": 2}], ids=["one device", "two replicas"])
 def test_rollback_goes_back_to_the_last_checkpoint_with_half_the_rate(
-    tmp_path, image_folder, monkeypatch, capsys
+    tmp_path, image_folder, monkeypatch, capsys, flags
 ):
     rates = poisoned(monkeypatch, 2)
-    flags = {"on_nan": "rollback", "lr_schedule": "constant"}
+    flags = flags | {"on_nan": "rollback", "lr_schedule": "constant"}
     run = train_to(tmp_path / "run", image_folder, **flags)
     assert rates == pytest.approx([1e-3, 5e-4])
     said = capsys.readouterr().out
