@@ -308,7 +308,7 @@ def test_full_disk_stops_the_run_and_what_was_saved_still_loads(
     assert [version.name for version in run.export.iterdir()] == ["1"]
 
 
-def test_a_small_disk_that_fills_up(tmp_path, image_folder, whole):
+def test_a_small_disk_that_fills_up_and_is_made_read_only(tmp_path, image_folder, whole):
     """A checkpoint takes 245 kB, and three are there while one is written."""
     mount = tmp_path / "disk"
     mount.mkdir()
@@ -322,6 +322,12 @@ def test_a_small_disk_that_fills_up(tmp_path, image_folder, whole):
         assert saved_state(mount / "run" / "checkpoint")[1]["steps"] >= 0
         subprocess.run(["mount", "-o", "remount,size=30m", str(mount)], check=True)
         assert results(train_to(mount / "run", image_folder)) == whole
+        subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
+        for name in ("run", "new"):
+            with pytest.raises(OSError, match="Read-only file system") as caught:
+                train_to(mount / name, image_folder)
+            assert str(mount / name) in str(caught.value)
+        assert results(Run(mount / "run")) == whole
     finally:
         subprocess.run(["umount", str(mount)], check=True)
 
