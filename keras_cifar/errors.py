@@ -4,9 +4,15 @@ import pathlib
 
 
 class UserError(Exception):
-    """Something outside the program is wrong: a file, a data set, a diverging run."""
+    """Something outside the program is wrong: a file, a data set, a diverging run.
+
+    Its text is one line, whatever the names in it are.
+    """
 
     status = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class LostWorkerError(UserError):
@@ -24,6 +30,18 @@ class UsageError(UserError):
 def unknown(what: str, given: str, choices) -> UsageError:
     """The error for a name that is not among the `choices`."""
     return UsageError(f"unknown {what} {given!r}; choose one of: {', '.join(sorted(choices))}")
+
+
+def one_line(text: str) -> str:
+    r"""The text with all that cannot be printed written as Python does: "\n", "\x1b", "\udcff".
+
+    A file's name can have line ends, commands to the terminal and bytes that are no text.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def reason(error: BaseException) -> str:

@@ -73,6 +73,10 @@ def evaluate_run(
         flags["val_fraction"] if spec is None or name == "val" else 0.0,
         flags["seed"],
         cache_dir or flags.get("cache_dir"),  # Runs of the first version have none.
+        # Of other data every picture counts.
+        data.BadImages(
+            spec is None and flags.get("on_bad_image") == "skip", flags.get("max_bad_share", 0.0)
+        ),
     )
     if dataset.class_names != class_names:
         raise UserError(

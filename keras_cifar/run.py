@@ -18,6 +18,7 @@ class Run:
         self.config = self.path / "config.json"
         self.checkpoint = self.path / "checkpoint" / "latest.npz"
         self.model = self.path / "model.keras"
+        self.skipped = self.path / "skipped.csv"
         self.history = self.path / "history.csv"
         self.curves = self.path / "curves.png"
         self.tensorboard = self.path / "tensorboard"

@@ -141,6 +141,8 @@ def train(config: TrainConfig, run: Run) -> dict | None:
                 raise UserError(
                     f"the images of --data={config.data} are not those that {run.path} began with"
                 )
+            if plan.dataset.skipped:
+                write_skipped(plan.dataset, run.skipped)
             print(f"run       {run.path}\n{plan.describe()}", flush=True)
         fit(plan, run)
     if not devices.is_chief:
@@ -223,6 +225,7 @@ def prepare(config: TrainConfig, devices: Devices | None = None) -> Plan:
         config.val_fraction,
         config.seed,
         config.cache_dir,
+        data.BadImages(config.on_bad_image == "skip", config.max_bad_share),
     )
     # Before TensorFlow's workers wait for each other, who could not say why one of them does not come.
     splits = dataset.describe()
@@ -447,3 +450,15 @@ def write_history(history: list[dict], path: pathlib.Path) -> None:
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
         writer.writerows(history)
+
+
+def write_skipped(dataset: data.Dataset, path: pathlib.Path) -> None:
+    """Writes skipped.csv: a row a picture that was left out."""
+    with (
+        replacing(path) as temporary,
+        # Names of files are bytes that need not be text.
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["split", "file", "reason"])
+        writer.writerows((s.split, s.file, s.reason) for s in dataset.skipped)

@@ -14,7 +14,7 @@ import numpy as np
 
 from keras_cifar import image
 from keras_cifar.data.cache import Cache
-from keras_cifar.data.splits import Split, Splits, allocate
+from keras_cifar.data.splits import BadImages, Split, Splits, allocate
 from keras_cifar.errors import UserError, reason
 
 PIXELS = 32 * 32 * 3  # bytes of an image: all red, then all green, then all blue, row by row
@@ -58,7 +58,9 @@ LAYOUTS = (
 )  # fmt: skip
 
 
-def load(argument: str, data_dir: str | None, image_size: int | None, cache: Cache) -> Splits:
+def load(
+    argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
+) -> Splits:
     """Reads an archive, or the folder it was unpacked to.
 
     Raises:

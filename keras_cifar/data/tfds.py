@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_cifar import image
 from keras_cifar.data.cache import Cache, in_block
-from keras_cifar.data.splits import Split, Splits, hold_out
+from keras_cifar.data.splits import BadImages, Split, Splits, hold_out
 from keras_cifar.errors import UsageError, UserError, reason
 
 CONNECT_TIMEOUT = 10  # seconds; TFDS itself tries again for more than 3 minutes
@@ -26,14 +26,20 @@ OTHER_WAYS = (
 )
 
 
-def load(argument: str, data_dir: str | None, image_size: int | None, cache: Cache) -> Splits:
+def load(
+    argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
+) -> Splits:
     """Reads a TFDS data set, downloading and preparing it where `data_dir` has it not.
 
     Raises:
-        UsageError: no data set of that name, or images of different sizes and no `image_size`.
+        UsageError: no data set of that name, images of different sizes and no `image_size`, or
+            `bad_images` to be skipped.
         UserError: it cannot be downloaded, or is not for image classification.
     """
     name = argument
+    if bad_images.skip:
+        # What is wrong with one record of a prepared data set is wrong with its preparation.
+        raise UsageError("--on_bad_image=skip is for --data=folder:PATH, not for TFDS data sets")
     builder = _builder(name, data_dir)
     features = builder.info.features
     if builder.info.supervised_keys != ("image", "label") or not hasattr(
