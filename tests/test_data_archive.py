@@ -499,9 +499,9 @@ def test_a_pickle_that_names_a_function_is_refused(tmp_path, function, arguments
     assert not made.exists()
 
 
-def nested(count: int) -> bytes:
+def nested(count: int, between: bytes = b"", before: bytes = b"") -> bytes:
     """A tuple in a tuple ... as a dictionary's key: hashing it overflows the C stack."""
-    return b"\x80\x02})" + b"\x85" * count + b"Ns."
+    return b"\x80\x02}" + before + b")" + (b"\x85" + between) * count + b"Ns."
 
 
 def shared(depth: int) -> bytes:
@@ -536,12 +536,15 @@ def array(shape: tuple, contents: bytes = b"", text: str = "u1") -> bytes:
         (b"\x80\x05\x96" + b"\0\0\0\0\2\0\0\0" + b".", "expected 8589934592"),  # BYTEARRAY8
         (b"\x80\x05\x96" + (4).to_bytes(8, "little") + b"abcd.", "BYTEARRAY8"),
         (b"\x80\x02" + b"]" * 1_000_002 + b".", "more memory"),
-        (nested(1_000_000), "more memory"),
+        (nested(200_000), "more memory"),
+        (nested(200_000, b"q\0"), "more memory"),
+        (nested(100_000, b"0h\0h\1R"), "POP"),
+        (nested(100_000, before=b"cnumpy\ndtype\nq\0)q\1", between=b"h\0h\1Ra"), "more memory"),
         (shared(9), "a list of integers"),
         (dump({b"data": np.zeros((1, 3072), np.uint8)})[:-1] + b"0" * 9, "POP"),
     ],
     ids=["ndarray", "smaller", "shape", "text", "memo", "claim", "bytearray", "lists", "nested",
-         "shared", "pop"],
+         "memoized", "called", "calling", "shared", "pop"],
 )  # fmt: skip
 def test_a_pickle_that_asks_for_memory_is_refused(tmp_path, contents, why):
     assert why in changed(tmp_path, "cifar-10-python", "data_batch_1", contents)
