@@ -219,6 +219,22 @@ class TrainConfig:
             "--workers and --worker_index belong together",
         )
 
+    @classmethod
+    def from_json(cls, flags: dict) -> "TrainConfig":
+        """The configuration of flags that were written into a run; unknown ones are left out.
+
+        Raises:
+            UsageError: a value is of another type or out of its range.
+        """
+        known = {}
+        for field in dataclasses.fields(cls):
+            if field.name in flags:
+                value = known[field.name] = flags[field.name]
+                kinds = float | int if field.type is float else field.type
+                right = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
+                check(right, f"--{field.name}={value!r} is of a wrong type")
+        return cls(**known)
+
     def common(self) -> dict:
         """The flags that all workers of a run must share."""
         values = dataclasses.asdict(self)

@@ -27,6 +27,18 @@ def open_file(path: str | pathlib.Path) -> BinaryIO:
         raise
 
 
+def read(path: str | pathlib.Path, limit: int) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        OSError: as `open_file`, and for a file of more bytes than the limit.
+    """
+    with open_file(path) as file:
+        if size_of(file) > limit:
+            raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+        return file.read(limit)
+
+
 def size_of(file: BinaryIO) -> int:
     """The bytes of an open file."""
     return os.fstat(file.fileno()).st_size

@@ -44,8 +44,6 @@ SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffi
 LARGEST_PICTURE = 2 * (2**30 // 4 // 3)
 LARGEST_FILE = 3 * LARGEST_PICTURE
 
-TOO_LARGE = f"the file is too large: it has more than {LARGEST_FILE:,} bytes"
-
 # Pixels of the rows that are converted at a time where that takes many bytes for each of them.
 BAND = 2**20
 
@@ -113,7 +111,7 @@ def load(
             if length == 0:
                 raise ImageError("the file is empty")
             if length > LARGEST_FILE:
-                raise ImageError(TOO_LARGE)
+                raise ImageError(f"it has more than {LARGEST_FILE:,} bytes")
             with Image.open(file, formats=tuple(FORMATS)) as picture:
                 width, height = picture.size
                 if width * height > LARGEST_PICTURE:

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import tqdm
 
-from keras_cifar import image
+from keras_cifar import files, image
 from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
 from keras_cifar.data.splits import BadImages, Skipped, Split, Splits, check_class_name
 from keras_cifar.errors import UserError, check_directory, reason
-from keras_cifar.files import open_file, size_of
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 TEST_SHARE = 10  # one file in so many, where there is no test folder
@@ -47,24 +46,24 @@ def load(
     }
     if parts and "train" not in parts:
         raise UserError(f"{root} has a {' and a '.join(parts)} folder but no train folder")
-    files = {split: _classes(folder) for split, folder in (parts or {"train": str(root)}).items()}
-    names = tuple(sorted(set().union(*files.values())))
-    for split, classes in files.items():
-        for name in classes.keys() - files["train"].keys():
+    found = {split: _classes(folder) for split, folder in (parts or {"train": str(root)}).items()}
+    names = tuple(sorted(set().union(*found.values())))
+    for split, classes in found.items():
+        for name in classes.keys() - found["train"].keys():
             raise UserError(
                 f"class {name!r} is in {parts[split]} but not in {parts['train']}; add training "
                 "images of it or take it out"
             )
-    if "test" not in files:
-        files["train"], files["test"] = _by_hash(files["train"])
-        if not files["train"]:
+    if "test" not in found:
+        found["train"], found["test"] = _by_hash(found["train"])
+        if not found["train"]:
             raise UserError(f"{root} has no training images: it has too few to split")
 
     size = (image_size, image_size) if image_size else None
     splits, skipped = {}, []
-    for split in ("train", *sorted(files.keys() - {"train"})):  # train first: it decides the size
+    for split in ("train", *sorted(found.keys() - {"train"})):  # train first: it decides the size
         splits[split], unusable = _read(
-            files[split],
+            found[split],
             names,
             size,
             given=image_size is not None,
@@ -270,12 +269,9 @@ def _announce(paths: list[str]) -> None:
 def _contents(path: str) -> bytes:
     """All bytes of a file, or an ImageError."""
     try:
-        with open_file(path) as file:
-            if size_of(file) <= image.LARGEST_FILE:
-                return file.read(image.LARGEST_FILE)
+        return files.read(path, image.LARGEST_FILE)
     except OSError as error:
         raise image.ImageError(reason(error)) from None
-    raise image.ImageError(image.TOO_LARGE)
 
 
 def _hash(contents: bytes) -> bytes:
