@@ -39,9 +39,10 @@ FORMATS = {
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-# Pixels of a picture. Twice what Pillow warns of, as its own limit, and more than the largest camera
-# sensor in use (151 megapixels, Phase One IQ4). Bytes of a file: three for each of these pixels.
-LARGEST_PICTURE = 2 * (2**30 // 4 // 3)
+# Pixels of a picture. Pillow refuses more, before it decodes any, also inside of others (ICO); it is
+# more than the largest camera sensor in use has (151 megapixels, Phase One IQ4). Bytes of a file:
+# three for each of these pixels.
+LARGEST_PICTURE = 2 * Image.MAX_IMAGE_PIXELS
 LARGEST_FILE = 3 * LARGEST_PICTURE
 
 # Pixels of the rows that are converted at a time where that takes many bytes for each of them.
@@ -51,8 +52,7 @@ BAND = 2**20
 # 100-megapixel photograph does not become 1.2 GB of float32 on its way to 32 x 32.
 BLOCK_REDUCTION = 16
 
-# Ours is checked before a pixel is decoded; Pillow has the same for pictures inside of others (ICO).
-# Its warning at half of it is not for us.
+# Pillow warns of half of that, which is not for us.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -112,24 +112,22 @@ def load(
                 raise ImageError("the file is empty")
             if length > LARGEST_FILE:
                 raise ImageError(f"it has more than {LARGEST_FILE:,} bytes")
-            with Image.open(file, formats=tuple(FORMATS)) as picture:
-                width, height = picture.size
-                if width * height > LARGEST_PICTURE:
-                    raise ImageError(
-                        f"{width} x {height} pixels are more than {LARGEST_PICTURE:,}, which is too "
-                        "large (a decompression bomb?)"
-                    )
-                with _BUDGET.take(width * height):
-                    pixels = _pixels(picture, size)
-                    if pixels.shape[-1] == 4:
-                        pixels = _opaque(pixels)
-                    if exact and size is not None:
-                        pixels = resize_all([pixels], size)[0]
-                    return pixels
+            with (
+                Image.open(file, formats=tuple(FORMATS)) as picture,
+                _BUDGET.take(picture.width * picture.height),
+            ):
+                pixels = _pixels(picture, size)
+                if pixels.shape[-1] == 4:
+                    pixels = _opaque(pixels)
+                return resize_all([pixels], size)[0] if exact and size is not None else pixels
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
         raise ImageError("not an image in a format that can be read") from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"the picture has more than {LARGEST_PICTURE:,} pixels (a decompression bomb?)"
+        ) from None
     except MemoryError:
         raise ImageError("the picture is too large for the memory") from None
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError and more.
