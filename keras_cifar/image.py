@@ -52,8 +52,8 @@ BAND = 2**20
 # 100-megapixel photograph does not become 1.2 GB of float32 on its way to 32 x 32.
 BLOCK_REDUCTION = 16
 
-# Pillow warns of half of that, which is not for us.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of large pictures and damaged metadata; what cannot be read is an error of its own.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(UserError):
