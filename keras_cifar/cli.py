@@ -103,7 +103,7 @@ def parse(options_class: type, argv: list) -> tuple:
     values.set_gnu_getopt(True)
     try:
         positional = values(["", *argv])[1:]
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:  # the latter of `--noexport=`
         raise UsageError(f"{reason(error)} (--help lists the flags)") from None
     given = {f.name: values[f.name].value for f in dataclasses.fields(options_class)}
     for field in dataclasses.fields(options_class):

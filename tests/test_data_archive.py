@@ -607,11 +607,25 @@ def test_a_folder_in_an_archive_and_a_harmless_file_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])  # pax, global pax, GNU's long names
-def test_a_header_that_claims_a_huge_name_is_not_read(tmp_path, kind):
+@pytest.mark.parametrize("size", [2**40, 2**28])
+def test_a_header_that_claims_a_huge_name_is_not_read(tmp_path, kind, size):
     path = tmp_path / "a.tar"
     info = tarfile.TarInfo("x")
-    info.type, info.size = kind, 2**40
+    info.type, info.size = kind, size
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_000))
+    assert "unpacks to more than" in refusal(path)
+
+
+def test_a_sparse_member_that_claims_to_be_small_is_not_skipped(tmp_path):
+    """GNU's header has a size in the archive and another one, of which tarfile tells."""
+    path = tmp_path / "a.tar"
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 2**40
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"00000000001\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(header + bytes(10_000))
     assert "unpacks to more than" in refusal(path)
 
 

@@ -333,6 +333,10 @@ def test_what_became_readable_is_read(tmp_path):
     assert len(load(tmp_path, bad_images=SKIP).skipped) == 5
     for path in reasons:
         os.unlink(path)
+        empty(pathlib.Path(path))
+    assert set(skipped(load(tmp_path, bad_images=SKIP)).values()) == {"the file is empty"}
+    for path in reasons:
+        os.unlink(path)
         picture(pathlib.Path(path), side=16)
     dataset = load(tmp_path, bad_images=SKIP, val_fraction=0)
     assert not dataset.skipped
