@@ -629,6 +629,13 @@ def test_a_sparse_member_that_claims_to_be_small_is_not_skipped(tmp_path):
     assert "unpacks to more than" in refusal(path)
 
 
+def test_nothing_is_unpacked_to_be_skipped_beyond_the_limit():
+    zeros = archive._Bounded(io.BytesIO(bytes(1000)))
+    assert zeros.seek(900) == 900
+    with pytest.raises(tarfile.ReadError, match="unpacks to more than"):
+        zeros.seek(archive.LARGEST_ARCHIVE + 1)
+
+
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     path = with_member(tmp_path, size=1_000_000)
     assert len(data.load(f"archive:{path}").test) == PER_BATCH
