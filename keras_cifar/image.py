@@ -12,6 +12,7 @@ import pathlib
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 import tensorflow as tf
@@ -44,6 +45,10 @@ SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffi
 # three for each of these pixels.
 LARGEST_PICTURE = 2 * Image.MAX_IMAGE_PIXELS
 LARGEST_FILE = 3 * LARGEST_PICTURE
+
+# Passes over its pixels that the largest picture may ask for; a smaller one may ask for more. A JPEG
+# has one for each of its scans, 10 in a progressive one as they are made, which can have 31 bytes.
+MOST_PASSES = 20
 
 # Pixels of the rows that are converted at a time where that takes many bytes for each of them.
 BAND = 2**20
@@ -116,6 +121,9 @@ def load(
                 Image.open(file, formats=tuple(FORMATS)) as picture,
                 _BUDGET.take(picture.width * picture.height),
             ):
+                passes = _scans(file) if picture.format in ("JPEG", "MPO") else 1
+                if passes * picture.width * picture.height > MOST_PASSES * LARGEST_PICTURE:
+                    raise ImageError(f"it has {passes:,} scans, too many for a picture of its size")
                 pixels = _pixels(picture, size)
                 if pixels.shape[-1] == 4:
                     pixels = _opaque(pixels)
@@ -146,6 +154,15 @@ def resize_all(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
         stack = np.stack([pictures[row] for row in rows])
         resized[rows] = stack if tuple(shape) == tuple(size) else resize(stack, size).numpy()
     return resized
+
+
+def _scans(file: BinaryIO) -> int:
+    """How many scans a JPEG file has."""
+    position = file.tell()
+    file.seek(0)
+    found = file.read().count(b"\xff\xda")
+    file.seek(position)
+    return found
 
 
 def _pixels(picture: Image.Image, size: tuple[int, int] | None) -> np.ndarray:

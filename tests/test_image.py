@@ -295,6 +295,20 @@ def test_a_bomb_inside_of_another_picture_is_refused():
     assert "bomb" in refusal(header + bomb)
 
 
+def test_a_jpeg_of_very_many_scans_is_refused(tmp_path, monkeypatch):
+    """Each takes a pass over all pixels and has some 30 bytes."""
+    path = saved(tmp_path, Image.new("RGB", (2000, 1000)), "a.jpg", progressive=True)
+    whole = path.read_bytes()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    assert len(scan) < 100
+    most = image.MOST_PASSES * image.LARGEST_PICTURE // (2000 * 1000) - whole.count(b"\xff\xda")
+    assert refusal(whole[:-2] + scan * (most + 1) + whole[-2:]).startswith("it has 1,790 scans")
+    monkeypatch.setattr(image, "MOST_PASSES", 1)
+    start = time.monotonic()
+    assert image.load(whole[:-2] + scan * 60 + whole[-2:], (8, 8)).shape == (8, 8, 3)
+    assert time.monotonic() - start < 2
+
+
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     (tmp_path / "a.png").touch()
     os.truncate(tmp_path / "a.png", 2**40)
