@@ -208,7 +208,7 @@ def _of_tf_config(text: str) -> Cluster | None:
         value = json.loads(text)
         jobs = {name: list(hosts) for name, hosts in value.get("cluster", {}).items() if hosts}
         task = value.get("task", {})
-        kind, index = task.get("type", "worker"), int(task.get("index", 0))
+        kind, index = str(task.get("type", "worker")), int(task.get("index", 0))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UsageError(f"TF_CONFIG is not as TensorFlow defines it: {reason(error)}") from None
     if not jobs:

@@ -52,6 +52,14 @@ def reason(error: BaseException) -> str:
     return lines[0].rstrip(":") if lines else type(error).__name__
 
 
+def check_utf8(flag: str, path: str | pathlib.Path) -> None:
+    """Raises UsageError for a path with bytes that are no UTF-8, where TensorFlow cannot write."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--{flag}={path}: TensorFlow writes only where names are UTF-8") from None
+
+
 def check_directory(path: str | pathlib.Path, what: str) -> pathlib.Path:
     """`path` as a pathlib.Path, or a UserError that says why it is no readable directory."""
     path = pathlib.Path(path).expanduser()

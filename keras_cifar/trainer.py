@@ -29,7 +29,7 @@ from keras_cifar import (
 from keras_cifar.classifier import Classifier
 from keras_cifar.config import TrainConfig
 from keras_cifar.distribution import Devices, Pieces, Share
-from keras_cifar.errors import UsageError, UserError, unknown
+from keras_cifar.errors import UsageError, UserError, check_utf8, unknown
 from keras_cifar.exporters import saved_model
 from keras_cifar.run import Run, replacing, versions, write_json
 
@@ -164,6 +164,7 @@ def previous_config(config: TrainConfig, run: Run) -> dict | None:
     Raises:
         UsageError: its flags were others, or the directory holds something else.
     """
+    check_utf8("run_dir", run.path)
     if not run.path.exists():
         return None
     if not run.config.exists():

@@ -113,6 +113,13 @@ def test_evaluating_makes_no_directory_that_a_configuration_names(trained, tmp_p
     assert not elsewhere.exists()
 
 
+def test_a_run_directory_that_is_no_text_is_refused_before_it_begins(trained, tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff")
+    with pytest.raises(UsageError, match="names are UTF-8"):
+        trainer.train(trained[0], Run(path))
+    assert not path.exists()
+
+
 def test_tfds_takes_no_skip(tmp_path):
     with pytest.raises(UsageError, match="--on_bad_image=skip is for --data=folder:PATH"):
         data.load("cifar10", str(tmp_path), bad_images=data.BadImages(True, 0.5))

@@ -334,9 +334,12 @@ def test_command_lines():
     run(150, lambda c: [text(c, samples) for _ in range(c.randint(0, 3))], parse)
 
 
-@pytest.mark.parametrize("index", ["1e999", "[" * 100_000, "NaN", "null"])
-def test_what_fuzzing_found_in_tf_config(index):
-    text = f'{{"cluster": {{"worker": ["a:1"]}}, "task": {{"index": {index}}}}}'
+@pytest.mark.parametrize(
+    "task",
+    ['{"index": 1e999}', '{"index": ' + "[" * 100_000, '{"index": NaN}', '{"type": ["a:1"]}', "[]"],
+)
+def test_what_fuzzing_found_in_tf_config(task):
+    text = f'{{"cluster": {{"worker": ["a:1"]}}, "task": {task}}}'
     with pytest.raises(UserError, match="TF_CONFIG"):
         distribution.find_cluster(TrainConfig(), {"TF_CONFIG": text})
 
