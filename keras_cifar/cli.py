@@ -14,7 +14,15 @@ from collections.abc import Callable
 from absl import flags
 
 from keras_cifar import environment
-from keras_cifar.errors import LostWorkerError, StoppedError, UsageError, UserError, reason, unknown
+from keras_cifar.errors import (
+    LostWorkerError,
+    StoppedError,
+    UsageError,
+    UserError,
+    one_line,
+    reason,
+    unknown,
+)
 
 
 def run(
@@ -52,6 +60,8 @@ def _execute(
     tensorflow: bool = True,
 ) -> int:
     try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text
         options, positional = parse(options_class, argv)
         if positional and not arguments:
             raise UsageError(f"unexpected argument {positional[0]!r}; flags begin with --")
@@ -101,7 +111,7 @@ def parse(options_class: type, argv: list) -> tuple:
     values.set_gnu_getopt(True)
     try:
         positional = values(["", *argv])[1:]
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:  # the latter of `--noexport=`
         raise UsageError(f"{reason(error)} (--help lists the flags)") from None
     given = {f.name: values[f.name].value for f in dataclasses.fields(options_class)}
     for field in dataclasses.fields(options_class):
@@ -161,5 +171,5 @@ def usage(options_class: type, doc: str, command: str, arguments: str = "") -> s
 
 
 def _fail(name: str, message: str, status: int) -> int:
-    print(f"{name}: error: {message}", file=sys.stderr)
+    print(f"{name}: error: {one_line(message)}", file=sys.stderr)
     return status

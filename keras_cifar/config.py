@@ -67,6 +67,19 @@ class TrainConfig:
         "0 trains on all and keeps the last model",
         "Model and data",
     )
+    on_bad_image: str = option(
+        "error",
+        "what is done about pictures of folder:PATH that cannot be used: stop, or leave them out "
+        "and list them in RUN/skipped.csv",
+        "Model and data",
+        ("error", "skip"),
+    )
+    max_bad_share: float = option(
+        0.05,
+        "share of the pictures of train, val or test above which --on_bad_image=skip stops all the "
+        "same",
+        "Model and data",
+    )
     augment: str = option(
         "",
         "augmentations in order, such as 'crop(4)|flip|cutout(8)|mixup(0.2)'; also color(0.4), "
@@ -222,7 +235,7 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             check(0 <= value < math.inf, f"--{name}={value} must be at least 0 and finite")
-        for name in ("val_fraction", "momentum", "label_smoothing", "ema"):
+        for name in ("val_fraction", "max_bad_share", "momentum", "label_smoothing", "ema"):
             value = getattr(self, name)
             check(0 <= value < 1, f"--{name}={value} must be at least 0 and below 1")
         check(self.seed < 2**31, f"--seed={self.seed} must be below 2147483648")
@@ -235,6 +248,24 @@ class TrainConfig:
             (self.workers is None) == (self.worker_index is None),
             "--workers and --worker_index belong together",
         )
+
+    @classmethod
+    def from_json(cls, flags: dict) -> "TrainConfig":
+        """The configuration of flags that were written into a run; unknown ones are left out.
+
+        Raises:
+            UsageError: a value is of another type or out of its range.
+        """
+        known = {}
+        for field in dataclasses.fields(cls):
+            if field.name in flags:
+                value = known[field.name] = flags[field.name]
+                kinds = float | int if field.type is float else field.type
+                # To Python, a bool is an int.
+                flag = field.type in (bool, bool | None)
+                right = isinstance(value, kinds) and (flag or not isinstance(value, bool))
+                check(right, f"--{field.name}={value!r} is of a wrong type")
+        return cls(**known)
 
     def common(self) -> dict:
         """The flags that all workers of a run must share."""
@@ -252,9 +283,10 @@ class TrainConfig:
 
 
 # Flags that do not change what is computed but by rounding: where files are (the data's fingerprint
-# is compared beside the flags), what is written and when, and on which devices it runs.
+# is compared beside the flags), what stops it, what is written and when, and on which devices it runs.
 NOT_COMPARED = (
     *("run_dir", "export", "dry_run", "list_models", "data_dir", "cache_dir"),
+    *("max_bad_share",),
     *("strategy", "replicas", "workers", "worker_index", "startup_timeout", "peer_timeout"),
     *("steps_per_execution", "checkpoint_every", "checkpoint_seconds", "on_nan"),
 )

@@ -195,8 +195,11 @@ def find_cluster(config: TrainConfig, environ: Mapping[str, str] = os.environ) -
         return Cluster(addresses, config.worker_index, "--workers and --worker_index")
     if environ.get("TF_CONFIG", "").strip():
         return _of_tf_config(environ["TF_CONFIG"])
-    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
-        return _of_slurm(environ)
+    try:
+        if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+            return _of_slurm(environ)
+    except Exception as error:  # TensorFlow's resolver raises half a dozen classes.
+        raise UsageError(f"SLURM's environment cannot be read: {reason(error)}") from None
     return None
 
 
@@ -205,8 +208,8 @@ def _of_tf_config(text: str) -> Cluster | None:
         value = json.loads(text)
         jobs = {name: list(hosts) for name, hosts in value.get("cluster", {}).items() if hosts}
         task = value.get("task", {})
-        kind, index = task.get("type", "worker"), int(task.get("index", 0))
-    except (ValueError, TypeError, AttributeError) as error:
+        kind, index = str(task.get("type", "worker")), int(task.get("index", 0))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UsageError(f"TF_CONFIG is not as TensorFlow defines it: {reason(error)}") from None
     if not jobs:
         return None
@@ -229,14 +232,11 @@ def _of_slurm(environ: Mapping[str, str]) -> Cluster:
     # Others for each job, as two may share a machine.
     steps = max(1, len(PORTS) // tasks)
     port = PORTS[job % steps * tasks]
-    try:
-        # The resolver counts GPUs to find tasks; as many as there are tasks gives all their ports.
-        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
-            port_base=port, gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False
-        )
-        addresses = resolver.cluster_spec().as_dict()["worker"]
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise UsageError(f"SLURM's environment cannot be read: {reason(error)}") from None
+    # The resolver counts GPUs to find tasks; as many as there are tasks gives all their ports.
+    resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
+        port_base=port, gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False
+    )
+    addresses = resolver.cluster_spec().as_dict()["worker"]
     # The resolver sorts the hosts by name and SLURM does not, so a rank may be another's address.
     own = f"{environ.get('SLURMD_NODENAME')}:{port + int(environ.get('SLURM_LOCALID', '0'))}"
     index = addresses.index(own) if own in addresses else resolver.task_id

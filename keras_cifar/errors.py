@@ -4,9 +4,15 @@ import pathlib
 
 
 class UserError(Exception):
-    """Something outside the program is wrong: a file, a data set, a diverging run."""
+    """Something outside the program is wrong: a file, a data set, a diverging run.
+
+    Its text is one line, whatever the names in it are.
+    """
 
     status = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class LostWorkerError(UserError):
@@ -34,6 +40,18 @@ def unknown(what: str, given: str, choices) -> UsageError:
     return UsageError(f"unknown {what} {given!r}; choose one of: {', '.join(sorted(choices))}")
 
 
+def one_line(text: str) -> str:
+    r"""The text with all that cannot be printed written as Python does: "\n", "\x1b", "\udcff".
+
+    A file's name can have line ends, commands to the terminal and bytes that are no text.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
 def reason(error: BaseException) -> str:
     """What an exception says, as one line without its class where that is readable."""
     if isinstance(error, OSError) and error.strerror:
@@ -48,6 +66,14 @@ def unwritten(path: pathlib.Path, error: BaseException) -> UserError:
     lines = str(getattr(error, "message", error)).splitlines()
     why = lines[0].rpartition("; ")[2] if lines else type(error).__name__
     return UserError(f"{path} cannot be written: {why}; what was saved before stays")
+
+
+def check_utf8(flag: str, path: str | pathlib.Path) -> None:
+    """Raises UsageError for a path with bytes that are no UTF-8, where TensorFlow cannot write."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--{flag}={path}: TensorFlow writes only where names are UTF-8") from None
 
 
 def check_directory(path: str | pathlib.Path, what: str) -> pathlib.Path:

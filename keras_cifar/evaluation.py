@@ -1,5 +1,7 @@
 """A model on a split: every example once -> figures, JSON and a picture in the run directory."""
 
+import os
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -66,13 +68,17 @@ def evaluate_run(
     height, width, _ = config["image_shape"]
     dataset = data.load(
         spec or flags["data"],
-        data_dir or flags["data_dir"],
+        data_dir or _known(flags["data_dir"]),
         # As the run had it, so that the images it decoded are found again.
         flags["image_size"] if spec is None else height if height == width else None,
         # Of other data, nothing need be held out to look at all of train.
         flags["val_fraction"] if spec is None or name == "val" else 0.0,
         flags["seed"],
-        cache_dir or flags.get("cache_dir"),  # Runs of the first version have none.
+        cache_dir or _known(flags.get("cache_dir")),  # Runs of the first version have none.
+        # Of other data every picture counts.
+        data.BadImages(
+            spec is None and flags.get("on_bad_image") == "skip", flags.get("max_bad_share", 0.0)
+        ),
     )
     if dataset.class_names != class_names:
         raise UserError(
@@ -80,9 +86,14 @@ def evaluate_run(
             f"the run was trained on {', '.join(class_names)}"
         )
     split = dataset.split(name)
-    if spec is None and split.fingerprint != config["splits"][name]["fingerprint"]:
+    if spec is None and split.fingerprint != config["splits"].get(name, {}).get("fingerprint"):
         raise UserError(
             f"the {name} images of --data={flags['data']} have changed since the training; name them "
             "with --data to evaluate them all the same"
         )
     return evaluate(model, name, split, class_names, spec or flags["data"], run)
+
+
+def _known(directory: str | None) -> str | None:
+    """A directory that config.json names, where it exists; a run from elsewhere makes none here."""
+    return directory if directory and os.path.isdir(os.path.expanduser(directory)) else None

@@ -8,6 +8,7 @@ import pathlib
 
 from keras_cifar import cli
 from keras_cifar.config import check, option
+from keras_cifar.errors import check_utf8
 from keras_cifar.run import Run
 
 
@@ -32,6 +33,7 @@ def main(options: ExportOptions) -> None:
     run = Run(options.run)
     class_names = tuple(run.read_config()["class_names"])
     base = pathlib.Path(options.out).expanduser() if options.out else run.export
+    check_utf8("out", base)
     path = saved_model.export(models.load(run.model), base, class_names, options.version)
     print(f"export    {path}")
     print(f"classify pictures: python -m keras_cifar.predict --model {path} IMAGE ...")

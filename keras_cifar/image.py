@@ -1,56 +1,94 @@
 """The one definition of preprocessing: encoded image -> uint8 RGB pixels at the model's size.
 
-`load` reads files with Pillow, which knows every format and EXIF; `decode` does the same inside a
+`load` reads files with Pillow, which knows all of `FORMATS` and EXIF; `decode` does the same inside a
 TensorFlow graph for the formats TensorFlow knows. Both end in the same `on_white` and `resize`, and
 give equal pixels for JPEG, PNG, BMP and GIF. They differ where TensorFlow has no way: EXIF
 orientation, CMYK colours and palette transparency are Pillow's alone.
 """
 
+import contextlib
 import io
 import pathlib
+import threading
 import warnings
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageOps
 
 from keras_cifar.errors import UserError, reason
+from keras_cifar.files import open_file, size_of
 
 # Of everything below: another number makes all decoded images on disk be made again.
 VERSION = 1
 
-# Files with these endings are pictures when a folder is searched (lower case).
-SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".png",
-        ".bmp",
-        ".gif",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".ico",
-        ".avif",
-        ".jp2",
-    ]
-)
+# The formats that are read, by Pillow's names, and the endings (lower case) by which a folder is
+# searched for them. Pillow knows more, of which EPS starts a PostScript interpreter.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe"),
+    "PNG": (".png",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "ICO": (".ico",),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2",),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+# Pixels of a picture. Pillow refuses more, before it decodes any, also inside of others (ICO); it is
+# more than the largest camera sensor in use has (151 megapixels, Phase One IQ4). Bytes of a file:
+# three for each of these pixels.
+LARGEST_PICTURE = 2 * Image.MAX_IMAGE_PIXELS
+LARGEST_FILE = 3 * LARGEST_PICTURE
+
+# Passes over its pixels that the largest picture may ask for; a smaller one may ask for more. A JPEG
+# has one for each of its scans, 10 in a progressive one as they are made, which can have 31 bytes.
+MOST_PASSES = 20
+
+# Pixels of the rows that are converted at a time where that takes many bytes for each of them.
+BAND = 2**20
 
 # Sides at least this many times the target are first averaged in whole blocks, so that a
 # 100-megapixel photograph does not become 1.2 GB of float32 on its way to 32 x 32.
 BLOCK_REDUCTION = 16
 
-# Pillow's limit (179 megapixels) is an error that we report; its warning at half of it is not.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of large pictures and damaged metadata; what cannot be read is an error of its own.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(UserError):
     """A file is not an image that can be read; the message is the reason alone."""
+
+
+class _Budget:
+    """Lets threads decode at the same time what has no more than so many pixels together.
+
+    One picture may take a gigabyte. As many at once as there are threads, no machine has memory for.
+    """
+
+    def __init__(self, pixels: int):
+        self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: pixels <= self._free)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_BUDGET = _Budget(LARGEST_PICTURE)
 
 
 def load(
@@ -73,25 +111,35 @@ def load(
         ImageError: the file is empty, truncated, too large, missing or no image.
     """
     try:
-        if isinstance(source, bytes):
-            length, file = len(source), io.BytesIO(source)
-        else:
-            length, file = pathlib.Path(source).stat().st_size, source
-        if length == 0:
-            raise ImageError("the file is empty")
-        with Image.open(file) as picture:
-            pixels = _pixels(picture, size)
+        with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
+            length = len(source) if isinstance(source, bytes) else size_of(file)
+            if length == 0:
+                raise ImageError("the file is empty")
+            if length > LARGEST_FILE:
+                raise ImageError(f"it has more than {LARGEST_FILE:,} bytes")
+            with (
+                Image.open(file, formats=tuple(FORMATS)) as picture,
+                _BUDGET.take(picture.width * picture.height),
+            ):
+                passes = _scans(file) if picture.format in ("JPEG", "MPO") else 1
+                if passes * picture.width * picture.height > MOST_PASSES * LARGEST_PICTURE:
+                    raise ImageError(f"it has {passes:,} scans, too many for a picture of its size")
+                pixels = _pixels(picture, size)
+                if pixels.shape[-1] == 4:
+                    pixels = _opaque(pixels)
+                return resize_all([pixels], size)[0] if exact and size is not None else pixels
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
         raise ImageError("not an image in a format that can be read") from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"the picture has more than {LARGEST_PICTURE:,} pixels (a decompression bomb?)"
+        ) from None
     except MemoryError:
         raise ImageError("the picture is too large for the memory") from None
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError and more.
         raise ImageError(reason(error)) from None
-    if pixels.shape[-1] == 4:
-        pixels = on_white(pixels).numpy()
-    return resize_all([pixels], size)[0] if exact and size is not None else pixels
 
 
 def resize_all(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
@@ -108,21 +156,41 @@ def resize_all(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     return resized
 
 
+def _scans(file: BinaryIO) -> int:
+    """How many scans a JPEG file has."""
+    position = file.tell()
+    file.seek(0)
+    found = file.read().count(b"\xff\xda")
+    file.seek(position)
+    return found
+
+
 def _pixels(picture: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
     """uint8 [height, width, 3 or 4] of the first frame, upright."""
     picture.load()
-    picture = ImageOps.exif_transpose(picture)
+    ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = Image.fromarray(_eight_bit(np.asarray(picture)))
     transparent = (
         picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
     )
-    picture = picture.convert("RGBA" if transparent else "RGB")
+    mode = "RGBA" if transparent else "RGB"
+    if picture.mode != mode or "transparency" in picture.info:
+        picture = picture.convert(mode)
     if size is not None:
         factor = min(picture.height // size[0], picture.width // size[1])
         if factor >= 2 * BLOCK_REDUCTION:
             picture = picture.reduce(factor // BLOCK_REDUCTION)
-    return np.array(picture)
+    return np.asarray(picture)
+
+
+def _opaque(pixels: np.ndarray) -> np.ndarray:
+    """`on_white` of uint8 [height, width, 4], in bands of rows: it computes in float32."""
+    opaque = np.empty((*pixels.shape[:2], 3), np.uint8)
+    rows = max(1, BAND // pixels.shape[1])
+    for start in range(0, len(pixels), rows):
+        opaque[start : start + rows] = on_white(pixels[start : start + rows]).numpy()
+    return opaque
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:
@@ -132,7 +200,7 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
         scale = 255.0 if values.max(initial=0) <= 1.0 else 1.0
         return np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)
     if values.dtype == np.uint16 or values.max(initial=0) > 255:
-        values = values.astype(np.int64) >> 8  # as TensorFlow's PNG decoder does
+        values = values >> 8  # as TensorFlow's PNG decoder does
     return np.clip(values, 0, 255).astype(np.uint8)
 
 

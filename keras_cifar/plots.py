@@ -1,6 +1,7 @@
 """Pictures of a run. Numbers in, PNG files out."""
 
 import pathlib
+import warnings
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -47,8 +48,9 @@ def confusion(matrix: list[list[int]], class_names: tuple[str, ...], path: pathl
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     size = max(3, min(10, 60 * side / (classes * 5)))
-    axes.set_xticks(range(classes), class_names, rotation=90, fontsize=size)
-    axes.set_yticks(range(classes), class_names, fontsize=size)
+    # A dollar sign in a name begins no formula.
+    axes.set_xticks(range(classes), class_names, rotation=90, fontsize=size, parse_math=False)
+    axes.set_yticks(range(classes), class_names, fontsize=size, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
     if classes <= MOST_NUMBERED:
         for (row, column), count in np.ndenumerate(counts):
@@ -61,5 +63,7 @@ def confusion(matrix: list[list[int]], class_names: tuple[str, ...], path: pathl
 
 
 def _save(figure: Figure, path: pathlib.Path) -> None:
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # That the font lacks a letter of a name, or a name takes all of the room, stops nothing.
+        warnings.simplefilter("ignore", UserWarning)
         figure.savefig(temporary, dpi=110)

@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import glob
 import itertools
-import json
 import os
 import pathlib
 import sys
@@ -17,7 +16,8 @@ from collections.abc import Iterator
 
 from keras_cifar import cli
 from keras_cifar.config import BATCH_SIZE, check, option
-from keras_cifar.errors import reason
+from keras_cifar.errors import one_line, reason
+from keras_cifar.run import to_json
 
 AHEAD = 1  # batches that are decoded while one is classified
 THREADS = min(32, os.cpu_count() or 1)  # that decode
@@ -56,19 +56,17 @@ def main(options: PredictOptions, arguments: list[str]) -> int:
             rows += batch_rows
             features += batch_features
             progress.update(len(batch))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
     _WRITERS[options.format](rows)
     if options.features:
         _write_features(options.features, rows, features)
         print(f"features  {options.features}", file=sys.stderr)
     failed = [row for row in rows if row["error"]]
     if failed:
-        print(
+        line = (
             f"predict: {len(failed)} of {len(rows)} files could not be classified, the first: "
-            f"{failed[0]['file']}: {failed[0]['error']}",
-            file=sys.stderr,
+            f"{failed[0]['file']}: {failed[0]['error']}"
         )
+        print(one_line(line), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -81,8 +79,6 @@ def find_files(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
     A folder stands for the pictures in it and below it, sorted; a glob for what it matches; a file
     is taken whatever it is called.
     """
-    from keras_cifar import image
-
     for argument in arguments:
         path = pathlib.Path(argument)
         matches = [argument]
@@ -99,17 +95,29 @@ def find_files(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
             except OSError as error:
                 yield match, reason(error)
                 continue
-            files = [
-                p
-                for p in sorted(path.rglob("*"))
-                if p.suffix.lower() in image.SUFFIXES
-                and not any(part.startswith(".") for part in p.relative_to(path).parts)
-                and not p.is_dir()
-            ]
-            if not files:
+            found = _pictures(match)
+            if not found:
                 yield match, "the folder has no pictures"
-            for file in files:
-                yield str(file), None
+            yield from found
+
+
+def _pictures(folder: str) -> list[tuple[str, str | None]]:
+    """(file, None) of each picture below a folder, and (folder, reason) of those that are locked."""
+    from keras_cifar import image
+
+    found = []
+
+    def locked(error: OSError) -> None:
+        found.append((error.filename, reason(error)))
+
+    for directory, folders, names in os.walk(folder, onerror=locked):  # which follows no links
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            (os.path.join(directory, name), None)
+            for name in names
+            if os.path.splitext(name)[1].lower() in image.SUFFIXES and not name.startswith(".")
+        ]
+    return sorted(found, key=lambda item: item[0].split(os.sep))
 
 
 def _batches(
@@ -196,11 +204,11 @@ def _classify(predictor, batch: list, options: PredictOptions) -> tuple[list[dic
 def _write_text(rows: list[dict]) -> None:
     for row in rows:
         words = ", ".join(f"{c['label']} {c['probability']:.1%}" for c in row["top"])
-        print(f"{row['file']}: {words or 'error: ' + row['error']}")
+        print(one_line(f"{row['file']}: {words or 'error: ' + row['error']}"))
 
 
 def _write_json(rows: list[dict]) -> None:
-    print(json.dumps(rows, indent=1, ensure_ascii=False))
+    print(to_json(rows))
 
 
 def _write_csv(rows: list[dict]) -> None:

@@ -7,7 +7,10 @@ import tensorflow as tf
 
 from keras_cifar.config import BATCH_SIZE
 from keras_cifar.errors import UserError, reason
+from keras_cifar.files import read
 from keras_cifar.run import versions
+
+LARGEST_LABELS = 2**26  # bytes of labels.txt; ImageNet-21k's have under a megabyte
 
 
 def find(path: str) -> pathlib.Path:
@@ -58,7 +61,7 @@ class Predictor:
             self._features = self._loaded.signatures["features"]
             self.size = tuple(self._classify.structured_input_signature[1]["images"].shape[1:3])
             labels = self.path / "assets" / "labels.txt"
-            self.class_names = tuple(labels.read_text("utf-8").splitlines())
+            self.class_names = tuple(read(labels, LARGEST_LABELS).decode("utf-8").splitlines())
             if len(self.class_names) != self._classify.structured_outputs["probabilities"].shape[1]:
                 raise ValueError(f"{labels.name} does not name its classes")
         except Exception as error:  # Damage shows as any of a dozen classes.

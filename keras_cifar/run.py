@@ -5,12 +5,17 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 
+from keras_cifar.config import TrainConfig
 from keras_cifar.errors import UserError, check_directory, reason
+from keras_cifar.files import read
+
+LARGEST_CONFIG = 2**26  # bytes of config.json; a class name takes some 20, ImageNet-21k has 21,841
 
 # What is being written is in directories whose names begin so; a killed process leaves them.
 TEMPORARY = ".writing-"
@@ -26,6 +31,7 @@ class Run:
         self.config = self.path / "config.json"
         self.checkpoint = self.path / "checkpoint"
         self.model = self.path / "model.keras"
+        self.skipped = self.path / "skipped.csv"
         self.history = self.path / "history.csv"
         self.curves = self.path / "curves.png"
         self.tensorboard = self.path / "tensorboard"
@@ -89,17 +95,42 @@ class Run:
         if not self.config.exists():
             raise UserError(f"{self.path} is not a run directory: it has no config.json")
         try:
-            config = json.loads(self.config.read_text("utf-8"))
-            config["flags"], config["class_names"], config["image_shape"]
-        except (ValueError, KeyError, TypeError) as error:
+            config = json.loads(read(self.config, LARGEST_CONFIG).decode("utf-8"))
+            _check_config(config)
+        except Exception as error:  # A damaged file can raise almost anything.
             raise UserError(f"{self.config} is damaged: {reason(error)}") from None
         return config
+
+
+def _check_config(config: dict) -> None:
+    """Raises unless what is used of config.json has the types and ranges with which it was written."""
+    flags = config["flags"]
+    TrainConfig.from_json(flags)
+    for name in ("data", "data_dir", "image_size", "val_fraction", "seed"):
+        flags[name]
+    names, shape = config["class_names"], config["image_shape"]
+    if type(names) is not list or not names or any(type(name) is not str for name in names):
+        raise TypeError("class_names is no list of names")
+    # A model at 16,384 pixels takes more memory than there is, and larger sides no format has.
+    if type(shape) is not list or len(shape) != 3 or shape[2] != 3:
+        raise TypeError("image_shape is not [height, width, 3]")
+    if any(type(side) is not int or not 0 < side <= 2**14 for side in shape):
+        raise TypeError("image_shape is not [height, width, 3]")
+    for split in config["splits"].values():
+        if type(split["count"]) is not int or type(split["fingerprint"]) is not str:
+            raise TypeError("splits has no count and fingerprint of each")
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
     """Writes a JSON file that is either complete or not there."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(to_json(value) + "\n", "utf-8")
+
+
+def to_json(value: object) -> str:
+    """JSON in UTF-8's characters; bytes of files' names that are no text are escaped, as \\udcff."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 @contextlib.contextmanager

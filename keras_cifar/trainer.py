@@ -34,7 +34,7 @@ from keras_cifar.checkpoint import Position
 from keras_cifar.classifier import Classifier
 from keras_cifar.config import TrainConfig
 from keras_cifar.distribution import Devices, Pieces, Share
-from keras_cifar.errors import StoppedError, UsageError, UserError, reason, unknown
+from keras_cifar.errors import StoppedError, UsageError, UserError, check_utf8, reason, unknown
 from keras_cifar.exporters import saved_model
 from keras_cifar.interruption import Interruption
 from keras_cifar.optimizers import Schedule
@@ -172,6 +172,8 @@ def train(config: TrainConfig, run: Run) -> dict | None:
                     raise UserError(
                         f"the images of --data={config.data} are not those that {run.path} began with"
                     )
+                if plan.dataset.skipped:
+                    write_skipped(plan.dataset, run.skipped)
                 print(f"run       {run.path}\n{plan.describe()}", flush=True)
             fit(plan, run, interruption)
         if not devices.is_chief:
@@ -193,6 +195,7 @@ def previous_config(config: TrainConfig, run: Run) -> dict | None:
     Raises:
         UsageError: its flags were others, or the directory holds something else.
     """
+    check_utf8("run_dir", run.path)
     if not run.config.exists():
         if not run.is_empty():
             raise UsageError(f"--run_dir={run.path} exists and is no run directory; choose another")
@@ -254,6 +257,7 @@ def prepare(config: TrainConfig, devices: Devices | None = None, begins: bool = 
         config.val_fraction,
         config.seed,
         config.cache_dir,
+        data.BadImages(config.on_bad_image == "skip", config.max_bad_share),
     )
     # Before TensorFlow's workers wait for each other, who could not say why one of them does not come.
     splits = dataset.describe()
@@ -644,3 +648,15 @@ def write_history(history: list[dict], path: pathlib.Path) -> None:
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
         writer.writerows(history)
+
+
+def write_skipped(dataset: data.Dataset, path: pathlib.Path) -> None:
+    """Writes skipped.csv: a row a picture that was left out."""
+    with (
+        replacing(path) as temporary,
+        # Names of files are bytes that need not be text.
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["split", "file", "reason"])
+        writer.writerows((s.split, s.file, s.reason) for s in dataset.skipped)

@@ -16,7 +16,7 @@ NOT_NEGATIVE = (
     *("weight_decay", "warmup_epochs", "calibration_batches", "early_stopping", "seed"),
     "global_clipnorm",
 )
-SHARES = ("val_fraction", "momentum", "label_smoothing", "ema")
+SHARES = ("val_fraction", "max_bad_share", "momentum", "label_smoothing", "ema")
 FLOATS = ("learning_rate", "weight_decay", "warmup_epochs", "global_clipnorm", *SHARES)
 
 
@@ -87,6 +87,7 @@ OTHER = {
     "data": "digits",
     "image_size": 24,
     "val_fraction": 0.2,
+    "on_bad_image": "skip",
     "augment": "flip",
     "epochs": 11,
     "steps_per_epoch": 5,
@@ -137,6 +138,7 @@ def test_all_differences_are_named():
         ("export", False),
         ("data_dir", "elsewhere"),
         ("cache_dir", "elsewhere"),
+        ("max_bad_share", 0.5),
         ("strategy", "mirrored"),
         ("replicas", 2),
         ("startup_timeout", 5.0),

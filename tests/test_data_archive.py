@@ -499,6 +499,183 @@ def test_a_pickle_that_names_a_function_is_refused(tmp_path, function, arguments
     assert not made.exists()
 
 
-def test_a_pickle_that_claims_more_than_the_memory_is_refused(tmp_path):
-    contents = dump({b"data": Call(np.ndarray, (2**40, 3072), np.dtype("u1"))})
-    assert "memory" in changed(tmp_path, "cifar-10-python", "data_batch_1", contents)
+def nested(count: int, between: bytes = b"", before: bytes = b"") -> bytes:
+    """A tuple in a tuple ... as a dictionary's key: hashing it overflows the C stack."""
+    return b"\x80\x02}" + before + b")" + (b"\x85" + between) * count + b"Ns."
+
+
+def shared(depth: int) -> bytes:
+    """A list of ten times a list of ten times ...: 10^depth numbers to whoever walks through it."""
+    value = 0
+    for _ in range(depth):
+        value = [value] * 10
+    return dump({b"data": value, b"labels": value})
+
+
+def array(shape: tuple, contents: bytes = b"", text: str = "u1") -> bytes:
+    """A batch whose data have a pickled array's form and claim a shape."""
+    real = pickle.dumps(np.zeros(0, np.uint8), 2)
+    function, (kind, *rest), state = np.zeros(0, np.uint8).__reduce__()
+    assert pickle.loads(real).shape == (0,)
+
+    class Array:
+        def __reduce__(self):
+            return function, (kind, *rest), (state[0], shape, np.dtype(text), False, contents)
+
+    return dump({b"data": Array(), b"labels": [0]})
+
+
+@pytest.mark.parametrize(
+    ("contents", "why"),
+    [
+        (dump({b"data": Call(np.ndarray, (2**40, 3072), np.dtype("u1"))}), "numpy.ndarray"),
+        (dump({b"data": Call(np.ndarray, (2**20, 3072), np.dtype("u1"))}), "numpy.ndarray"),
+        (array((2**40, 3072), b"x"), "reshape"),
+        (array((1, 3072), bytes(3072), "S1"), "array of numbers"),
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "more memory"),  # LONG_BINPUT of a place of 16 GB
+        (b"\x80\x05\x96" + b"\0\0\0\0\2\0\0\0" + b".", "expected 8589934592"),  # BYTEARRAY8
+        (b"\x80\x05\x96" + (4).to_bytes(8, "little") + b"abcd.", "BYTEARRAY8"),
+        (b"\x80\x02" + b"]" * 1_000_002 + b".", "more memory"),
+        (nested(200_000), "more memory"),
+        (nested(200_000, b"q\0"), "more memory"),
+        (nested(100_000, b"0h\0h\1R"), "POP"),
+        (nested(100_000, before=b"cnumpy\ndtype\nq\0)q\1", between=b"h\0h\1Ra"), "more memory"),
+        (shared(9), "a list of integers"),
+        (dump({b"data": np.zeros((1, 3072), np.uint8)})[:-1] + b"0" * 9, "POP"),
+    ],
+    ids=["ndarray", "smaller", "shape", "text", "memo", "claim", "bytearray", "lists", "nested",
+         "memoized", "called", "calling", "shared", "pop"],
+)  # fmt: skip
+def test_a_pickle_that_asks_for_memory_is_refused(tmp_path, contents, why):
+    assert why in changed(tmp_path, "cifar-10-python", "data_batch_1", contents)
+
+
+def test_a_text_that_is_encoded_again_and_again_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "LARGEST_MEMBER", 100_000)
+    text = b"X" + (50_000).to_bytes(4, "little") + b"x" * 50_000 + b"q\0"
+    call = b"c_codecs\nencode\nh\0X\6\0\0\0latin1\x86R"
+    twice, thrice = (b"\x80\x02](" + text + call * n + b"e." for n in (2, 3))
+    assert "dict" in changed(tmp_path, "cifar-10-python", "data_batch_1", twice)
+    assert "more memory" in changed(tmp_path, "cifar-10-python", "data_batch_1", thrice)
+
+
+# ---- Archives that would do something
+
+
+def with_member(tmp_path, name="x", kind=tarfile.REGTYPE, target="", size=0, first=True):
+    """A CIFAR-10 archive with one member more."""
+    path = tmp_path / "a.tar.gz"
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, size
+    whole = pack(tmp_path / "whole.tar", "cifar-10-binary", members_of("cifar-10-binary"), "w")
+    with tarfile.open(path, "w:gz") as tar, tarfile.open(whole) as old:
+        if first:
+            tar.addfile(info, io.BytesIO(bytes(size)))
+        for member in old:
+            tar.addfile(member, old.extractfile(member) if member.isfile() else None)
+        if not first:
+            tar.addfile(info, io.BytesIO(bytes(size)))
+    return path
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("member", "why"),
+    [
+        ({"name": "../test_batch.bin"}, "outside"),
+        ({"name": "a/../../b"}, "outside"),
+        ({"name": "/tmp/data_batch_1.bin"}, "outside"),
+        ({"name": "l", "kind": tarfile.SYMTYPE, "target": "/etc/passwd"}, "a link or a device"),
+        ({"name": "l", "kind": tarfile.LNKTYPE, "target": "../x"}, "a link or a device"),
+        ({"name": "d", "kind": tarfile.CHRTYPE}, "a link or a device"),
+        ({"name": "d", "kind": tarfile.FIFOTYPE}, "a link or a device"),
+        ({"name": "x/data_batch_1.bin"}, "twice"),
+    ],
+)
+def test_an_archive_that_would_write_elsewhere_is_refused(tmp_path, member, why, first):
+    path = with_member(tmp_path, **member, first=first)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    message = refusal(path)
+    assert why in message
+    assert member["name"] in message or why == "twice"
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_folder_in_an_archive_and_a_harmless_file_are_taken(tmp_path):
+    for member in ({"name": "./x", "kind": tarfile.DIRTYPE}, {"name": "./notes..txt", "size": 9}):
+        assert len(data.load(f"archive:{with_member(tmp_path, **member)}").test) == PER_BATCH
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])  # pax, global pax, GNU's long names
+@pytest.mark.parametrize("size", [2**40, 2**28])
+def test_a_header_that_claims_a_huge_name_is_not_read(tmp_path, kind, size):
+    path = tmp_path / "a.tar"
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, size
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_000))
+    assert "unpacks to more than" in refusal(path)
+
+
+def test_a_sparse_member_that_claims_to_be_small_is_not_skipped(tmp_path):
+    """GNU's header has a size in the archive and another one, of which tarfile tells."""
+    path = tmp_path / "a.tar"
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 2**40
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"00000000001\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(header + bytes(10_000))
+    assert "unpacks to more than" in refusal(path)
+
+
+def test_nothing_is_unpacked_to_be_skipped_beyond_the_limit():
+    zeros = archive._Bounded(io.BytesIO(bytes(1000)))
+    assert zeros.seek(900) == 900
+    with pytest.raises(tarfile.ReadError, match="unpacks to more than"):
+        zeros.seek(archive.LARGEST_ARCHIVE + 1)
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    path = with_member(tmp_path, size=1_000_000)
+    assert len(data.load(f"archive:{path}").test) == PER_BATCH
+    monkeypatch.setattr(archive, "LARGEST_ARCHIVE", 900_000)
+    assert "unpacks to more than 900,000 bytes" in refusal(path)
+
+
+def test_an_archive_of_too_many_members_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "MOST_MEMBERS", 5)
+    path = packed(tmp_path, "cifar-10-python")
+    assert "more than 5 members" in refusal(path)
+
+
+def test_a_pipe_is_no_archive(tmp_path):
+    os.mkfifo(tmp_path / "a.tar.gz")
+    assert "a pipe or a device" in refusal(tmp_path / "a.tar.gz")
+
+
+@pytest.mark.parametrize("name", ["cat\ndog", "\x1b[31m", " ", "a\u2028b"])
+def test_class_names_that_are_no_line_of_text_are_refused(tmp_path, name):
+    value = {b"label_names": [b"x", b"y", name.encode()]}
+    changed_names = members_of("cifar-10-python") | {"batches.meta": dump(value)}
+    path = pack(tmp_path / "a.tar.gz", "cifar-10-python", changed_names)
+    assert "must be printable text" in refusal(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_locked_archive_is_named(tmp_path):
+    path = packed(tmp_path, "cifar-10-python")
+    path.chmod(0)
+    assert "Permission denied" in refusal(path)
+
+
+@pytest.mark.parametrize("form", [packed, unpacked])
+def test_an_archive_that_the_system_refuses_is_named(tmp_path, form, monkeypatch):
+    path = form(tmp_path, "cifar-10-python")
+
+    def refuse(where, *args, **options):
+        raise PermissionError(13, "Permission denied", str(where))
+
+    monkeypatch.setattr(archive, "open_file", refuse)
+    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+    assert "Permission denied" in refusal(path)

@@ -11,6 +11,7 @@ from PIL import Image
 from keras_cifar import data, image
 from keras_cifar.data import folder
 from keras_cifar.errors import UserError
+from tests import hostile
 from tests.conftest import colour_images, write_folder
 
 
@@ -245,6 +246,156 @@ def test_a_bad_picture_that_comes_first_is_refused_with_its_name(tmp_path):
     assert f"{bad} cannot be used: the file is empty" in refusal(tmp_path)
 
 
+# ---- Pictures that are left out
+
+
+SKIP = data.BadImages(skip=True, largest_share=0.25)
+
+
+def circle(path):
+    path.symlink_to(path.name)
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def bomb(path):
+    path.write_bytes(hostile.png(40_000, 40_000))
+
+
+def damaged_folder(root: pathlib.Path) -> dict[str, str]:
+    """A folder of 48 and 12 pictures of which five are bad: file -> the words of the reason."""
+    write_folder(root, {"train": 48, "test": 12})
+    reasons = {
+        # The first of all files decides the size, so it must be another one's.
+        root / "train" / "class_0" / "000.png": (text, "not an image"),
+        root / "train" / "class_1" / "bad.png": (pipe, "pipe or a device"),
+        root / "train" / "class_2" / "047.png": (empty, "the file is empty"),
+        root / "train" / "class_2" / "zzz.png": (circle, "symbolic links"),
+        root / "test" / "class_1" / "link.png": (dangling_link, "No such file"),
+    }
+    for path, (damage, _) in reasons.items():
+        path.unlink(missing_ok=True)
+        damage(path)
+    return {str(path): why for path, (_, why) in reasons.items()}
+
+
+def skipped(dataset) -> dict[str, str]:
+    return {s.file: s.reason for s in dataset.skipped}
+
+
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_skip_leaves_out_what_cannot_be_used_and_says_why(tmp_path, image_size, capsys):
+    reasons = damaged_folder(tmp_path)
+    dataset = load(tmp_path, image_size=image_size, bad_images=SKIP, val_fraction=0.2)
+    assert list(skipped(dataset)) == list(reasons)
+    for path, why in skipped(dataset).items():
+        assert reasons[path] in why
+    assert [s.split for s in dataset.skipped] == ["train"] * 4 + ["test"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"skipped   5 pictures that cannot be used: {dataset.skipped[0].file}: ")
+    assert line.endswith("; ...")
+    # The same as without these files.
+    for path in reasons:
+        os.unlink(path)
+    without = load(tmp_path, image_size=image_size, val_fraction=0.2)
+    assert not without.skipped
+    assert without.describe() == dataset.describe()
+    for split in ("train", "val", "test"):
+        np.testing.assert_array_equal(dataset.split(split).images, without.split(split).images)
+        np.testing.assert_array_equal(dataset.split(split).labels, without.split(split).labels)
+
+
+def test_a_second_start_skips_the_same_and_decodes_nothing(tmp_path, monkeypatch):
+    damaged_folder(tmp_path)
+    first = load(tmp_path, bad_images=SKIP)
+    monkeypatch.setattr(image, "load", None)
+    second = load(tmp_path, bad_images=SKIP)
+    assert second.skipped == first.skipped
+    assert second.describe() == first.describe()
+
+
+def test_what_was_skipped_once_is_an_error_again_without_skip(tmp_path):
+    reasons = damaged_folder(tmp_path)
+    bad = next(iter(reasons))
+    for path in list(reasons)[1:]:
+        os.unlink(path)
+    before = refusal(tmp_path)
+    assert before.startswith(f"{bad} cannot be used: not an image")
+    assert "--on_bad_image=skip" in before
+    assert len(load(tmp_path, bad_images=SKIP).skipped) == 1
+    assert refusal(tmp_path) == before
+
+
+def test_what_became_readable_is_read(tmp_path):
+    reasons = damaged_folder(tmp_path)
+    assert len(load(tmp_path, bad_images=SKIP).skipped) == 5
+    for path in reasons:
+        os.unlink(path)
+        empty(pathlib.Path(path))
+    assert set(skipped(load(tmp_path, bad_images=SKIP)).values()) == {"the file is empty"}
+    for path in reasons:
+        os.unlink(path)
+        picture(pathlib.Path(path), side=16)
+    dataset = load(tmp_path, bad_images=SKIP, val_fraction=0)
+    assert not dataset.skipped
+    assert [len(dataset.train), len(dataset.test)] == [50, 13]
+
+
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_more_than_the_share_stops_all_the_same(tmp_path, image_size):
+    write_folder(tmp_path, {"train": 30, "test": 6})
+    for index in range(3):
+        empty(tmp_path / "train" / "class_1" / f"bad{index}.png")
+    enough, less = data.BadImages(True, 0.1), data.BadImages(True, 0.09)
+    for _ in range(2):  # Decoded, and found in the cache.
+        message = refusal(tmp_path, bad_images=less, image_size=image_size)
+        assert "more than --max_bad_share=0.09 of its 33 pictures" in message
+        assert f"{tmp_path / 'train/class_1/bad'}" in message
+        assert "the file is empty" in message
+        assert len(load(tmp_path, bad_images=enough, image_size=image_size).skipped) == 3
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_of_which_nothing_is_left_is_an_error(tmp_path, split):
+    write_folder(tmp_path, {"train": 30, "test": 30})
+    for path in (tmp_path / split / "class_1").iterdir():
+        empty(path)
+    message = refusal(tmp_path, bad_images=data.BadImages(True, 0.5))
+    assert f"class 'class_1' of {tmp_path} {split} has no picture" in message
+
+
+def test_a_picture_of_another_size_is_not_skipped(tmp_path):
+    """It is not bad: the flags are."""
+    write_folder(tmp_path, {"train": 30, "test": 6})
+    picture(tmp_path / "train" / "class_1" / "odd.png", side=20)
+    assert "--image_size" in refusal(tmp_path, bad_images=SKIP)
+
+
+@pytest.mark.parametrize("damage", [bomb, pipe, circle])
+def test_a_bomb_a_pipe_and_a_circle_are_refused(tmp_path, damage):
+    write_folder(tmp_path, {"train": 12, "test": 6})
+    bad = tmp_path / "train" / "class_2" / "bad.png"
+    damage(bad)
+    assert refusal(tmp_path).startswith(f"{bad} cannot be used: ")
+
+
+def test_names_that_are_no_line_of_text_are_read_and_named(tmp_path):
+    """Each file's name is one line in a message and itself in the list."""
+    write_folder(tmp_path, {"train": 30, "test": 6})
+    names = ["two\nlines", "\x1b[31m", "a 'b' \"c\"", "日本語", os.fsdecode(b"caf\xe9")]
+    for name in names:
+        picture(tmp_path / "train" / "class_1" / f"{name} good.png", side=16)
+        empty(tmp_path / "train" / "class_1" / f"{name} bad.png")
+    dataset = load(tmp_path, bad_images=SKIP, val_fraction=0)
+    assert len(dataset.train) == 35
+    assert sorted(os.path.basename(path) for path in skipped(dataset)) == sorted(
+        f"{name} bad.png" for name in names
+    )
+    assert "empty" in refusal(tmp_path)  # which is one line that can be printed
+
+
 # ---- Damaged folders
 
 
@@ -331,14 +482,14 @@ def test_a_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch)
 def test_an_unreadable_picture_is_named(tmp_path, monkeypatch):
     write_folder(tmp_path, {"train": 12, "test": 6})
     locked = tmp_path / "train" / "class_1" / "001.png"
-    real = open
+    real = os.open
 
     def refuse(path, *args, **options):
         if str(path) == str(locked):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, *args, **options)
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert f"{locked} cannot be used: Permission denied" in refusal(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """TensorFlow Datasets: a tiny real data set on disk, and what is said where there is none."""
 
+import json
 import shutil
 import socket
 import time
@@ -467,6 +468,26 @@ def test_a_damaged_data_set_is_refused_in_one_line(data_dir, tmp_path, damage):
         load(tmp_path, "tiny_plain")
     assert "tiny_plain" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+def test_a_data_set_that_names_code_is_refused_and_nothing_is_imported(
+    data_dir, tmp_path, monkeypatch, key
+):
+    shutil.copytree(data_dir / "tiny_plain", tmp_path / "stranger")
+    file = tmp_path / "stranger" / "1.0.0" / "features.json"
+    features = json.loads(file.read_text())
+    name = features.pop("pythonClassName")
+    assert name.startswith("tensorflow_datasets.")
+    file.write_text(json.dumps({key: "hostile_module.Feature", "content": {}, **features}))
+    code = f"open({str(tmp_path / 'made')!r}, 'w')"
+    (tmp_path / "hostile_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"it names 'hostile_module\.Feature'") as caught:
+        load(tmp_path, "stranger")
+    assert str(file) in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "made").exists()
 
 
 # ---- No network

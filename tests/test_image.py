@@ -1,9 +1,11 @@
 """Preprocessing: every kind of picture, every damage, and the same pixels in both decoders."""
 
+import concurrent.futures
+import os
 import struct
+import threading
 import time
 import tracemalloc
-import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 
 from keras_cifar import image
 from keras_cifar.errors import UserError
+from tests import hostile
 
 
 def noise(height: int = 12, width: int = 9, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -241,27 +244,81 @@ def test_a_long_strip_is_resized(tmp_path):
     assert np.abs(image.load(saved(tmp_path, pixels), (32, 32)) - direct).mean() < 1.5
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has next to nothing in it."""
-
-    def chunk(kind, contents):
-        return (
-            struct.pack(">I", len(contents))
-            + kind
-            + contents
-            + struct.pack(">I", zlib.crc32(kind + contents))
-        )
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 def test_a_decompression_bomb_is_refused_at_once(tmp_path):
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_header(40_000, 40_000))
+    path.write_bytes(hostile.png(40_000, 40_000))
     start = time.monotonic()
     assert "bomb" in refusal(path)
     assert time.monotonic() - start < 2
+
+
+def test_threads_share_a_budget_of_pixels():
+    budget, running, most, lock = image._Budget(100), 0, 0, threading.Lock()
+
+    def work(pixels):
+        nonlocal running, most
+        with budget.take(pixels):
+            with lock:
+                running += pixels
+                most = max(most, running)
+            time.sleep(0.001)
+            with lock:
+                running -= pixels
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [30, 100, 10, 40, 60, 100, 5, 50] * 5))
+    assert 60 <= most <= 100
+    with pytest.raises(ZeroDivisionError), budget.take(100):
+        1 / 0  # noqa: B018
+    with budget.take(100):
+        pass
+
+
+def test_a_picture_takes_its_pixels_of_the_budget(tmp_path, monkeypatch):
+    taken = []
+    real = image._Budget.take
+    monkeypatch.setattr(image._Budget, "take", lambda s, n: taken.append(n) or real(s, n))
+    image.load(saved(tmp_path, noise(6, 5)), (2, 2))
+    assert taken == [30]
+
+
+def test_transparency_in_bands_is_that_of_the_whole(tmp_path, monkeypatch):
+    path = saved(tmp_path, np.random.default_rng(0).integers(0, 256, (50, 7, 4), np.uint8))
+    whole = image.load(path)
+    monkeypatch.setattr(image, "BAND", 20)
+    np.testing.assert_array_equal(image.load(path), whole)
+
+
+def test_a_bomb_inside_of_another_picture_is_refused():
+    bomb = hostile.png(40_000, 40_000, rows=10)
+    header = struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(bomb), 22)
+    assert "bomb" in refusal(header + bomb)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(tmp_path, monkeypatch):
+    """Each takes a pass over all pixels and has some 30 bytes."""
+    path = saved(tmp_path, Image.new("RGB", (2000, 1000)), "a.jpg", progressive=True)
+    whole = path.read_bytes()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    assert len(scan) < 100
+    most = image.MOST_PASSES * image.LARGEST_PICTURE // (2000 * 1000) - whole.count(b"\xff\xda")
+    assert refusal(whole[:-2] + scan * (most + 1) + whole[-2:]).startswith("it has 1,790 scans")
+    monkeypatch.setattr(image, "MOST_PASSES", 1)
+    start = time.monotonic()
+    assert image.load(whole[:-2] + scan * 60 + whole[-2:], (8, 8)).shape == (8, 8, 3)
+    assert time.monotonic() - start < 2
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    (tmp_path / "a.png").touch()
+    os.truncate(tmp_path / "a.png", 2**40)
+    assert "it has more than 536,870,910 bytes" in refusal(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("form", ["EPS", "TGA", "PCX", "PDF"])
+def test_other_formats_are_not_read(tmp_path, form):
+    Image.fromarray(noise(6, 5)).save(tmp_path / "a.png", form)
+    assert refusal(tmp_path / "a.png") == "not an image in a format that can be read"
 
 
 # ---- Damaged files

@@ -1,6 +1,12 @@
 """The networks: their sizes, their layers, and that each one trains, saves and loads."""
 
+import base64
 import functools
+import json
+import marshal
+import os
+import time
+import zipfile
 
 import keras
 import numpy as np
@@ -475,3 +481,112 @@ def test_load_refuses_a_model_that_carries_code(tmp_path):
     keras.Model(images, keras.layers.Lambda(lambda x: x + 1)(images)).save(path)
     with pytest.raises(UserError, match="cannot be loaded"):
         models.load(path)
+
+
+# ---- Model files that would do something
+
+
+def changed(path, change=None, files=None, **more) -> str:
+    """Writes a model of which config.json or whole files are changed; why it is refused."""
+    models.build("lenet5").deployable.save(path)
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    if change:
+        config = json.loads(contents["config.json"])
+        change(config)
+        contents["config.json"] = json.dumps(config).encode()
+    with zipfile.ZipFile(path, "w", more.get("compression", zipfile.ZIP_STORED)) as archive:
+        for name, value in (contents | (files or {})).items():
+            archive.writestr(name, value)
+    return refused(path)
+
+
+def refused(path) -> str:
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        models.load(path)
+    message = str(error.value)
+    assert message.startswith(f"{path} cannot be loaded: ")
+    assert message.isprintable()
+    assert time.monotonic() - start < 5
+    return message.removeprefix(f"{path} cannot be loaded: ")
+
+
+def layer(config, kind: str) -> dict:
+    return [x for x in config["config"]["layers"] if x["class_name"] == kind][-1]
+
+
+def in_layer(**values):
+    return lambda config: layer(config, "Dense").update(values)
+
+
+def marshalled(made):
+    """A Lambda layer whose function would make a file, as Keras stores it."""
+    code = compile(f"open({str(made)!r}, 'w')", "x", "eval")
+    stored = base64.b64encode(marshal.dumps(code)).decode()
+    function = {"class_name": "__lambda__", "config": {"code": stored, "defaults": None}}
+    return in_layer(
+        module="keras.layers", class_name="Lambda", config={"name": "x", "function": function}
+    )
+
+
+def test_a_layer_with_code_is_refused_and_nothing_runs(tmp_path):
+    assert "Lambda layer, which can run code" in changed(
+        tmp_path / "m.keras", marshalled(tmp_path / "made")
+    )
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (in_layer(module="os", class_name="system", config="touch made"), "'os'"),
+        (in_layer(module="subprocess", class_name="Popen", config={"args": "touch made"}), "'subp"),
+        (in_layer(module="mine.of.it", class_name="Dense"), "'mine.of.it'"),
+        (in_layer(registered_name="Other>Dense"), "'Other'"),
+        (in_layer(class_name="TFSMLayer", config={"filepath": "/tmp/m"}), "TFSMLayer"),
+        (in_layer(class_name="TextVectorization", config={"vocabulary": "/etc/passwd"}), "TextV"),
+        (in_layer(module="keras.utils", class_name="get_file", config={"origin": "x"}), "get_file"),
+        (lambda c: layer(c, "Dense")["config"].update(units=10**9), "bytes of weights"),
+        (lambda c: layer(c, "Dense")["config"].update(units=-1), ""),
+        (lambda c: layer(c, "Dense")["config"].update(activation={"module": "os"}), "'os'"),
+        (lambda c: c.update(class_name="__typespec__", module="builtins"), "builtins"),
+        (lambda c: c.clear(), ""),
+    ],
+    ids=["os", "popen", "module", "package", "saved_model", "vocabulary", "function", "memory",
+         "negative", "activation", "typespec", "nothing"],
+)  # fmt: skip
+def test_a_configuration_that_names_something_else_is_refused(tmp_path, change, why, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert why in changed(tmp_path / "m.keras", change)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.keras"]
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "assets/x"])
+def test_other_files_in_a_model_file_are_refused(tmp_path, name):
+    assert "other files" in changed(tmp_path / "m.keras", files={name: b"x"})
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_file_twice_is_refused(tmp_path):
+    models.build("lenet5").deployable.save(tmp_path / "m.keras")
+    with zipfile.ZipFile(tmp_path / "m.keras", "a") as archive:
+        archive.writestr("config.json", b"{}")
+    assert "other files" in refused(tmp_path / "m.keras")
+
+
+def test_a_zip_bomb_is_refused(tmp_path):
+    bomb = {"model.weights.h5": bytes(10_000_000)}
+    path = tmp_path / "m.keras"
+    assert "compressed" in changed(path, files=bomb, compression=zipfile.ZIP_DEFLATED)
+
+
+def test_a_deeply_nested_configuration_is_refused(tmp_path):
+    path = tmp_path / "m.keras"
+    assert changed(path, files={"config.json": b"[" * 10**6})
+    assert changed(path, files={"config.json": b'{"a":' * 900 + b"0" + b"}" * 900})
+
+
+def test_a_pipe_is_no_model(tmp_path):
+    os.mkfifo(tmp_path / "m.keras")
+    assert "a pipe or a device" in refused(tmp_path / "m.keras")

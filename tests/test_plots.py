@@ -45,3 +45,9 @@ def test_confusion_of_any_number_of_classes(tmp_path, classes):
     plots.confusion(right.tolist(), names, tmp_path / "right.png")
     plots.confusion(wrong.tolist(), names, tmp_path / "wrong.png")
     assert (pixels(tmp_path / "right.png") != pixels(tmp_path / "wrong.png")).any()
+
+
+@pytest.mark.parametrize("name", ["日本", "$x^{", "$$", "\\frac", "a" * 255, "<b>&"])
+def test_any_class_name_is_drawn(tmp_path, name):
+    plots.confusion([[5, 0], [1, 4]], (name, "b"), tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").std() > 0

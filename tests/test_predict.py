@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 from keras_cifar import cli, image, predict
 from keras_cifar.config import BATCH_SIZE
 from keras_cifar.predictor import Predictor
+from tests import hostile
 from tests.conftest import colour_images
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -179,6 +181,34 @@ def test_a_name_that_is_not_utf_8_stops_nothing(pictures, trained_run, monkeypat
     assert b"class_" in sys.stdout.buffer.getvalue()
 
 
+NAMES = ("two\nlines", "\x1b[31mred", "a 'b' \"c\", d", " ", "日本語", "e\u0301", "\u2028")
+
+
+def test_any_name_is_one_line_of_text_and_itself_in_csv_and_json(
+    rows, pictures, tmp_path, trained_run, capsys, monkeypatch
+):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    for name in (*NAMES, os.fsdecode(b"caf\xe9")):
+        shutil.copy(pictures[0], folder / f"{name}.png")
+        (folder / f"{name} bad.png").write_bytes(b"")
+    names = sorted(str(path) for path in folder.iterdir())
+    status, answer, error = rows(folder)
+    assert status == 1
+    assert [row["file"] for row in answer] == names
+    assert len(error.splitlines()) == 1
+    assert command(f"--model={trained_run.path}", folder) == 1
+    lines = capsys.readouterr().out.split("\n")[:-1]
+    assert len(lines) == len(names)
+    assert all(line.isprintable() for line in lines)
+    # The bytes of a name as they are, which the captured stdout would not take.
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True))
+    assert command(f"--model={trained_run.path}", "--format=csv", "--top_k=1", folder) == 1
+    written = os.fsdecode(sys.stdout.buffer.getvalue())
+    table = csv.DictReader(io.StringIO(written, newline=""))
+    assert [line["file"] for line in table] == names
+
+
 # ---- Files in
 
 
@@ -267,7 +297,36 @@ def name_too_long(path):
     return path / ("x" * 300 + ".png"), "name too long"
 
 
+def pipe(path):
+    os.mkfifo(path / "pipe.png")
+    return path / "pipe.png", "it is a pipe or a device"
+
+
+def device(path):
+    return pathlib.Path("/dev/zero"), "it is a pipe or a device"
+
+
+def circle(path):
+    (path / "circle.png").symlink_to("circle.png")
+    return path / "circle.png", "no such file"
+
+
+def bomb(path):
+    (path / "bomb.png").write_bytes(hostile.png(40_000, 40_000))
+    return path / "bomb.png", "the picture has more than 178,956,970 pixels"
+
+
+def postscript(path):
+    (path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    return path / "a.png", "not an image in a format that can be read"
+
+
 BAD = (
+    pipe,
+    device,
+    circle,
+    bomb,
+    postscript,
     missing,
     empty_folder,
     pattern_without_match,
@@ -303,6 +362,48 @@ def test_a_locked_folder_stops_no_other_file(rows, pictures, tmp_path):
         locked.chmod(0o755)
     assert status == 1
     assert [bool(row["error"]) for row in answer] == [True, True, False]
+
+
+def test_a_folder_that_the_system_refuses_is_named(rows, pictures, tmp_path, monkeypatch):
+    locked, scandir = tmp_path / "pictures" / "locked", os.scandir
+    locked.mkdir(parents=True)
+    shutil.copy(pictures[0], tmp_path / "pictures")
+
+    def refuse(path):
+        if pathlib.Path(path) == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, answer, _ = rows(tmp_path / "pictures")
+    assert status == 1
+    assert [row["error"] for row in answer] == [None, "Permission denied"]
+    assert answer[1]["file"] == str(locked)
+
+
+def test_links_in_a_folder_lead_nowhere_else(rows, pictures, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(pictures[0], folder / "a.png")
+    (folder / "up").symlink_to("..")
+    (folder / "self").symlink_to(".")
+    status, answer, _ = rows(folder)
+    assert status == 0
+    assert [row["file"] for row in answer] == [str(folder / "a.png")]
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_many_files_are_found_soon(tmp_path, count):
+    for index in range(count):
+        os.close(os.open(f"{tmp_path}/{index:06}.png", os.O_CREAT))
+    start = time.monotonic()
+    tracemalloc.start()
+    files = sum(1 for _ in predict.find_files([str(tmp_path)]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert files == count
+    assert time.monotonic() - start < 10
+    assert peak < 1500 * count
 
 
 def test_when_every_file_is_bad_there_are_only_reasons(rows, tmp_path):

@@ -1,17 +1,21 @@
 """Data sources. `load` takes the spec of --data; a new source is one new file here.
 
-A source is a module with `load(argument, data_dir, image_size, cache) -> Splits`. `NAME:ARGUMENT`
-and the bare NAME of a module find it; any other name is a data set of TensorFlow Datasets.
+A source is a module with `load(argument, data_dir, image_size, cache, bad_images) -> Splits`.
+`NAME:ARGUMENT` and the bare NAME of a module find it; any other name is a data set of TensorFlow
+Datasets.
 """
 
 import importlib
 import pkgutil
+import sys
 
 from keras_cifar.data.cache import Cache
-from keras_cifar.data.splits import Dataset, Split, Splits, finish
-from keras_cifar.errors import UsageError, unknown
+from keras_cifar.data.splits import BadImages, Dataset, Split, Splits, finish
+from keras_cifar.errors import UsageError, one_line, unknown
 
-__all__ = ["Dataset", "Split", "Splits", "load"]
+__all__ = ["BadImages", "Dataset", "Split", "Splits", "load"]
+
+SHOWN = 3  # of the pictures that were skipped
 
 
 def load(
@@ -21,6 +25,7 @@ def load(
     val_fraction: float = 0.1,
     seed: int = 0,
     cache_dir: str | None = None,
+    bad_images: BadImages | None = None,
 ) -> Dataset:
     """Loads a data set as uint8 pixels: into memory, or decoded once into files that are mapped.
 
@@ -33,6 +38,7 @@ def load(
             source has none of its own; 0 holds nothing out.
         seed: of that choice; the same seed gives the same split.
         cache_dir: where decoded images of folders and TFDS are kept; None is `Cache`'s default.
+        bad_images: what is done about pictures that cannot be used; None stops at the first.
 
     Raises:
         UsageError: the spec names no source.
@@ -45,5 +51,12 @@ def load(
     if name in sources and (bool(argument) != (name != "digits") or spec == "digits:"):
         raise UsageError(f"--data={spec}: write {'digits' if name == 'digits' else name + ':PATH'}")
     source = importlib.import_module(f"{__name__}.{name if name in sources else 'tfds'}")
-    splits = source.load(argument if colon else spec, data_dir, image_size, Cache(cache_dir))
-    return finish(splits, val_fraction, seed)
+    argument, cache = argument if colon else spec, Cache(cache_dir)
+    splits = source.load(argument, data_dir, image_size, cache, bad_images or BadImages())
+    dataset = finish(splits, val_fraction, seed)
+    if dataset.skipped:
+        first = "; ".join(f"{s.file}: {s.reason}" for s in dataset.skipped[:SHOWN])
+        more = "; ..." if len(dataset.skipped) > SHOWN else ""
+        line = f"skipped   {len(dataset.skipped):,} pictures that cannot be used: {first}{more}"
+        print(one_line(line), file=sys.stderr, flush=True)
+    return dataset

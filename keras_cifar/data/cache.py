@@ -17,7 +17,8 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import PIL
@@ -30,7 +31,7 @@ from keras_cifar.errors import UserError, reason
 from keras_cifar.run import sync
 
 # Of the files of an entry. What decodes is part of the name too, so that no entry outlives it.
-LAYOUT = 1
+LAYOUT = 2
 DECODER = [LAYOUT, image.VERSION, PIL.__version__, tf.__version__]
 
 SAMPLE = 16  # images of an entry that are compared with their digests when it is opened
@@ -67,6 +68,7 @@ class Cache:
         shape: tuple[int, int, int, int],
         what: str,
         fill: Callable[[Write], np.ndarray],
+        unusable: Mapping[int, str] = types.MappingProxyType({}),
     ) -> Split:
         """Makes an entry, unless another process does so at the same time, and opens it.
 
@@ -75,6 +77,7 @@ class Cache:
             shape: (N, H, W, 3).
             what: the split, for messages.
             fill: writes all images and returns the labels, int64 [N].
+            unusable: when `fill` has returned, the rows that it found no picture for, and why.
 
         Raises:
             UserError: the directory cannot be written, or the disk is too full; and what `fill`
@@ -93,7 +96,7 @@ class Cache:
             temporary = place / f"{name}.building-{secrets.token_hex(8)}"
             try:
                 temporary.mkdir()
-                _write(temporary, made_of, shape, what, fill)
+                _write(temporary, made_of, shape, what, fill, unusable)
                 _install(temporary, place / name)
             except OSError as error:
                 raise UserError(
@@ -158,7 +161,12 @@ def _open(path: pathlib.Path) -> Split | None:
             return None
         # Not to be written, even privately: Linux would refuse to map more than it has memory for.
         images = np.load(path / "images.npy", mmap_mode="r").view(np.ndarray)
-        split = Split(images, np.load(path / "labels.npy"), digests=np.load(path / "digests.npy"))
+        split = Split(
+            images,
+            np.load(path / "labels.npy"),
+            digests=np.load(path / "digests.npy"),
+            unusable=tuple((range(len(images))[row], str(why)) for row, why in about["unusable"]),
+        )
         if list(images.shape) != about["shape"] or images.dtype != np.uint8:
             return None
         # Of labels and digests, and by some of the digests of the pixels: all of them may be more
@@ -175,7 +183,14 @@ def _open(path: pathlib.Path) -> Split | None:
 # ---- Writing
 
 
-def _write(path: pathlib.Path, made_of: dict, shape: tuple, what: str, fill: Callable) -> None:
+def _write(
+    path: pathlib.Path,
+    made_of: dict,
+    shape: tuple,
+    what: str,
+    fill: Callable,
+    unusable: Mapping[int, str],
+) -> None:
     """Writes the files of an entry into the directory `path` and puts them on the disk."""
     digests = np.empty((shape[0], 16), np.uint8)
     stride = int(np.prod(shape[1:]))
@@ -207,6 +222,7 @@ def _write(path: pathlib.Path, made_of: dict, shape: tuple, what: str, fill: Cal
         "made_of": made_of,
         "decoder": DECODER,
         "shape": shape,
+        "unusable": sorted(unusable.items()),
         "bytes": header + shape[0] * stride,
         "fingerprint": Split(
             np.empty((0, *shape[1:]), np.uint8), labels, None, digests

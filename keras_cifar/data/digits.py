@@ -6,13 +6,15 @@ import numpy as np
 
 from keras_cifar import image
 from keras_cifar.data.cache import Cache
-from keras_cifar.data.splits import Split, Splits, hold_out
+from keras_cifar.data.splits import BadImages, Split, Splits, hold_out
 
 SIDE = 32  # pixels; CIFAR's, so that every model of the chapter takes them
 LEVELS = 16  # the brightest grey of the original
 
 
-def load(argument: str, data_dir: str | None, image_size: int | None, cache: Cache) -> Splits:
+def load(
+    argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
+) -> Splits:
     """The digits as uint8 [N, 32, 32, 3]; a fixed fifth of each class is the test split."""
     from sklearn.datasets import load_digits
 

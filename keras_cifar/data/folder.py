@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 import tqdm
 
-from keras_cifar import image
+from keras_cifar import files, image
 from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
-from keras_cifar.data.splits import Split, Splits
+from keras_cifar.data.splits import BadImages, Skipped, Split, Splits, check_class_name
 from keras_cifar.errors import UserError, check_directory, reason
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
@@ -26,13 +26,15 @@ AHEAD = 64  # files that the system is told of before they are read
 SMALL = 4096
 
 
-def load(argument: str, data_dir: str | None, image_size: int | None, cache: Cache) -> Splits:
+def load(
+    argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
+) -> Splits:
     """Reads every image below the folder `argument`; the classes are the folders' names, sorted.
 
     All files are read at each start, to know that they are those that were decoded.
 
     Raises:
-        UserError: a folder or a file cannot be read; the message names it.
+        UserError: a folder or a file cannot be used, or too many files; the message names it.
     """
     root = check_directory(argument, "folder")
     below = {name: path for name, path, is_folder in _entries(str(root)) if is_folder}
@@ -44,32 +46,36 @@ def load(argument: str, data_dir: str | None, image_size: int | None, cache: Cac
     }
     if parts and "train" not in parts:
         raise UserError(f"{root} has a {' and a '.join(parts)} folder but no train folder")
-    files = {split: _classes(folder) for split, folder in (parts or {"train": str(root)}).items()}
-    names = tuple(sorted(set().union(*files.values())))
-    for split, classes in files.items():
-        for name in classes.keys() - files["train"].keys():
+    found = {split: _classes(folder) for split, folder in (parts or {"train": str(root)}).items()}
+    names = tuple(sorted(set().union(*found.values())))
+    for split, classes in found.items():
+        for name in classes.keys() - found["train"].keys():
             raise UserError(
                 f"class {name!r} is in {parts[split]} but not in {parts['train']}; add training "
                 "images of it or take it out"
             )
-    if "test" not in files:
-        files["train"], files["test"] = _by_hash(files["train"])
-        if not files["train"]:
+    if "test" not in found:
+        found["train"], found["test"] = _by_hash(found["train"])
+        if not found["train"]:
             raise UserError(f"{root} has no training images: it has too few to split")
 
     size = (image_size, image_size) if image_size else None
-    splits = {}
-    for split in ("train", *(files.keys() - {"train"})):  # train first: it decides the size
-        splits[split] = _read(
-            files[split],
+    splits, skipped = {}, []
+    for split in ("train", *sorted(found.keys() - {"train"})):  # train first: it decides the size
+        splits[split], unusable = _read(
+            found[split],
             names,
             size,
             given=image_size is not None,
             what=f"{root} {split}",
             cache=cache,
+            bad_images=bad_images,
         )
+        skipped += [Skipped(split, path, why) for path, why in unusable]
         size = splits[split].image_shape[:2]
-    return Splits(splits["train"], splits.get("val"), splits["test"], names, where=str(root))
+    return Splits(
+        splits["train"], splits.get("val"), splits["test"], names, str(root), tuple(skipped)
+    )
 
 
 def _classes(folder: str) -> dict[str, list[str]]:
@@ -77,8 +83,7 @@ def _classes(folder: str) -> dict[str, list[str]]:
     classes = {}
     for name, directory, is_folder in _entries(folder):
         if is_folder:
-            if not name.isprintable():
-                raise UserError(f"folder {directory!r}: a class name must be printable text")
+            check_class_name(name, folder)
             paths = [
                 path
                 for file, path, _ in _entries(directory)
@@ -99,9 +104,17 @@ def _entries(folder: str) -> list[tuple[str, str, bool]]:
     """(name, path, whether it is a folder) of all that is not hidden in a folder, by name."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((e.name, e.path, e.is_dir()) for e in entries if e.name[0] != ".")
+            return sorted((e.name, e.path, _is_folder(e)) for e in entries if e.name[0] != ".")
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read: {reason(error)}") from None
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is one; not so a link that leads nowhere or in a circle: reading will say why."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _by_hash(classes: dict) -> tuple[dict, dict]:
@@ -123,10 +136,50 @@ def _relative(path: str) -> str:
     return "/".join(path.rsplit("/", 2)[1:])
 
 
+class _Unusable:
+    """The pictures of a split that cannot be used: each is added once it is found.
+
+    Attributes:
+        found: row -> why.
+    """
+
+    def __init__(self, paths: list[str], what: str, bad_images: BadImages):
+        self.found: dict[int, str] = {}
+        self._paths, self._what, self._bad_images = paths, what, bad_images
+
+    def add(self, row: int, why: str) -> None:
+        """Notes a picture.
+
+        Raises:
+            UserError: none is to be left out, or so many are not.
+        """
+        path, share = self._paths[row], self._bad_images.largest_share
+        if not self._bad_images.skip:
+            raise UserError(
+                f"{path} cannot be used: {why}; mend it, take it out or give --on_bad_image=skip"
+            )
+        self.found[row] = why
+        if len(self.found) > share * len(self._paths):
+            raise UserError(
+                f"{self._what}: more than --max_bad_share={share:g} of its {len(self._paths):,} "
+                f"pictures cannot be used, such as {path}: {why}; mend them, take them out or allow "
+                "more"
+            )
+
+
 def _read(
-    classes: dict, names: tuple, size: tuple[int, int] | None, given: bool, what: str, cache: Cache
-) -> Split:
-    """The images of a split, in the order of their files; decoded unless `cache` has them.
+    classes: dict,
+    names: tuple,
+    size: tuple[int, int] | None,
+    given: bool,
+    what: str,
+    cache: Cache,
+    bad_images: BadImages,
+) -> tuple[Split, list[tuple[str, str]]]:
+    """The images of a split, in the order of their files, and (path, why) of those left out.
+
+    They are decoded unless `cache` has them. There, as in the order, is every file: an entry does not
+    depend on what is done about bad ones.
 
     Args:
         size: that all have, or are resized to if it was `given`; None is that of the first.
@@ -134,8 +187,9 @@ def _read(
     paths = [path for name in names for path in classes.get(name, ())]
     labels = [index for index, name in enumerate(names) for _ in classes.get(name, ())]
     if not paths:  # Only a test split of too few files can be empty; `finish` says so.
-        return Split(np.empty((0, *size, 3), np.uint8), np.array(labels, np.int64))
-    digests, length = _digest(paths, what)
+        return Split(np.empty((0, *size, 3), np.uint8), np.array(labels, np.int64)), []
+    unusable = _Unusable(paths, what, bad_images)
+    digests, length = _digest(paths, what, unusable)
     contents = hashlib.sha256()
     for label, path, digest in zip(labels, paths, digests, strict=True):
         contents.update(b"%d/%s/%s" % (label, os.fsencode(_relative(path)), digest))
@@ -147,28 +201,52 @@ def _read(
 
     def fill(write):
         workers = 1 if length < SMALL * len(paths) else os.cpu_count()
-        _decode(paths, digests, shape, given, workers, write)
+        _decode(paths, digests, shape, given, workers, write, unusable)
         return np.array(labels, np.int64)
 
     split = cache.find(made_of)
     if split is None:
-        height, width = size or _picture(paths[0], digests[0], None).shape[:2]
-        shape = (len(paths), height, width, 3)
-        split = cache.make(made_of, shape, what, fill)
+        shape = (len(paths), *(size or _first_size(paths, digests, unusable)), 3)
+        split = cache.make(made_of, shape, what, fill, unusable.found)
     if size and split.image_shape[:2] != size:  # It was made beside another train.
         raise _other_size(paths[0], split.image_shape, size)
-    return split
+    if not split.unusable:
+        return split, []
+    for row, why in split.unusable:
+        unusable.add(row, why)
+    rows = np.setdiff1d(np.arange(len(paths)), [row for row, _ in split.unusable])
+    split = split.take(rows)
+    for label in np.setdiff1d(labels, split.labels):
+        raise UserError(f"class {names[label]!r} of {what} has no picture that can be used")
+    return split, [(paths[row], why) for row, why in split.unusable]
 
 
-def _digest(paths: list[str], what: str) -> tuple[list[bytes], int]:
-    """A hash of the contents of each file, and the bytes of all of them together."""
+def _first_size(paths: list[str], digests: list[bytes], unusable: _Unusable) -> tuple[int, int]:
+    """(height, width) of the first picture that can be used."""
+    for row, path in enumerate(paths):
+        try:
+            return _picture(path, digests[row], None).shape[:2]
+        except image.ImageError as error:
+            unusable.add(row, str(error))
+    raise AssertionError("no share is so large that all are left out")
+
+
+def _digest(paths: list[str], what: str, unusable: _Unusable) -> tuple[list[bytes], int]:
+    """A hash of the contents of each file, and the bytes of all of them together.
+
+    A file that cannot be read has the hash of the reason.
+    """
     digests, length = [], 0
     with tqdm.tqdm(total=len(paths), desc=f"checking {what}", leave=False, disable=None) as bar:
         for start in range(0, len(paths), AHEAD):
             block = paths[start : start + AHEAD]
             _announce(block)
-            for path in block:
-                contents = _contents(path)
+            for row, path in enumerate(block, start):
+                try:
+                    contents = _contents(path)
+                except image.ImageError as error:
+                    unusable.add(row, str(error))
+                    contents = b"unreadable: " + str(error).encode()
                 digests.append(_hash(contents))
                 length += len(contents)
             bar.update(len(block))
@@ -181,7 +259,7 @@ def _announce(paths: list[str]) -> None:
         return
     for path in paths:
         with contextlib.suppress(OSError):  # Reading it will say why.
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # It may be a pipe.
             try:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
             finally:
@@ -189,11 +267,11 @@ def _announce(paths: list[str]) -> None:
 
 
 def _contents(path: str) -> bytes:
+    """All bytes of a file, or an ImageError."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
+        return files.read(path, image.LARGEST_FILE)
     except OSError as error:
-        raise _unusable(path, reason(error)) from None
+        raise image.ImageError(reason(error)) from None
 
 
 def _hash(contents: bytes) -> bytes:
@@ -201,15 +279,25 @@ def _hash(contents: bytes) -> bytes:
 
 
 def _decode(
-    paths: list[str], digests: list[bytes], shape: tuple, given: bool, workers: int, write: Write
+    paths: list[str],
+    digests: list[bytes],
+    shape: tuple,
+    given: bool,
+    workers: int,
+    write: Write,
+    unusable: _Unusable,
 ) -> None:
-    """Decodes the files into rows of `shape` [N, H, W, 3], in blocks."""
+    """Decodes the files into rows of `shape` [N, H, W, 3], in blocks; unusable ones are black."""
     size = shape[1:3]
     block = in_block(shape[1:])
 
     def pictures(part):
         for index in part:
-            picture = _picture(paths[index], digests[index], size if given else None)
+            try:
+                picture = _picture(paths[index], digests[index], size if given else None)
+            except image.ImageError as error:
+                unusable.add(index, str(error))
+                picture = np.zeros((*size, 3), np.uint8)
             if not given and picture.shape[:2] != size:
                 raise _other_size(paths[index], picture.shape, size)
             yield picture
@@ -241,18 +329,16 @@ def _together(pictures: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def _picture(path: str, digest: bytes, size: tuple[int, int] | None) -> np.ndarray:
-    """Decodes a file, unless it is no longer the one that was hashed; not quite to `size` yet."""
+    """Decodes a file, unless it is no longer the one that was hashed; not quite to `size` yet.
+
+    Raises:
+        ImageError: it cannot be used.
+        UserError: it was changed.
+    """
     contents = _contents(path)
     if _hash(contents) != digest:
         raise UserError(f"{path} was changed while the folder was read; start again")
-    try:
-        return image.load(contents, size, exact=False)
-    except image.ImageError as error:
-        raise _unusable(path, str(error)) from None
-
-
-def _unusable(path: str, why: str) -> UserError:
-    return UserError(f"{path} cannot be used: {why}; mend it or take it out")
+    return image.load(contents, size, exact=False)
 
 
 def _other_size(path: str, shape: tuple, size: tuple[int, int]) -> UserError:

@@ -21,12 +21,14 @@ class Split:
         labels: int64 [N], indices into the class names.
         rows: int64 [N], the rows of `stored` that are this split's; None is all of them.
         digests: uint8 [M, 16], `pixel_digests` of `stored`, where they are known already.
+        unusable: (row of `stored`, why) of pictures that could not be decoded; black there.
     """
 
     stored: np.ndarray
     labels: np.ndarray
     rows: np.ndarray | None = None
     digests: np.ndarray | None = None
+    unusable: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,6 +70,28 @@ def pixel_digests(images: np.ndarray, rows: np.ndarray | None = None) -> np.ndar
     return np.frombuffer(joined, np.uint8).reshape(-1, 16)
 
 
+@dataclasses.dataclass(frozen=True)
+class BadImages:
+    """What is done about pictures that cannot be used.
+
+    Attributes:
+        skip: they are left out, instead of stopping at the first.
+        largest_share: of a split's pictures that may be left out.
+    """
+
+    skip: bool = False
+    largest_share: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A picture that was left out: of which split of the source, its file, and why."""
+
+    split: str
+    file: str
+    reason: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Splits:
     """What a source has. `val` is None where it has no validation split of its own."""
@@ -77,6 +101,7 @@ class Splits:
     test: Split
     class_names: tuple[str, ...]
     where: str  # for messages
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,6 +113,7 @@ class Dataset:
     test: Split
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    skipped: tuple[Skipped, ...] = ()
 
     def split(self, name: str) -> Split:
         """The split called train, val or test.
@@ -114,9 +140,12 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
     """Checks a source's splits and holds validation out of train where it is missing.
 
     Raises:
-        UserError: a split is empty, or a class to be tested cannot be learnt.
+        UserError: a split is empty, a class to be tested cannot be learnt, or a class has a name
+            that is no line of text.
     """
     train, val, test = splits.train, splits.val, splits.test
+    for name in splits.class_names:
+        check_class_name(name, splits.where)
     for name, split in (("training", train), ("test", test)):
         if len(split) == 0:
             raise UserError(f"{splits.where} has no {name} images")
@@ -137,7 +166,13 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
                 f"as many as {1 / val_fraction:.0f}; use a larger share, or 0"
             )
         val, train = train.take(np.flatnonzero(held_out)), train.take(np.flatnonzero(~held_out))
-    return Dataset(train, val, test, splits.class_names, train.image_shape)
+    return Dataset(train, val, test, splits.class_names, train.image_shape, splits.skipped)
+
+
+def check_class_name(name: str, where: str) -> None:
+    """Raises UserError unless a class name is printable text: labels.txt has one a line."""
+    if not name.isprintable() or not name.strip():
+        raise UserError(f"{where}: a class name must be printable text, not {name!r}")
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -2,22 +2,27 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
+import pathlib
 import re
 import socket
 import urllib.parse
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 
 from keras_cifar import image
 from keras_cifar.data.cache import Cache, in_block
-from keras_cifar.data.splits import Split, Splits, hold_out
+from keras_cifar.data.splits import BadImages, Split, Splits, hold_out
 from keras_cifar.errors import UsageError, UserError, reason
+from keras_cifar.files import read
 
 CONNECT_TIMEOUT = 10  # seconds; TFDS itself tries again for more than 3 minutes
 ENDS = 2**16  # bytes at the beginning and at the end of a file
+LARGEST_FEATURES = 2**24  # bytes of features.json, which has a few hundred
 TEST_FRACTION = 0.1  # held out of train where a data set has neither test nor validation
 
 OTHER_WAYS = (
@@ -26,14 +31,20 @@ OTHER_WAYS = (
 )
 
 
-def load(argument: str, data_dir: str | None, image_size: int | None, cache: Cache) -> Splits:
+def load(
+    argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
+) -> Splits:
     """Reads a TFDS data set, downloading and preparing it where `data_dir` has it not.
 
     Raises:
-        UsageError: no data set of that name, or images of different sizes and no `image_size`.
+        UsageError: no data set of that name, images of different sizes and no `image_size`, or
+            `bad_images` to be skipped.
         UserError: it cannot be downloaded, or is not for image classification.
     """
     name = argument
+    if bad_images.skip:
+        # What is wrong with one record of a prepared data set is wrong with its preparation.
+        raise UsageError("--on_bad_image=skip is for --data=folder:PATH, not for TFDS data sets")
     builder = _builder(name, data_dir)
     features = builder.info.features
     if builder.info.supervised_keys != ("image", "label") or not hasattr(
@@ -74,12 +85,37 @@ def _builder(name: str, data_dir: str | None):
 
     if not re.fullmatch(r"\w+(/[\w.+-]+)?", name):
         raise _unknown(name)
+    _check_features(data_dir or tfds.core.constants.DATA_DIR, name)
     try:
         return tfds.builder(name, data_dir=os.path.expanduser(data_dir) if data_dir else None)
     except tfds.core.DatasetNotFoundError:
         raise _unknown(name) from None
     except Exception as error:
         raise UserError(f"TFDS data set {name} cannot be opened: {reason(error)}") from None
+
+
+def _check_features(data_dir: str, name: str) -> None:
+    """Refuses a prepared data set that names code: TFDS imports the modules of its features.json."""
+    folder = pathlib.Path(data_dir).expanduser() / name.partition("/")[0]
+    for path in sorted(folder.glob("**/features.json")):
+        try:
+            for module in _modules(json.loads(read(path, LARGEST_FEATURES))):
+                if not module.startswith("tensorflow_datasets."):
+                    raise ValueError(f"it names {module!r}, which is none of TFDS's features")
+        except Exception as error:  # A damaged file can raise almost anything.
+            raise UserError(f"{path} cannot be used: {reason(error)}") from None
+
+
+def _modules(value: object) -> Iterator[str]:
+    """What a features.json names for TFDS to import, in both of its forms."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key in ("type", "pythonClassName", "python_class_name") and "." in str(item):
+                yield str(item)
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _modules(item)
 
 
 def _unknown(name: str) -> UsageError:

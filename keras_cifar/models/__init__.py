@@ -4,8 +4,10 @@ family is one new file. `build` finds a variant by name.
 
 import dataclasses
 import importlib
+import json
 import pathlib
 import pkgutil
+import zipfile
 from collections.abc import Callable
 
 import keras
@@ -14,6 +16,20 @@ import numpy as np
 from keras_cifar import layers  # noqa: F401  A saved model may have our layers.
 from keras_cifar.classifier import Classifier
 from keras_cifar.errors import UserError, reason, unknown
+from keras_cifar.files import open_file, size_of
+
+# What is in a `.keras` file of ours, whose objects are Keras's and ours. It is refused with anything
+# else, and with the layers of Keras that hold code or read other files; Keras, in its safe mode, has
+# checks of its own after these. Of config.json, more bytes than resnet1202's by a factor of six.
+_MEMBERS = ("config.json", "metadata.json", "model.weights.h5")
+_PACKAGES = ("keras", "keras_cifar")
+_WITH_CODE = frozenset(
+    (
+        *("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"),
+        *("StringLookup", "IntegerLookup", "TextVectorization"),
+    )
+)
+LARGEST_CONFIG = 2**25
 
 # Images up to this side, in pixels, get the small-image form of networks made for ImageNet.
 SMALL_IMAGE = 64
@@ -70,14 +86,54 @@ def load(path: pathlib.Path) -> keras.Model:
     """The plain functional model of a `.keras` file, which cannot carry code.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing, damaged, or holds more than such a model.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: the run has not completed an epoch")
     try:
+        _check_file(path)
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # A damaged file can fail anywhere in Keras, h5py or zipfile.
         raise UserError(f"{path} cannot be loaded: {reason(error)}") from None
+
+
+def _check_file(path: pathlib.Path) -> None:
+    """Raises ValueError where a `.keras` file has more in it than a network and its weights."""
+    with open_file(path) as file, zipfile.ZipFile(file) as archive:
+        if sorted(archive.namelist()) != sorted(_MEMBERS):
+            raise ValueError(f"it holds other files than {', '.join(_MEMBERS)}")
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("its files are compressed, which Keras does not do")
+        if archive.getinfo("config.json").file_size > LARGEST_CONFIG:
+            raise ValueError(f"its config.json has more than {LARGEST_CONFIG:,} bytes")
+        config = json.loads(archive.read("config.json"))
+        stored = size_of(file)
+    _check_objects(config)
+    # Without allocating them: a number in config.json can ask for any amount of memory.
+    with keras.StatelessScope(initialize_variables=False):
+        needed = 2 * keras.saving.deserialize_keras_object(config, safe_mode=True).count_params()
+    if needed > stored:  # of float16, the smallest that a weight can be
+        raise ValueError(
+            f"its network needs at least {needed:,} bytes of weights and it has {stored:,}"
+        )
+
+
+def _check_objects(value: object) -> None:
+    """Raises ValueError where a model's configuration names what is none of Keras's or ours."""
+    if isinstance(value, dict):
+        if value.get("class_name") in _WITH_CODE:
+            raise ValueError(
+                f"it has a {value['class_name']} layer, which can run code or read files"
+            )
+        # `package>Name` or `Name`, and `package.module`.
+        named = [str(value.get("registered_name") or "").rpartition(">")[0], value.get("module")]
+        for name in filter(None, named):
+            if str(name).partition(".")[0] not in _PACKAGES:
+                raise ValueError(f"it names {str(name)!r}, which is neither Keras's nor ours")
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _check_objects(item)
 
 
 def is_small(input_shape: tuple[int, int, int]) -> bool:
