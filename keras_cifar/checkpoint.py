@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_cifar.classifier import FIGURES, Classifier
 from keras_cifar.errors import UserError
+from keras_cifar.files import open_file
 from keras_cifar.run import replacing
 
 KEPT = 2  # checkpoints: the newest, and one to go back to where that is damaged
@@ -164,7 +165,11 @@ def read(directory: pathlib.Path) -> tuple[pathlib.Path | None, bytes]:
     """
     files, damaged = _files(directory), []
     for path in files:
-        data = path.read_bytes()
+        try:
+            with open_file(path) as file:
+                data = file.readall()
+        except OSError:
+            data = b""
         if _checksum([data]) == _NAME.fullmatch(path.name)[3]:
             if damaged:
                 print(

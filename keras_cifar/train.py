@@ -16,10 +16,10 @@ def main(config: TrainConfig) -> None:
     if config.list_models:
         print(list_models())
         return
-    from keras_cifar import trainer
+    from keras_cifar import planning, trainer
 
     if config.dry_run:
-        print(trainer.estimate(config))
+        print(planning.estimate(config))
         print("nothing was trained (--dry_run)")
         return
     run = Run(config.run_dir or default_run_dir(config))

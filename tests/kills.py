@@ -26,7 +26,7 @@ environment.import_tensorflow()
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar import checkpoint, models, trainer
+from keras_cifar import checkpoint, models, recorder, trainer
 from keras_cifar.config import TrainConfig
 from keras_cifar.run import TEMPORARY, Run
 from tests import strategies
@@ -69,13 +69,13 @@ def start(flags: dict, run: Run) -> tuple[int, int]:
         log = os.open(run.path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(log, stream)
-        original = trainer.Recorder.on_train_batch_end
+        original = recorder.Recorder.on_train_batch_end
 
         def counted(self, batch, logs=None):
             original(self, batch, logs)
             os.write(writer, b"x")
 
-        trainer.Recorder.on_train_batch_end = counted
+        recorder.Recorder.on_train_batch_end = counted
         trainer.train(TrainConfig(**BASE | flags, run_dir=str(run.path)), run)
         status = 0
     except BaseException:

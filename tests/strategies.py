@@ -26,7 +26,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar import classifier, distribution, layers, models, optimizers, trainer
+from keras_cifar import classifier, distribution, layers, models, optimizers, planning
 from keras_cifar.config import TrainConfig
 from keras_cifar.models import lenet5
 from tests.test_group import free_addresses
@@ -161,7 +161,7 @@ def register() -> None:
 
 
 def train(run: Run, config: TrainConfig, devices: distribution.Devices) -> dict:
-    plan = trainer.prepare(dataclasses.replace(config, **BASE | run.flags), devices)
+    plan = planning.prepare(dataclasses.replace(config, **BASE | run.flags), devices)
     model, config = plan.model, plan.config
     recording = Recording(devices)
     with contextlib.nullcontext() if run.dropout else model._without_dropout():

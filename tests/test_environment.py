@@ -7,7 +7,7 @@ import sys
 import pytest
 import tensorflow as tf
 
-from keras_cifar import config, environment, trainer
+from keras_cifar import config, environment, planning
 
 # Prints how many threads a process has in which TensorFlow has worked, by their name.
 COUNT_THREADS = """
@@ -117,10 +117,10 @@ def test_training_asks_for_precision_and_xla(monkeypatch, image_folder, xla):
     monkeypatch.setattr(environment, "use_xla", lambda strategy: (xla, f"as {strategy}"))
     monkeypatch.setattr(environment, "dtype_policy", {"auto": ("mixed_bfloat16", "so")}.get)
     flags = config.TrainConfig(model="lenet5", data=f"folder:{image_folder}", batch_size=16)
-    plan = trainer.prepare(flags)
+    plan = planning.prepare(flags)
     assert plan.model.jit_compile is xla
     assert plan.model.get_layer("logits").compute_dtype == "bfloat16"
-    described = trainer.describe_run(plan)
+    described = planning.describe_run(plan)
     assert (described["dtype_policy"], described["xla"]) == ("mixed_bfloat16", xla)
     assert f"mixed_bfloat16 (so), XLA {'on' if xla else 'off'} (as none)" in plan.describe()
 

@@ -12,7 +12,15 @@ import time
 import numpy as np
 import pytest
 
-from keras_cifar import checkpoint, finetuning, interruption, models, trainer
+from keras_cifar import (
+    checkpoint,
+    finetuning,
+    interruption,
+    models,
+    planning,
+    recorder,
+    trainer,
+)
 from keras_cifar import run as run_module
 from keras_cifar.classifier import Classifier
 from keras_cifar.config import TrainConfig
@@ -57,7 +65,7 @@ def whole(tmp_path_factory, image_folder) -> list:
 @contextlib.contextmanager
 def signalled(monkeypatch, method: str, count: int, number: int = signal.SIGTERM):
     """Sends this process a signal in the so-manieth call of a method of the Recorder."""
-    original, calls = getattr(trainer.Recorder, method), []
+    original, calls = getattr(recorder.Recorder, method), []
 
     def send(self, *arguments, **kwargs):
         calls.append(0)
@@ -67,7 +75,7 @@ def signalled(monkeypatch, method: str, count: int, number: int = signal.SIGTERM
         return original(self, *arguments, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Recorder, method, send)
+        patch.setattr(recorder.Recorder, method, send)
         yield
 
 
@@ -264,7 +272,7 @@ def full_while(monkeypatch, full_disk, owner, name: str):
 def test_full_disk_between_epochs_is_said_and_training_goes_on(
     tmp_path, image_folder, monkeypatch, full_disk, capsys, whole
 ):
-    with full_while(monkeypatch, full_disk, trainer.Recorder, "on_train_batch_end"):
+    with full_while(monkeypatch, full_disk, recorder.Recorder, "on_train_batch_end"):
         run = train_to(tmp_path / "run", image_folder, checkpoint_every=2)
     error = capsys.readouterr().err.splitlines()
     assert error[0].startswith("no checkpoint at step 2 (File too large: ")
@@ -276,11 +284,11 @@ def test_full_disk_between_epochs_is_said_and_training_goes_on(
     ("owner", "name"),
     [
         (checkpoint, "save"),
-        (trainer.Recorder, "_figures"),
-        (trainer.Scalars, "add"),
+        (recorder.Recorder, "_figures"),
+        (recorder.Scalars, "add"),
         (trainer.saved_model, "export"),
-        pytest.param(trainer, "write_history", marks=pytest.mark.slow),
-        pytest.param(trainer.plots, "curves", marks=pytest.mark.slow),
+        pytest.param(recorder, "write_history", marks=pytest.mark.slow),
+        pytest.param(recorder.plots, "curves", marks=pytest.mark.slow),
         pytest.param(trainer.evaluation, "evaluate", marks=pytest.mark.slow),
     ],
 )
@@ -337,7 +345,7 @@ def test_a_small_disk_that_fills_up_and_is_made_read_only(tmp_path, image_folder
 
 def poisoned(monkeypatch, times: int, what: str = "weights"):
     """Makes weights not finite after the second step of the second epoch, so many times."""
-    original, done = trainer.Recorder.on_train_batch_end, []
+    original, done = recorder.Recorder.on_train_batch_end, []
 
     def poison(self, batch, logs=None):
         original(self, batch, logs)
@@ -345,7 +353,7 @@ def poisoned(monkeypatch, times: int, what: str = "weights"):
             done.append(float(self.model.optimizer.learning_rate))
             self.model.get_layer("logits").bias.assign(np.full(3, np.nan))
 
-    monkeypatch.setattr(trainer.Recorder, "on_train_batch_end", poison)
+    monkeypatch.setattr(recorder.Recorder, "on_train_batch_end", poison)
     return done
 
 
@@ -417,7 +425,7 @@ def layer_weights(model, name) -> bytes:
 def begun(path, folder, **flags):
     """The model that a run begins with, and its plan."""
     flags = FLAGS | {"ema": 0.0} | flags
-    plan = trainer.prepare(TrainConfig(data=f"folder:{folder}", **flags))
+    plan = planning.prepare(TrainConfig(data=f"folder:{folder}", **flags))
     return plan.model, plan
 
 

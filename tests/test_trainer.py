@@ -24,6 +24,7 @@ from keras_cifar import (
     export,
     models,
     pipeline,
+    recorder,
     train,
     trainer,
 )
@@ -251,13 +252,13 @@ def test_going_on_after_a_stop_equals_a_run_without_one(tmp_path, image_folder, 
     flags = {"epochs": 3, "augment": "crop(2)|flip", "lr_schedule": "cosine", "export": False}
     whole = train_to(tmp_path / "whole", image_folder, **flags)
 
-    def stop(self, epoch, logs=None, original=trainer.Recorder.on_epoch_end):
+    def stop(self, epoch, logs=None, original=recorder.Recorder.on_epoch_end):
         original(self, epoch, logs)
         raise KeyboardInterrupt
 
     path = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.Recorder, "on_epoch_end", stop)
+        patch.setattr(recorder.Recorder, "on_epoch_end", stop)
         train_to(path, image_folder, **flags)
     assert len(history(Run(path))) == 1
     stopped = train_to(path, image_folder, **flags)
@@ -311,14 +312,14 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_model(
     tmp_path, image_folder, monkeypatch
 ):
     # Two good epochs of 5 steps, then weights that are not numbers.
-    original = trainer.Recorder.on_epoch_end
+    original = recorder.Recorder.on_epoch_end
 
     def poison(self, epoch, logs=None):
         original(self, epoch, logs)
         if epoch == 1:
             self.model.get_layer("logits").bias.assign(np.full(3, np.nan))
 
-    monkeypatch.setattr(trainer.Recorder, "on_epoch_end", poison)
+    monkeypatch.setattr(recorder.Recorder, "on_epoch_end", poison)
     with pytest.raises(UserError) as caught:
         train_to(tmp_path / "run", image_folder, epochs=4, val_fraction=0)
     message = str(caught.value)

@@ -30,14 +30,14 @@ STARTED = "epoch 2/"  # of worker 0's output: everything is traced and something
 # A worker whose Python hangs in the third epoch, while TensorFlow's threads go on with heartbeats.
 STUCK = """
 import time
-from keras_cifar import cli, train, trainer
+from keras_cifar import cli, recorder, train
 from keras_cifar.config import TrainConfig
-original = trainer.Recorder.on_train_batch_end
+original = recorder.Recorder.on_train_batch_end
 def stuck(self, batch, logs=None):
     original(self, batch, logs)
     if self.epochs_done == 2:
         time.sleep(600)
-trainer.Recorder.on_train_batch_end = stuck
+recorder.Recorder.on_train_batch_end = stuck
 cli.run("train", train.main, TrainConfig, "")
 """
 

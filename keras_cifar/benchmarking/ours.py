@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar import data, models, optimizers, pipeline, trainer
+from keras_cifar import data, models, optimizers, pipeline, planning, trainer
 from keras_cifar.config import TrainConfig
 from keras_cifar.data.splits import allocate
 from keras_cifar.exporters import saved_model
@@ -149,8 +149,8 @@ def fit(turns: Turns) -> None:
             epochs=10**6,
             val_fraction=0.0,
         )
-        plan = trainer.prepare(config)
-        trainer.fit(plan, Run(pathlib.Path(directory)), (TakesTurns(turns),))
+        plan = planning.prepare(config)
+        trainer.fit(plan, Run(pathlib.Path(directory)), callbacks=(TakesTurns(turns),))
 
 
 def predict(turns: Turns) -> None:
