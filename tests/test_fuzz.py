@@ -240,9 +240,7 @@ def text(chance: random.Random, samples: tuple[str, ...]) -> str:
     parts = list(chance.choice(samples))
     for _ in range(chance.randint(0, 4)):
         place = chance.randrange(len(parts) + 1)
-        new = chance.choice(
-            (*WORDS, *samples, chance.choice(string.printable), "\udcff", "9" * 400)
-        )
+        new = chance.choice((*WORDS, *samples, chance.choice(string.printable), "\udcff", "9" * 40))
         parts[place : place + chance.choice((0, 0, 1, 3))] = [new] if chance.random() < 0.7 else []
     return "".join(parts)
 
