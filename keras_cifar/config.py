@@ -183,9 +183,10 @@ class TrainConfig:
         DTYPE_POLICIES,
     )
 
-    deterministic: bool | None = option(
-        None,
-        "the same bits again, also after an interruption (default: on without GPU)",
+    deterministic: bool = option(
+        False,
+        "the same bits again on GPUs too, which is slower and copies all images into memory; on CPUs "
+        "they always are",
         "Devices",
     )
 
@@ -262,8 +263,7 @@ class TrainConfig:
                 value = known[field.name] = flags[field.name]
                 kinds = float | int if field.type is float else field.type
                 # To Python, a bool is an int.
-                flag = field.type in (bool, bool | None)
-                right = isinstance(value, kinds) and (flag or not isinstance(value, bool))
+                right = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
                 check(right, f"--{field.name}={value!r} is of a wrong type")
         return cls(**known)
 

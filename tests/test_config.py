@@ -108,7 +108,7 @@ OTHER = {
     "dtype_policy": "float64",
     "init_from": "elsewhere",
     "freeze": "logits",
-    "deterministic": False,
+    "deterministic": True,
 }
 
 
