@@ -29,7 +29,6 @@ def killed(directory, case: str, kills: int) -> dict:
 def check(found: dict, kills: int) -> None:
     print(found)
     assert found["kills"] == kills
-    assert found["while writing"] > 0
     assert not found["different"]
 
 
@@ -41,4 +40,6 @@ def test_run_that_was_killed_ends_with_the_very_same_bits(tmp_path, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case not in USUAL])
 def test_run_of_a_real_network_that_was_killed_ends_with_the_very_same_bits(tmp_path, case):
-    check(killed(tmp_path, case, KILLS), KILLS)
+    found = killed(tmp_path, case, KILLS)
+    check(found, KILLS)
+    assert found["while writing"] > 0

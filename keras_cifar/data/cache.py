@@ -236,12 +236,15 @@ def _write(
 def _install(temporary: pathlib.Path, path: pathlib.Path) -> None:
     """Renames a complete entry to its place, which a damaged or an equal one may hold."""
     for _ in range(10):
+        # Only what is there before it is looked at: else it is another's, who has just been faster.
         with contextlib.suppress(FileNotFoundError):
-            aside = path.with_name(f"{path.name}.building-{secrets.token_hex(8)}")
+            there = os.path.lexists(path)
             if _open(path) is not None:
                 return
-            os.rename(path, aside)
-            _remove(aside)
+            if there:
+                aside = path.with_name(f"{path.name}.building-{secrets.token_hex(8)}")
+                os.rename(path, aside)
+                _remove(aside)
         try:
             os.rename(temporary, path)
             sync(path.parent)
