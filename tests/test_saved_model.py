@@ -115,6 +115,26 @@ def test_every_format_and_size_is_decoded(exported):
     np.testing.assert_array_equal(answer["probabilities"][0], answer["probabilities"][1])
 
 
+def test_what_is_no_image_is_marked_and_the_others_have_their_answers(exported):
+    _, path, images = exported
+    serve = tf.saved_model.load(str(path)).signatures["serving_bytes"]
+    good = [png(x) for x in images]
+    alone = serve(image_bytes=tf.constant(good))
+    assert not np.isnan(alone["probabilities"]).any()
+    bad = [b"", b"text", b"\xff\xd8\xff", good[0][:200], good[1][:-20] + b"x" * 20]
+    answer = serve(
+        image_bytes=tf.constant([x for pair in zip(bad, good, strict=True) for x in pair])
+    )
+    for name in ("probabilities", "label", "label_index"):
+        np.testing.assert_array_equal(answer[name][1::2], alone[name])
+    assert np.isnan(answer["probabilities"][::2]).all()
+    assert answer["label"].numpy()[::2].tolist() == [b""] * 5
+    assert answer["label_index"].numpy()[::2].tolist() == [-1] * 5
+    only = serve(image_bytes=tf.constant(bad))
+    assert only["probabilities"].shape == (5, 3)
+    assert only["label_index"].numpy().tolist() == [-1] * 5
+
+
 def test_it_loads_without_keras_and_without_this_package(exported, tmp_path):
     model, path, images = exported
     np.save(tmp_path / "images.npy", images)

@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_cifar import image
@@ -62,9 +63,6 @@ def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Pa
     module.weights = [v.value for v in model.weights]
     module.labels = tf.saved_model.Asset(str(labels))
 
-    def decode(encoded):
-        return image.resize(image.decode(encoded), size)
-
     pixels = tf.TensorSpec((None, *size, 3), tf.uint8, name="images")
     encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
 
@@ -80,9 +78,15 @@ def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Pa
 
     @tf.function(input_signature=[encoded], autograph=False)
     def serving_bytes(image_bytes):
-        decoded = tf.TensorSpec((*size, 3), tf.uint8)
+        images, good = image.decode_all(image_bytes, size)
         # A call, so that the network is stored, and loaded, once for both.
-        return serving_default(tf.map_fn(decode, image_bytes, fn_output_signature=decoded))
+        answer = serving_default(images)
+        # What is no image has an answer that no image has, and the others have theirs.
+        return {
+            "probabilities": tf.where(good[:, None], answer["probabilities"], np.nan),
+            "label": tf.where(good, answer["label"], ""),
+            "label_index": tf.where(good, answer["label_index"], -1),
+        }
 
     @tf.function(input_signature=[pixels], autograph=False)
     def features_of(images):
