@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -152,6 +153,33 @@ print(json.dumps(answer["probabilities"].numpy().tolist()))
     )
     expected = model(images, training=False).numpy()
     np.testing.assert_allclose(json.loads(done.stdout), expected, atol=1e-5)
+
+
+def test_libtensorflows_c_api_gives_the_same_from_all_signatures(exported, tmp_path):
+    _, path, images = exported
+    files = [png(x) for x in images[:4]] + [b"no image"]
+    contents = np.frombuffer(b"".join(files), np.uint8)
+    lengths = [len(x) for x in files]
+    np.savez(tmp_path / "in.npz", images=images, contents=contents, lengths=lengths)
+    program = pathlib.Path(__file__).with_name("c_api.py")
+    command = [sys.executable, "-I", program, path, tmp_path / "in.npz", tmp_path / "out.npz"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answers = np.load(tmp_path / "out.npz")
+    signatures = tf.saved_model.load(str(path)).signatures
+    expected = {}
+    for name, signature in signatures.items():
+        (given,) = signature.structured_input_signature[1]
+        value = tf.constant(files if given == "image_bytes" else images)
+        expected |= {f"{name}/{k}": v.numpy() for k, v in signature(**{given: value}).items()}
+    assert set(answers.files) == set(expected)
+    assert len(expected) == 7
+    for name, value in expected.items():
+        if value.dtype == np.float32:
+            np.testing.assert_allclose(answers[name], value, atol=1e-6, rtol=0, err_msg=name)
+        else:
+            np.testing.assert_array_equal(answers[name], value.astype(answers[name].dtype))
+    assert answers["serving_bytes/label_index"][-1] == -1
 
 
 def test_class_names_are_an_asset(exported):
