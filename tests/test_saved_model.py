@@ -13,6 +13,7 @@ from PIL import Image
 
 from keras_cifar import models
 from keras_cifar.exporters import saved_model
+from keras_cifar.run import versions
 
 NAMES = ("cat", "dog", "frog")
 
@@ -193,7 +194,8 @@ def test_versions_count_up_and_nothing_half_written_is_left(tmp_path):
     assert saved_model.export(model, base, NAMES).name == "1"
     assert saved_model.export(model, base, NAMES).name == "2"
     assert saved_model.export(model, base, NAMES, version=7).name == "7"
-    assert sorted(p.name for p in base.iterdir()) == ["1", "2", "7"]
+    assert versions(base) == [1, 2, 7]
+    assert {p.name for p in base.iterdir()} == {"1", "2", "7", "models.config", "SERVING.md"}
     with pytest.raises(FileExistsError):
         saved_model.export(model, base, NAMES, version=7)
 
