@@ -29,6 +29,9 @@ REQUIRES = [
     "tqdm>=4.66,<5",
 ]
 
+# ONNX and LiteRT: what writes them and what checks them.
+FORMATS = ["tf2onnx>=1.17,<2", "onnx>=1.17,<2", "onnxruntime>=1.20,<2", "ai-edge-litert>=2.0,<3"]
+
 setup(
     name="keras_cifar",
     version=VERSION,
@@ -41,7 +44,15 @@ setup(
     python_requires=">=3.11,<3.13",
     install_requires=REQUIRES,
     extras_require={
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "PyYAML>=6,<7", "ruff>=0.17,<0.18"]
+        "formats": FORMATS,
+        "dev": [
+            *FORMATS,
+            "openvino>=2025.0",  # as another runtime that reads the SavedModel
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "PyYAML>=6,<7",
+            "ruff>=0.17,<0.18",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -183,6 +183,18 @@ def test_libtensorflows_c_api_gives_the_same_from_all_signatures(exported, tmp_p
     assert answers["serving_bytes/label_index"][-1] == -1
 
 
+def test_openvino_gives_the_same(exported):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    model, path, images = exported
+    core = openvino.Core()
+    network = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    answer = network({"images": images})
+    expected = model(images, training=False).numpy()
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-4, rtol=0)
+    assert answer["label_index"].tolist() == expected.argmax(1).tolist()
+    assert answer["label"].tolist() == [NAMES[i] for i in expected.argmax(1)]
+
+
 def test_class_names_are_an_asset(exported):
     _, path, _ = exported
     assert (path / "assets" / "labels.txt").read_text() == "cat\ndog\nfrog\n"

@@ -9,6 +9,24 @@ which is complete, and was compared with the model, before it appears. `folding`
 makes the network that is exported out of the one that was trained.
 """
 
+import importlib
 import pkgutil
 
+from keras_cifar.errors import UserError
+
 FORMATS = tuple(sorted({m.name for m in pkgutil.iter_modules(__path__)} - {"folding"}))
+
+
+def needed(name: str):
+    """A module of the extra `formats`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"this format needs packages that are not there ({error}): "
+            "pip install 'keras_cifar[formats]'"
+        ) from None

@@ -76,7 +76,7 @@ def _verify(model: keras.Model, saved: pathlib.Path, samples: Samples, record: d
             )
             for name, f in (("serving_default", default), ("serving_bytes", encoded))
         }
-    limits = dict.fromkeys(figures, verification.bound(model))
+    limits = {name: {"largest_difference": verification.bound(model)} for name in figures}
     verification.check(saved, samples, figures, limits, **record)
 
 
