@@ -1,6 +1,8 @@
 """ONNX and LiteRT: written, verified, and read by their own runtimes."""
 
 import json
+import os
+import pathlib
 import sys
 from importlib.util import find_spec
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from keras_cifar import cli, export, models, optimizers, pipeline, verification
+from keras_cifar.data import load
 from keras_cifar.errors import UserError
 from keras_cifar.exporters import litert, onnx
 from keras_cifar.run import versions
@@ -42,7 +45,9 @@ needs_litert = pytest.mark.skipif(
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ["lenet5", "resnet20", "googlenet_bn"])
+@pytest.mark.parametrize(
+    "name", ["lenet5", "resnet20", pytest.param("googlenet_bn", marks=pytest.mark.slow)]
+)
 def test_onnxruntime_says_what_the_model_says(tmp_path, name):
     import onnxruntime
 
