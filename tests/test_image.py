@@ -510,6 +510,42 @@ def test_sides_whose_product_is_no_number_are_refused(tmp_path):
             image.decode(tf.constant(claim(path, *sides)))
 
 
+def test_frames_and_scans_count_as_the_pixels_they_are(tmp_path):
+    frames = [Image.fromarray(photo(8, 8)).convert("P") for _ in range(30)]
+    path = saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
+    assert image.decode(tf.constant(path.read_bytes())).shape == (8, 8, 3)
+    contents = claim(path, 3000, 3000)
+    assert contents.count(b"\0,") < 20
+    with pytest.raises(tf.errors.InvalidArgumentError, match="bomb"):
+        image.decode(tf.constant(contents + b"\0," * 20))
+    path = saved(tmp_path, photo(20, 30), "a.jpg")
+    contents = claim(path, 3000, 3000)
+    header = contents[: contents.index(b"\xff\xda")]
+    for scans, said in ((398, "bomb"), (397, "^(?!.*bomb)")):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=said):
+            image.decode(tf.constant(header + b"\xff\xda" * scans))
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_an_animated_webp_is_refused_before_the_decoder_sees_it(tmp_path, lossless):
+    # What TensorFlow 2.21 does with one is to write beyond its memory.
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "lime", "blue")]
+    path = saved(
+        tmp_path, frames[0], "a.webp", save_all=True, append_images=frames[1:], lossless=lossless
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match="animated WebP"):
+        image.decode(tf.constant(path.read_bytes()))
+    _, good = image.decode_all(tf.constant([path.read_bytes()]), (5, 5))
+    assert good.numpy().tolist() == [False]
+
+
+def test_transparency_in_bands_inside_a_graph_is_that_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(image, "BAND", 50)
+    for sides in ((40, 23), (1, 1), (7, 60), (10, 5)):
+        path = saved(tmp_path, noise(*sides, channels=4), "a.png")
+        np.testing.assert_array_equal(decoded(path), image.load(path))
+
+
 def test_of_many_pictures_bad_ones_stop_no_others(tmp_path):
     pictures = [saved(tmp_path, photo(9 + i, 12), f"{i}.jpg").read_bytes() for i in range(40)]
     expected = [image.load(contents, (5, 6)) for contents in pictures]
