@@ -77,7 +77,7 @@ def write_notes(base: pathlib.Path) -> None:
             "utf-8",
         )
     with replacing(base / NOTES) as path:
-        path.write_text(_notes(name, base), "utf-8", errors="surrogateescape")
+        path.write_text(_notes(name, base), "utf-8")
 
 
 def _notes(name: str, base: pathlib.Path) -> str:
@@ -100,21 +100,20 @@ def commands(base: pathlib.Path) -> dict[str, str]:
     name = model_name(base)
     url = f"http://localhost:8501/v1/models/{name}"
     mount = shlex.quote(f"{base.absolute()}:/models/{name}")
-    request = (
-        '{"signature_name": "serving_bytes", "instances": [{"b64": "\'$(base64 -w0 dog.jpg)\'"}]}'
-    )
+    # By the shell's own printf and a pipe: arguments of a program have at most 128 KB.
+    request = '{"signature_name": "serving_bytes", "instances": [{"b64": "%s"}]}'
     body = (
         '{"signature_name": "serving_bytes", "instances": '
-        '[{"b64": base64.b64encode(open("dog.jpg", "rb").read()).decode()}]}'
+        '[{"b64": base64.b64encode(pathlib.Path("dog.jpg").read_bytes()).decode()}]}'
     )
     client = (
-        "import base64, json, urllib.request as r; print(json.load(r.urlopen("
+        "import base64, json, pathlib, urllib.request as r; print(json.load(r.urlopen("
         f'"{url}:predict", json.dumps({body}).encode())))'
     )
     return {
         "serve": f"docker run --rm -p 8500:8500 -p 8501:8501 -v {mount} -e MODEL_NAME={name} "
         "tensorflow/serving",
-        "ask": f"curl -d '{request}' {url}:predict",
+        "ask": f"printf '{request}' \"$(base64 -w0 dog.jpg)\" | curl -d @- {url}:predict",
         "ask from Python": f"python -c '{client}'",
         "ask with this package": f"python -m keras_cifar.predict --model {url} dog.jpg",
     }

@@ -1,7 +1,11 @@
 """The export command: what is beside the model, the check against the model, labels, temperature."""
 
+import base64
+import io
 import json
 import shlex
+import subprocess
+import urllib.request
 
 import google.protobuf.text_format
 import keras
@@ -69,12 +73,34 @@ def test_the_lines_are_shell_commands_whatever_the_directory_is_called(tmp_path)
     name = "it-s-a-run-HOME"
     assert words[words.index("-v") + 1] == f"{base}:/models/{name}"
     assert f"MODEL_NAME={name}" in words
+
+
+def test_the_lines_that_ask_send_the_file(tmp_path, monkeypatch, capsys):
+    lines = bundle.commands(tmp_path / "m")
+    contents = np.random.default_rng(0).bytes(300_000)  # more than an argument may have
+    (tmp_path / "dog.jpg").write_bytes(contents)
+    script = f"curl() {{ echo $*; cat; }}\n{lines['ask']}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, cwd=tmp_path, check=True)
+    arguments, _, body = done.stdout.partition(b"\n")
+    url = "http://localhost:8501/v1/models/m:predict"
+    assert arguments.decode().split() == ["-d", "@-", url]
+    expected = {
+        "signature_name": "serving_bytes",
+        "instances": [{"b64": base64.b64encode(contents).decode()}],
+    }
+    assert json.loads(body) == expected
+
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        urllib.request, "urlopen", lambda *x: asked.append(x) or io.BytesIO(b'{"predictions": []}')
+    )
     python, flag, code = shlex.split(lines["ask from Python"])
     assert (python, flag) == ("python", "-c")
-    compile(code, "client", "exec")
-    _curl, _, body, url = shlex.split(lines["ask"].replace("$(base64 -w0 dog.jpg)", "AAAA"))
-    assert url == f"http://localhost:8501/v1/models/{name}:predict"
-    assert json.loads(body)["instances"] == [{"b64": "AAAA"}]
+    exec(code)
+    ((asked_url, data),) = asked
+    assert (asked_url, json.loads(data)) == (url, expected)
+    assert capsys.readouterr().out == "{'predictions': []}\n"
 
 
 def test_training_verifies_its_export_on_validation_images(version):
