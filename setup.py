@@ -16,16 +16,21 @@ REQUIRES = [
     "tensorflow>=2.21,<2.22",
     "keras>=3.15,<3.16",
     "tensorflow-datasets>=4.9.10,<5",
+    "tensorflow-serving-api>=2.21,<2.22",  # the messages of warm-up records, 30 KB
     "importlib_resources",  # tensorflow-datasets 4.9.10 needs it for downloads and does not say so
     "tensorboard>=2.20,<3",  # TensorFlow 2.21 writes summaries only where it is installed
     "numpy>=2.1,<3",
     "Pillow>=12,<14",
     "absl-py>=2.1,<3",
     "scikit-learn>=1.6,<2",  # the digits; figures of evaluation
+    "scipy>=1.13,<2",  # the minimum that calibration looks for
     "matplotlib>=3.9,<4",  # curves and confusion matrices
     "psutil>=5.9,<8",  # whether a data set fits into memory
     "tqdm>=4.66,<5",
 ]
+
+# ONNX and LiteRT: what writes them and what checks them.
+FORMATS = ["tf2onnx>=1.17,<2", "onnx>=1.17,<2", "onnxruntime>=1.20,<2", "ai-edge-litert>=2.0,<3"]
 
 setup(
     name="keras_cifar",
@@ -39,7 +44,15 @@ setup(
     python_requires=">=3.11,<3.13",
     install_requires=REQUIRES,
     extras_require={
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "PyYAML>=6,<7", "ruff>=0.17,<0.18"]
+        "formats": FORMATS,
+        "dev": [
+            *FORMATS,
+            "openvino>=2025.0",  # as another runtime that reads the SavedModel
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "PyYAML>=6,<7",
+            "ruff>=0.17,<0.18",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -63,8 +63,22 @@ def evaluate_run(
         UserError: the run or the data is not there, damaged, or not what the run was made with.
     """
     config = run.read_config()
-    flags, class_names = config["flags"], tuple(config["class_names"])
     model = models.load(run.model)
+    dataset = load_data(run, name, spec, data_dir, cache_dir)
+    spec = spec or config["flags"]["data"]
+    return evaluate(model, name, dataset.split(name), dataset.class_names, spec, run)
+
+
+def load_data(
+    run: Run,
+    name: str,
+    spec: str | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+) -> data.Dataset:
+    """The run's data, or other data, of which a split is to be looked at; as `evaluate_run`."""
+    config = run.read_config()
+    flags, class_names = config["flags"], tuple(config["class_names"])
     height, width, _ = config["image_shape"]
     dataset = data.load(
         spec or flags["data"],
@@ -91,7 +105,7 @@ def evaluate_run(
             f"the {name} images of --data={flags['data']} have changed since the training; name them "
             "with --data to evaluate them all the same"
         )
-    return evaluate(model, name, split, class_names, spec or flags["data"], run)
+    return dataset
 
 
 def _known(directory: str | None) -> str | None:

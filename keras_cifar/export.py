@@ -1,14 +1,19 @@
-"""Exports a run's selected model as a SavedModel that any TensorFlow runtime can serve.
+"""Exports a run's selected model for service, and checks it against the model on real images.
 
 python -m keras_cifar.export --run RUN
 """
 
 import dataclasses
+import importlib
+import math
 import pathlib
+import sys
 
 from keras_cifar import cli
 from keras_cifar.config import check, option
-from keras_cifar.errors import check_utf8
+from keras_cifar.errors import UserError, check_utf8, one_line, reason
+from keras_cifar.exporters import FORMATS
+from keras_cifar.files import read
 from keras_cifar.run import Run
 
 
@@ -17,26 +22,99 @@ class ExportOptions:
     """The command's flags."""
 
     run: str = option("", "the run directory", "Export")
-    out: str | None = option(None, "the base path (default: RUN/export)", "Export")
+    format: str = option("saved_model", "what is written", "Export", FORMATS)
+    out: str | None = option(
+        None, "the base path (default: RUN/export, or RUN/FORMAT for other formats)", "Export"
+    )
     version: int | None = option(None, "the version's number (default: the next one)", "Export")
+    labels: str | None = option(
+        None, "a text file of names to show for the classes, one a line, in their order", "Export"
+    )
+    temperature: str | None = option(
+        None,
+        "divides the logits, so that probabilities are neither too sure nor too unsure; auto fits it "
+        "on the validation images (default: 1)",
+        "Export",
+    )
 
     def __post_init__(self):
         check(self.run, "--run=RUN is needed: the run directory")
         check(self.version is None or self.version > 0, f"--version={self.version} must be above 0")
+        check(
+            self.temperature in (None, "auto") or _positive(self.temperature),
+            f"--temperature={self.temperature} must be auto or a number above 0",
+        )
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def main(options: ExportOptions) -> None:
     """Runs the command."""
-    from keras_cifar import models
-    from keras_cifar.exporters import saved_model
+    from keras_cifar import bundle, calibration, evaluation, models, verification
 
     run = Run(options.run)
-    class_names = tuple(run.read_config()["class_names"])
-    base = pathlib.Path(options.out).expanduser() if options.out else run.export
+    config = run.read_config()
+    class_names = tuple(config["class_names"])
+    if options.labels:
+        class_names = read_labels(options.labels, len(class_names))
+    default = run.export if options.format == "saved_model" else run.path / options.format
+    base = pathlib.Path(options.out).expanduser() if options.out else default
     check_utf8("out", base)
-    path = saved_model.export(models.load(run.model), base, class_names, options.version)
-    print(f"export    {path}")
-    print(f"classify pictures: python -m keras_cifar.predict --model {path} IMAGE ...")
+    exporter = importlib.import_module(f"keras_cifar.exporters.{options.format}")
+    model = models.load(run.model)
+
+    samples, record, dataset = None, {}, None
+    try:
+        split = "val" if options.temperature == "auto" or "val" in config["splits"] else "test"
+        dataset = evaluation.load_data(run, split)
+        samples = verification.of_dataset(dataset, config["flags"]["data"])
+    except UserError as error:
+        if options.temperature == "auto" or exporter.NEEDS_IMAGES:
+            raise
+        print(f"the run's images are not to be had ({one_line(str(error))})", file=sys.stderr)
+    if options.temperature == "auto":
+        record = {"calibration": calibration.fit_model(model, dataset.split("val"))}
+        model = calibration.scaled(model, record["calibration"]["temperature"])
+    elif options.temperature:
+        record = {"calibration": {"temperature": float(options.temperature)}}
+        model = calibration.scaled(model, float(options.temperature))
+
+    path = exporter.export(model, base, class_names, options.version, samples, **record)
+    if options.temperature == "auto":
+        print(calibration.words(record["calibration"]))
+    print(f"export    {path}\n{verification.words(path)}")
+    if options.format == "saved_model":
+        print(f"classify pictures: python -m keras_cifar.predict --model {path} IMAGE ...")
+        for what, line in bundle.commands(base).items():
+            print(f"{what}: {line}")
+        print(f"all of that is in {base / bundle.NOTES}")
+
+
+def read_labels(path: str, count: int) -> tuple[str, ...]:
+    """The names in a text file, one a line.
+
+    Raises:
+        UserError: the file cannot be read, or has another number of names than there are classes.
+    """
+    from keras_cifar.data.splits import check_class_name
+    from keras_cifar.predictor import LARGEST_LABELS
+
+    try:
+        names = tuple(read(pathlib.Path(path).expanduser(), LARGEST_LABELS).decode().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels={path} cannot be read: {reason(error)}") from None
+    if len(names) != count:
+        raise UserError(
+            f"--labels={path} has {len(names):,} names and the run has {count:,} classes"
+        )
+    for name in names:
+        check_class_name(name, f"--labels={path}")
+    return names
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ LARGEST_FILE = 3 * LARGEST_PICTURE
 # has one for each of its scans, 10 in a progressive one as they are made, which can have 31 bytes.
 MOST_PASSES = 20
 
+_TOO_MUCH = f"an animated WebP, or more than {LARGEST_PICTURE:,} pixels (a decompression bomb?)"
+
 # Pixels of the rows that are converted at a time where that takes many bytes for each of them.
 BAND = 2**20
 
@@ -214,7 +216,8 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
         uint8 [height, width, 3], RGB, transparency composited on white.
 
     Raises:
-        tf.errors.InvalidArgumentError: the bytes are no image.
+        tf.errors.InvalidArgumentError: the bytes are no image, one of more pixels than
+            LARGEST_PICTURE (of all frames of a GIF), or an animated WebP.
     """
 
     def jpeg():
@@ -230,10 +233,110 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
         )
         # The fourth channel of a BMP is padding.
         opaque = tf.logical_or(tf.shape(pixels)[2] == 3, tf.strings.substr(encoded, 0, 2) == b"BM")
-        return tf.cond(opaque, lambda: pixels[..., :3], lambda: on_white(pixels))
+        return tf.cond(opaque, lambda: pixels[..., :3], lambda: _opaque_in_graph(pixels))
 
-    pixels = tf.cond(tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff", jpeg, other)
+    is_jpeg = tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff"
+    small = _work(encoded, is_jpeg) <= LARGEST_PICTURE
+    with tf.control_dependencies([tf.debugging.Assert(small, [_TOO_MUCH])]):
+        pixels = tf.cond(is_jpeg, jpeg, other)
     return tf.ensure_shape(pixels, (None, None, 3))
+
+
+def _work(encoded: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
+    """int64 []: height times width by a file's header; more where the decoder does more with them.
+
+    TensorFlow's decoders have limits of their own, which are higher, read every frame of a GIF and
+    every scan of a JPEG, and fail on an animated WebP. 0 for what is no picture.
+    """
+    start = tf.strings.substr(encoded, 0, 30)
+    header = tf.cast(tf.io.decode_raw(start, tf.uint8, fixed_length=30), tf.int64)
+
+    def number(*places):  # the lowest byte first
+        return sum(header[place] * 2 ** (8 * i) for i, place in enumerate(places))
+
+    def pieces(separator):
+        return tf.size(tf.strings.split(encoded, separator), tf.int64)
+
+    def jpeg():  # begin of a scan
+        area = tf.reduce_prod(tf.image.extract_jpeg_shape(encoded, tf.int64)[:2])
+        return tf.maximum(area, area * (pieces(b"\xff\xda") - 1) // MOST_PASSES)
+
+    def png():  # IHDR is the first chunk; sides of 2**31 and more are none
+        return number(19, 18, 17, 16) * tf.minimum(number(23, 22, 21, 20), 2**31)
+
+    def gif():  # the logical screen; each frame but the first begins after the end of something
+        return number(6, 7) * number(8, 9) * pieces(b"\0,")
+
+    def bmp():  # a negative height says that the first row is the top
+        rows = number(22, 23, 24, 25)
+        return number(18, 19, 20, 21) * tf.where(header[25] > 127, 2**32 - rows, rows)
+
+    def webp():  # RFC 9649: lossy, lossless, and what has more than a picture
+        packed = number(21, 22, 23, 24)
+        lossless = (packed % 2**14 + 1) * (packed // 2**14 % 2**14 + 1)
+        lossy = number(26, 27) % 2**14 * (number(28, 29) % 2**14)
+        extended = (number(24, 25, 26) + 1) * (number(27, 28, 29) + 1)
+        # TensorFlow 2.21 writes animations beyond the end of what it allocated: the process dies.
+        extended = tf.where(header[20] & 2 == 0, extended, LARGEST_PICTURE + 1)
+        return tf.where(
+            header[15] == ord("L"), lossless, tf.where(header[15] == ord("X"), extended, lossy)
+        )
+
+    kinds = [
+        (is_jpeg, jpeg),
+        (header[0] == 0x89, png),
+        (header[0] == ord("G"), gif),
+        (header[0] == ord("R"), webp),
+        (header[0] == ord("B"), bmp),
+    ]
+    return tf.case(kinds, lambda: tf.constant(0, tf.int64))
+
+
+def _opaque_in_graph(pixels: tf.Tensor) -> tf.Tensor:
+    """`_opaque` inside a graph."""
+    height, width = tf.unstack(tf.shape(pixels)[:2])
+    rows = tf.maximum(1, BAND // width)
+    count = (height + rows - 1) // rows
+    bands = tf.TensorArray(tf.uint8, count, infer_shape=False, element_shape=(None, None, 3))
+
+    def composite(i, bands):
+        return i + 1, bands.write(i, on_white(pixels[i * rows : (i + 1) * rows]))
+
+    # One at a time, or the memory would be that of all.
+    _, bands = tf.while_loop(lambda i, _: i < count, composite, (0, bands), parallel_iterations=1)
+    return bands.concat()
+
+
+def decode_all(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf.Tensor]:
+    """`decode` and `resize` of many images inside a graph, in parallel; bad ones stop no others.
+
+    A graph cannot catch an error, but a tf.data pipeline can leave out what has one.
+
+    Args:
+        encoded: string [N].
+        size: (height, width) in pixels.
+
+    Returns:
+        (uint8 [N, *size, 3], bool [N]): the pixels, and whether they are those of the image; where
+        it could not be decoded they have no meaning.
+    """
+
+    def finished(number, contents):
+        return number, resize(decode(contents), size)
+
+    count = tf.size(encoded, tf.int64)
+    numbers = tf.range(count)
+    images = tf.data.Dataset.from_tensor_slices((numbers, encoded))
+    images = images.map(finished, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
+    # One more than there are, so that there is always an element, and a next one after each.
+    last = tf.data.Dataset.from_tensors((count, tf.zeros((*size, 3), tf.uint8)))
+    options = tf.data.Options()
+    options.autotune.enabled = False  # a thread a core from the start, and none that measures
+    options.experimental_optimization.apply_default_optimizations = False
+    batch = images.concatenate(last).batch(count + 1).with_options(options)
+    decoded, pixels = batch.get_single_element()
+    places = tf.searchsorted(decoded, numbers)
+    return tf.gather(pixels, places), tf.gather(decoded, places) == numbers
 
 
 def on_white(pixels: tf.Tensor) -> tf.Tensor:

@@ -153,6 +153,30 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
+@contextlib.contextmanager
+def new_version(base: pathlib.Path, version: int | None = None) -> Iterator[tuple]:
+    """(a directory to make and fill, `base/<version>`), of which the first becomes the second when the
+    body succeeds.
+
+    Args:
+        version: an integer; None is the next one.
+
+    Raises:
+        FileExistsError: the version is there already.
+    """
+    target = base / str(version or next_version(base))
+    if target.exists():
+        raise FileExistsError(17, "this version is there already", str(target))
+    base.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=base) as temporary:
+        written = pathlib.Path(temporary) / "model"
+        yield written, target
+        for path in written.rglob("*"):
+            sync(path)
+        os.rename(written, target)
+    sync(base)
+
+
 def sync(path: pathlib.Path) -> None:
     """Asks the system to put a file or a directory on the disk now."""
     descriptor = os.open(path, os.O_RDONLY)

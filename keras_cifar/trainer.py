@@ -8,7 +8,7 @@ import sys
 
 import keras
 
-from keras_cifar import checkpoint, data, distribution, evaluation, models
+from keras_cifar import checkpoint, data, distribution, evaluation, models, verification
 from keras_cifar.checkpoint import Position
 from keras_cifar.config import TrainConfig
 from keras_cifar.distribution import Devices
@@ -66,7 +66,9 @@ def train(config: TrainConfig, run: Run) -> dict | None:
             model, "test", dataset.test, dataset.class_names, config.data, run
         )
         if config.export and not versions(run.export):
-            saved_model.export(model, run.export, dataset.class_names)
+            samples = verification.of_dataset(dataset, config.data)
+            path = saved_model.export(model, run.export, dataset.class_names, samples=samples)
+            print(verification.words(path), flush=True)
         return figures
 
 

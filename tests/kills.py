@@ -28,7 +28,7 @@ import tensorflow as tf
 
 from keras_cifar import checkpoint, models, recorder, trainer
 from keras_cifar.config import TrainConfig
-from keras_cifar.run import TEMPORARY, Run
+from keras_cifar.run import TEMPORARY, Run, versions
 from tests import strategies
 
 # Two validations, three epochs, checkpoints in the midst and at the ends of epochs.
@@ -135,7 +135,8 @@ def results(run: Run) -> dict[str, bytes | str]:
     found["TensorBoard"] = json.dumps(scalars(run))
     found["test.json"] = run.evaluation("test").read_text()
     found["model.keras"] = joined(models.load(run.model).get_weights())
-    (version,) = [path for path in run.export.iterdir() if not path.name.startswith(TEMPORARY)]
+    (number,) = versions(run.export)
+    version = run.export / str(number)
     reader = tf.train.load_checkpoint(str(version / "variables" / "variables"))
     names = sorted(name for name in reader.get_variable_to_shape_map() if name[0] != "_")
     found["exported variables"] = joined(reader.get_tensor(name) for name in names)

@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -455,6 +456,107 @@ def test_decode_works_in_a_graph_for_all_formats_at_once(tmp_path):
 def test_decode_refuses_what_is_no_picture(contents):
     with pytest.raises(tf.errors.InvalidArgumentError):
         image.decode(tf.constant(contents))
+
+
+def claim(path, width: int, height: int) -> bytes:
+    """A small file's bytes whose header says that it is that large."""
+    contents = bytearray(path.read_bytes())
+    if path.suffix == ".jpg":
+        start = contents.index(b"\xff\xc0") + 5
+        contents[start : start + 4] = struct.pack(">HH", height, width)
+    elif path.suffix == ".png":
+        header = b"IHDR" + struct.pack(">II", width, height) + contents[24:29]
+        contents[12:33] = header + struct.pack(">I", zlib.crc32(header))
+    elif path.suffix == ".gif":
+        contents[6:10] = struct.pack("<HH", width, height)
+    elif path.suffix == ".bmp":
+        contents[18:26] = struct.pack("<ii", width, -height)
+    elif contents[12:16] == b"VP8 ":
+        contents[26:30] = struct.pack("<HH", width, height)
+    elif contents[12:16] == b"VP8L":
+        contents[21:25] = struct.pack("<I", width - 1 | height - 1 << 14)
+    else:
+        assert contents[12:16] == b"VP8X"
+        contents[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return bytes(contents)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.jpg", {}),
+        ("a.png", {}),
+        ("a.gif", {}),
+        ("a.bmp", {}),
+        ("a.webp", {}),
+        ("a.webp", {"lossless": True}),
+        ("a.webp", {"exif": b"Exif\0\0"}),
+    ],
+)
+def test_the_decoder_in_the_graph_refuses_bombs_by_their_header(tmp_path, name, options):
+    path = saved(tmp_path, photo(20, 30), name, **options)
+    assert image.decode(tf.constant(claim(path, 30, 20))).shape == (20, 30, 3)
+    for sides in [(13_500, 13_500), (16_383, 10_924)]:
+        with pytest.raises(tf.errors.InvalidArgumentError, match="bomb"):
+            image.decode(tf.constant(claim(path, *sides)))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"^(?!.*bomb)"):
+        image.decode(tf.constant(claim(path, 16_383, 10_923)[:100]))
+
+
+def test_sides_whose_product_is_no_number_are_refused(tmp_path):
+    path = saved(tmp_path, photo(20, 30), "a.png")
+    for sides in [(2**31 - 1, 2**31 - 1), (2**31, 2**31), (2**32 - 1, 2**32 - 1)]:
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            image.decode(tf.constant(claim(path, *sides)))
+
+
+def test_frames_and_scans_count_as_the_pixels_they_are(tmp_path):
+    frames = [Image.fromarray(photo(8, 8)).convert("P") for _ in range(30)]
+    path = saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
+    assert image.decode(tf.constant(path.read_bytes())).shape == (8, 8, 3)
+    contents = claim(path, 3000, 3000)
+    assert contents.count(b"\0,") < 20
+    with pytest.raises(tf.errors.InvalidArgumentError, match="bomb"):
+        image.decode(tf.constant(contents + b"\0," * 20))
+    path = saved(tmp_path, photo(20, 30), "a.jpg")
+    contents = claim(path, 3000, 3000)
+    for more, said in ((397, "bomb"), (396, "^(?!.*bomb)")):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=said):
+            image.decode(tf.constant(contents[:-2] + b"\xff\xda" * more))
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_an_animated_webp_is_refused_before_the_decoder_sees_it(tmp_path, lossless):
+    # What TensorFlow 2.21 does with one is to write beyond its memory.
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "lime", "blue")]
+    path = saved(
+        tmp_path, frames[0], "a.webp", save_all=True, append_images=frames[1:], lossless=lossless
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match="animated WebP"):
+        image.decode(tf.constant(path.read_bytes()))
+    _, good = image.decode_all(tf.constant([path.read_bytes()]), (5, 5))
+    assert good.numpy().tolist() == [False]
+
+
+def test_transparency_in_bands_inside_a_graph_is_that_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(image, "BAND", 50)
+    for sides in ((40, 23), (1, 1), (7, 60), (10, 5)):
+        path = saved(tmp_path, noise(*sides, channels=4), "a.png")
+        np.testing.assert_array_equal(decoded(path), image.load(path))
+
+
+def test_of_many_pictures_bad_ones_stop_no_others(tmp_path):
+    pictures = [saved(tmp_path, photo(9 + i, 12), f"{i}.jpg").read_bytes() for i in range(40)]
+    expected = [image.load(contents, (5, 6)) for contents in pictures]
+    for bad in ([], [0], [39], [0, 1, 2, 20, 38, 39], list(range(40))):
+        files = [b"no image" if i in bad else contents for i, contents in enumerate(pictures)]
+        pixels, good = image.decode_all(tf.constant(files), (5, 6))
+        assert np.flatnonzero(~good.numpy()).tolist() == bad
+        for i in set(range(40)) - set(bad):
+            np.testing.assert_array_equal(pixels[i], expected[i])
+    pixels, good = image.decode_all(tf.constant([], tf.string), (5, 6))
+    assert pixels.shape == (0, 5, 6, 3)
+    assert good.shape == (0,)
 
 
 # ---- Resizing

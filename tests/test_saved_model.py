@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from keras_cifar import models
 from keras_cifar.exporters import saved_model
+from keras_cifar.run import versions
 
 NAMES = ("cat", "dog", "frog")
 
@@ -115,6 +117,26 @@ def test_every_format_and_size_is_decoded(exported):
     np.testing.assert_array_equal(answer["probabilities"][0], answer["probabilities"][1])
 
 
+def test_what_is_no_image_is_marked_and_the_others_have_their_answers(exported):
+    _, path, images = exported
+    serve = tf.saved_model.load(str(path)).signatures["serving_bytes"]
+    good = [png(x) for x in images]
+    alone = serve(image_bytes=tf.constant(good))
+    assert not np.isnan(alone["probabilities"]).any()
+    bad = [b"", b"text", b"\xff\xd8\xff", good[0][:200], good[1][:-20] + b"x" * 20]
+    answer = serve(
+        image_bytes=tf.constant([x for pair in zip(bad, good, strict=True) for x in pair])
+    )
+    for name in ("probabilities", "label", "label_index"):
+        np.testing.assert_array_equal(answer[name][1::2], alone[name])
+    assert np.isnan(answer["probabilities"][::2]).all()
+    assert answer["label"].numpy()[::2].tolist() == [b""] * 5
+    assert answer["label_index"].numpy()[::2].tolist() == [-1] * 5
+    only = serve(image_bytes=tf.constant(bad))
+    assert only["probabilities"].shape == (5, 3)
+    assert only["label_index"].numpy().tolist() == [-1] * 5
+
+
 def test_it_loads_without_keras_and_without_this_package(exported, tmp_path):
     model, path, images = exported
     np.save(tmp_path / "images.npy", images)
@@ -134,6 +156,45 @@ print(json.dumps(answer["probabilities"].numpy().tolist()))
     np.testing.assert_allclose(json.loads(done.stdout), expected, atol=1e-5)
 
 
+def test_libtensorflows_c_api_gives_the_same_from_all_signatures(exported, tmp_path):
+    _, path, images = exported
+    files = [png(x) for x in images[:4]] + [b"no image"]
+    contents = np.frombuffer(b"".join(files), np.uint8)
+    lengths = [len(x) for x in files]
+    np.savez(tmp_path / "in.npz", images=images, contents=contents, lengths=lengths)
+    program = pathlib.Path(__file__).with_name("c_api.py")
+    command = [sys.executable, "-I", program, path, tmp_path / "in.npz", tmp_path / "out.npz"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answers = np.load(tmp_path / "out.npz")
+    signatures = tf.saved_model.load(str(path)).signatures
+    expected = {}
+    for name, signature in signatures.items():
+        (given,) = signature.structured_input_signature[1]
+        value = tf.constant(files if given == "image_bytes" else images)
+        expected |= {f"{name}/{k}": v.numpy() for k, v in signature(**{given: value}).items()}
+    assert set(answers.files) == set(expected)
+    assert len(expected) == 7
+    for name, value in expected.items():
+        if value.dtype == np.float32:
+            np.testing.assert_allclose(answers[name], value, atol=1e-6, rtol=0, err_msg=name)
+        else:
+            np.testing.assert_array_equal(answers[name], value.astype(answers[name].dtype))
+    assert answers["serving_bytes/label_index"][-1] == -1
+
+
+def test_openvino_gives_the_same(exported):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    model, path, images = exported
+    core = openvino.Core()
+    network = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    answer = network({"images": images})
+    expected = model(images, training=False).numpy()
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-4, rtol=0)
+    assert answer["label_index"].tolist() == expected.argmax(1).tolist()
+    assert answer["label"].tolist() == [NAMES[i] for i in expected.argmax(1)]
+
+
 def test_class_names_are_an_asset(exported):
     _, path, _ = exported
     assert (path / "assets" / "labels.txt").read_text() == "cat\ndog\nfrog\n"
@@ -145,7 +206,8 @@ def test_versions_count_up_and_nothing_half_written_is_left(tmp_path):
     assert saved_model.export(model, base, NAMES).name == "1"
     assert saved_model.export(model, base, NAMES).name == "2"
     assert saved_model.export(model, base, NAMES, version=7).name == "7"
-    assert sorted(p.name for p in base.iterdir()) == ["1", "2", "7"]
+    assert versions(base) == [1, 2, 7]
+    assert {p.name for p in base.iterdir()} == {"1", "2", "7", "models.config", "SERVING.md"}
     with pytest.raises(FileExistsError):
         saved_model.export(model, base, NAMES, version=7)
 

@@ -1,4 +1,32 @@
-"""Formats that a model is handed over in: a module each, with `export(model, base, class_names)`.
+"""Formats that a model is handed over in, a module each.
 
-`folding` is no format: it makes the network that is exported out of the one that was trained.
+Each has
+
+    NEEDS_IMAGES = False  # or True: it cannot do without `samples`
+    export(model, base, class_names, version=None, samples=None, **record) -> base/<version>
+
+which is complete, and was compared with the model, before it appears. `folding` is no format: it
+makes the network that is exported out of the one that was trained.
 """
+
+import importlib
+import pkgutil
+
+from keras_cifar.errors import UserError
+
+FORMATS = tuple(sorted({m.name for m in pkgutil.iter_modules(__path__)} - {"folding"}))
+
+
+def needed(name: str):
+    """A module of the extra `formats`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"this format needs packages that are not there ({error}): "
+            "pip install 'keras_cifar[formats]'"
+        ) from None

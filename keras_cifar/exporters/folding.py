@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 # Kernels whose last axis is the output's channels.
 FOLDABLE = (keras.layers.Conv2D, keras.layers.Dense)
@@ -59,6 +60,27 @@ def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
         elif layer.name not in norms:
             copy.set_weights(layer.get_weights())
     return folded
+
+
+def function(model: keras.Model) -> tf.Module:
+    """A module whose `classify` is the folded model as one TensorFlow function.
+
+    It takes `images` uint8 [N, H, W, 3] and gives `probabilities` float32 [N, K] and `label_index`
+    int64 [N].
+    """
+    folded = fold(model)
+    pixels = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="images")
+
+    @tf.function(input_signature=[pixels], autograph=False)
+    def classify(images):
+        probabilities = tf.cast(folded(images, training=False), tf.float32)
+        return {"probabilities": probabilities, "label_index": tf.argmax(probabilities, axis=1)}
+
+    module = tf.Module()
+    # Keras's own variables are not found by tf.Module; these are what they wrap.
+    module.weights = [v.value for v in folded.weights]
+    module.classify = classify
+    return module
 
 
 def _precision(layer: keras.Layer):

@@ -1,54 +1,83 @@
 """SavedModel with the preprocessing inside, under a TensorFlow Serving model base path."""
 
-import os
 import pathlib
-import tempfile
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from keras_cifar import image
+from keras_cifar import bundle, image, verification
 from keras_cifar.errors import unwritten
 from keras_cifar.exporters import folding
-from keras_cifar.run import TEMPORARY, next_version, sync
+from keras_cifar.run import new_version
+from keras_cifar.verification import Samples
 
+NEEDS_IMAGES = False
 LABELS = "labels.txt"  # in assets/: a class name a line
 
 
 def export(
-    model: keras.Model, base: pathlib.Path, class_names: tuple[str, ...], version: int | None = None
+    model: keras.Model,
+    base: pathlib.Path,
+    class_names: tuple[str, ...],
+    version: int | None = None,
+    samples: Samples | None = None,
+    **record: object,
 ) -> pathlib.Path:
-    """Writes `base/<version>/`, which appears when it is complete.
+    """Writes `base/<version>/`, which appears when it is complete and says what the model says.
 
     Args:
         model: uint8 [N, H, W, 3] -> probabilities [N, K], with a layer called `features`.
         version: an integer; None is the next one.
+        samples: images to compare with; None is random ones.
+        record: what is stored with the figures of that.
 
     Returns:
         The new directory.
 
     Raises:
-        UserError: the disk is full, for one.
+        UserError: the disk is full, or what was written differs from the model.
     """
-    target = base / str(version or next_version(base))
-    if target.exists():
-        raise FileExistsError(17, "this version is there already", str(target))
-    base.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=base) as temporary:
+    size = model.input_shape[1:3]
+    with new_version(base, version) as (saved, target):
         # The asset's file is copied, so it must stay until the model is saved.
-        labels = pathlib.Path(temporary) / LABELS
+        labels = saved.parent / LABELS
         labels.write_text("".join(f"{name}\n" for name in class_names), "utf-8")
-        saved = pathlib.Path(temporary) / "model"
         module = _module(model, class_names, labels)
         try:
             tf.saved_model.save(module, str(saved), signatures=_signatures(module))
+            bundle.write_warmup(saved / bundle.WARMUP, bundle.model_name(base), size)
         except tf.errors.OpError as error:
             raise unwritten(target, error) from None
-        for path in saved.rglob("*"):
-            sync(path)
-        os.rename(saved, target)
-    sync(base)
+        _verify(model, saved, samples or verification.noise(size), record)
+        bundle.write_notes(base)
     return target
+
+
+def _verify(model: keras.Model, saved: pathlib.Path, samples: Samples, record: dict) -> None:
+    """Compares the model with what a server would load, from pixels and from files."""
+    loaded = tf.saved_model.load(str(saved))
+
+    def default(images):
+        return loaded.signatures["serving_default"](images=tf.constant(images))
+
+    def encoded(images):
+        files = tf.map_fn(tf.io.encode_png, images, fn_output_signature=tf.string)
+        return loaded.signatures["serving_bytes"](image_bytes=files)
+
+    with verification.full_precision():
+        expected = verification.reference(model, samples.images)
+        figures = {
+            name: verification.compare(
+                expected,
+                verification.in_batches(
+                    lambda x, f=f: f(x)["probabilities"].numpy(), samples.images
+                ),
+            )
+            for name, f in (("serving_default", default), ("serving_bytes", encoded))
+        }
+    limits = {name: {"largest_difference": verification.bound(model)} for name in figures}
+    verification.check(saved, samples, figures, limits, **record)
 
 
 def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Path) -> tf.Module:
@@ -61,9 +90,6 @@ def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Pa
     # Keras's own variables are not found by tf.Module; these are what they wrap.
     module.weights = [v.value for v in model.weights]
     module.labels = tf.saved_model.Asset(str(labels))
-
-    def decode(encoded):
-        return image.resize(image.decode(encoded), size)
 
     pixels = tf.TensorSpec((None, *size, 3), tf.uint8, name="images")
     encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
@@ -80,9 +106,15 @@ def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Pa
 
     @tf.function(input_signature=[encoded], autograph=False)
     def serving_bytes(image_bytes):
-        decoded = tf.TensorSpec((*size, 3), tf.uint8)
+        images, good = image.decode_all(image_bytes, size)
         # A call, so that the network is stored, and loaded, once for both.
-        return serving_default(tf.map_fn(decode, image_bytes, fn_output_signature=decoded))
+        answer = serving_default(images)
+        # What is no image has an answer that no image has, and the others have theirs.
+        return {
+            "probabilities": tf.where(good[:, None], answer["probabilities"], np.nan),
+            "label": tf.where(good, answer["label"], ""),
+            "label_index": tf.where(good, answer["label_index"], -1),
+        }
 
     @tf.function(input_signature=[pixels], autograph=False)
     def features_of(images):

@@ -1,0 +1,83 @@
+"""Temperature scaling: one number that makes probabilities mean what they say.
+
+Guo et al. 2017, arXiv:1706.04599, section 4.2: softmax(logits / T), with the T that minimises the
+negative log-likelihood of validation. No label changes, as the order of the logits does not.
+"""
+
+import keras
+import numpy as np
+import scipy.optimize
+import scipy.special
+
+from keras_cifar import evaluation
+from keras_cifar.data import Split
+
+# T is searched for in this range: outside of it, probabilities are all but one-hot or all but equal.
+RANGE = (0.05, 20.0)
+
+
+def fit(logits: np.ndarray, labels: np.ndarray) -> dict:
+    """The temperature that fits best.
+
+    Args:
+        logits: float [N, K].
+        labels: int [N].
+
+    Returns:
+        {"temperature", "loss_before", "loss_after", "ece_before", "ece_after", "images"}: the mean
+        negative log-likelihood in nats, and the expected calibration error.
+    """
+    logits = np.asarray(logits, np.float64)
+
+    # Convex in 1 / T, so it has one minimum, and Brent's method in the bounds finds it.
+    def loss(log_t: float) -> float:
+        scores = scipy.special.log_softmax(logits / np.exp(log_t), axis=1)
+        return float(-scores[np.arange(len(labels)), labels].mean())
+
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-4}
+    )
+    temperature = float(np.exp(found.x))
+    return {
+        "temperature": temperature,
+        "loss_before": loss(0.0),
+        "loss_after": loss(found.x),
+        "ece_before": expected_error(scipy.special.softmax(logits, 1), labels),
+        "ece_after": expected_error(scipy.special.softmax(logits / temperature, 1), labels),
+        "images": len(labels),
+    }
+
+
+def words(fitted: dict) -> str:
+    """What `fit` found, as a line."""
+    return (
+        f"temperature {fitted['temperature']:.3f}: on {fitted['images']:,} validation images the loss "
+        f"goes from {fitted['loss_before']:.4f} to {fitted['loss_after']:.4f}, the calibration error "
+        f"from {fitted['ece_before']:.4f} to {fitted['ece_after']:.4f}"
+    )
+
+
+def expected_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """The expected calibration error (section 2 of the paper, with its 15 bins): how far the largest
+    probability is from the accuracy, on average over images.
+    """
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    places = np.minimum((confidence * bins).astype(int), bins - 1)
+    # Of each bin, the size times the difference of the means is the difference of the sums.
+    gaps = np.bincount(places, confidence - right, bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def fit_model(model: keras.Model, split: Split) -> dict:
+    """`fit` of a model with a layer called `logits`, on the images of a split."""
+    logits = keras.Model(model.inputs[0], model.get_layer("logits").output)
+    return fit(evaluation.predict(logits, split), split.labels)
+
+
+def scaled(model: keras.Model, temperature: float) -> keras.Model:
+    """The model with its logits divided by a temperature, on the same weights."""
+    logits = model.get_layer("logits").output
+    cooled = keras.layers.Rescaling(1 / temperature, dtype="float32", name="temperature")(logits)
+    output = keras.layers.Activation("softmax", dtype="float32", name="probabilities")(cooled)
+    return keras.Model(model.inputs[0], output, name=model.name)
