@@ -27,6 +27,13 @@ REQUIRES = [
     "tqdm>=4.66,<5",
 ]
 
+SERVE = [
+    "starlette>=1,<2",
+    "uvicorn>=0.30.6,<1",
+    "httptools>=0.6.3,<1",  # uvicorn parses HTTP in C with it
+    "prometheus-client>=0.20,<1",
+]
+
 setup(
     name="keras_cifar",
     version=VERSION,
@@ -38,8 +45,17 @@ setup(
     packages=find_packages(include=["keras_cifar", "keras_cifar.*"]),
     python_requires=">=3.11,<3.13",
     install_requires=REQUIRES,
+    package_data={"keras_cifar.serving": ["page.html"]},
     extras_require={
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "PyYAML>=6,<7", "ruff>=0.17,<0.18"]
+        "serve": SERVE,
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "PyYAML>=6,<7",
+            "jsonschema>=4.18,<5",  # requests and answers against TensorFlow Serving's documentation
+            "ruff>=0.17,<0.18",
+            *SERVE,
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

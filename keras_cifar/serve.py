@@ -85,6 +85,7 @@ def main(options: ServeOptions) -> None:
             ws="none",
             timeout_graceful_shutdown=GRACE,
         )
+        listener.listen(config.backlog)  # whoever reads what is printed can connect at once
         host, port = listener.getsockname()[:2]
         at = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         current = versions.current
