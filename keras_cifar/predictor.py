@@ -21,7 +21,7 @@ def find(path: str) -> pathlib.Path:
     """
     root = pathlib.Path(path).expanduser()
     if "://" in path:
-        raise UserError(f"--model={path}: only directories can be read")
+        raise UserError(f"--model={path}: only directories and http:// can be read")
     if not root.exists():
         raise UserError(f"--model={path} does not exist")
     for base in (root, root / "export"):
