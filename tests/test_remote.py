@@ -156,6 +156,8 @@ class Fake:
                 self.reply(*(answer or fake.right(request)))
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        # Clients that go before the answer are part of the tests.
+        self.server.handle_error = lambda request, address: None
         self.url = f"http://127.0.0.1:{self.server.server_port}{PATH}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
