@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -56,7 +57,7 @@ class Server:
 
     def memory(self) -> int:
         """Bytes of its resident memory."""
-        status = open(f"/proc/{self.process.pid}/status").read()  # noqa: SIM115
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
 
 

@@ -162,7 +162,7 @@ def test_the_image_holds_what_setup_reads():
 
 # ---- TensorFlow Serving
 
-# Of tensorflow_model_server --help, version 2.19: what is used, and what the image's entry sets itself.
+# Of those of tensorflow_model_server (its model_servers/main.cc): what is used.
 SERVER_FLAGS = {"enable_batching"}
 
 
