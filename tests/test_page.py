@@ -16,21 +16,11 @@ from PIL import Image
 from keras_cifar import image
 from keras_cifar.predictor import Predictor
 from tests.conftest import colour_images
-from tests.server import serving
-
-for package in ("starlette", "uvicorn", "prometheus_client"):
-    pytest.importorskip(package, reason="the extra `serve` is not installed")
 
 
-@pytest.fixture(scope="module")
-def server(trained_run):
-    with serving(trained_run.path) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def address(server) -> str:
-    return f"http://{server.host}:{server.port}"
+@pytest.fixture
+def address(served_run) -> str:
+    return f"http://{served_run.host}:{served_run.port}"
 
 
 @pytest.fixture
@@ -44,8 +34,8 @@ def picture(tmp_path):
     return path
 
 
-def test_the_page_asks_nobody_else(server):
-    status, page = server.ask("GET", "/")
+def test_the_page_asks_nobody_else(served_run):
+    status, page = served_run.ask("GET", "/")
     assert status == 200
     assert page.startswith("<!doctype html>")
     assert "{{" not in page
@@ -55,13 +45,13 @@ def test_the_page_asks_nobody_else(server):
     assert 'name="viewport"' in page
 
 
-def test_what_the_page_calls_answers(server, picture, trained_run):
-    names = server.ask("GET", "/v1/models/model/metadata")[1]["metadata"]["class_names"]
+def test_what_the_page_calls_answers(served_run, picture, trained_run):
+    names = served_run.ask("GET", "/v1/models/model/metadata")[1]["metadata"]["class_names"]
     body = {
         "signature_name": "serving_bytes",
         "inputs": [{"b64": base64.b64encode(picture.read_bytes()).decode()}],
     }
-    status, answer = server.predict(body)
+    status, answer = served_run.predict(body)
     assert status == 200
     assert len(answer["outputs"]["probabilities"][0]) == len(names) == 3
     assert answer["outputs"]["label"][0] in names

@@ -14,7 +14,6 @@ from PIL import Image
 
 from keras_cifar import cli, predict, remote
 from tests.conftest import colour_images
-from tests.server import serving
 
 PATH = "/v1/models/model"
 CLASSES = ["class_0", "class_1", "class_2"]
@@ -51,12 +50,9 @@ def pictures(tmp_path) -> list:
 # ---- A server of ours
 
 
-@pytest.fixture(scope="module")
-def url(trained_run):
-    for package in ("starlette", "uvicorn", "prometheus_client"):
-        pytest.importorskip(package, reason="the extra `serve` is not installed")
-    with serving(trained_run.path) as server:
-        yield server.url
+@pytest.fixture
+def url(served_run) -> str:
+    return served_run.url
 
 
 @pytest.mark.parametrize("form", ["text", "csv", "json"])
