@@ -102,7 +102,9 @@ def main(options: ServeOptions) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     """A socket at that address, which accepts nothing yet."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+    # Where TCP is named, asyncio has small packets sent at once; else an answer, which is sent in two
+    # parts, waits 40 ms for an acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         # Connections of a server that was here before may still be closing.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

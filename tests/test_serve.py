@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import contextlib
+import http.client
 import os
 import pathlib
 import shutil
@@ -377,6 +378,19 @@ def test_what_cannot_be_served_is_one_line(failure, trained_run, tmp_path):
         assert (status, "Address already in use" in line) == (1, True)
     status, line = failure(f"--model={trained_run.path}", "--port=0", "--host=no.such.host.invalid")
     assert (status, "cannot listen at no.such.host.invalid" in line) == (1, True)
+
+
+def test_small_answers_are_sent_at_once(server):
+    """Not with 40 ms between their two parts, as TCP does unless told otherwise."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+    seconds = []
+    with contextlib.closing(connection):
+        for _ in range(20):
+            start = time.perf_counter()
+            connection.request("GET", "/v1/models/model")
+            connection.getresponse().read()
+            seconds.append(time.perf_counter() - start)
+    assert min(seconds[1:]) < 0.03
 
 
 def test_without_the_extra_it_says_what_to_install(trained_run):

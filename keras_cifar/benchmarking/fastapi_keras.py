@@ -5,6 +5,7 @@ Run as `python -m keras_cifar.benchmarking.fastapi_keras MODEL.keras`; prints it
 
 import base64
 import io
+import pathlib
 import socket
 import sys
 
@@ -19,7 +20,7 @@ environment.import_tensorflow()
 
 from keras_cifar import models
 
-model = models.load(sys.argv[1])
+model = models.load(pathlib.Path(sys.argv[1]))
 size = model.input_shape[2], model.input_shape[1]
 app = fastapi.FastAPI()
 
@@ -33,7 +34,10 @@ async def predict(body: dict):  # not in a pool of threads, in which Model.predi
 
 if __name__ == "__main__":
     model.predict(np.zeros((1, *model.input_shape[1:]), np.uint8), verbose=0)
-    listener = socket.create_server(("127.0.0.1", 0))
+    # TCP by name, as uvicorn's own sockets are: asyncio sends small packets at once then.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
     print(f"address   http://127.0.0.1:{listener.getsockname()[1]}/predict", flush=True)
     config = uvicorn.Config(app, log_level="error", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
