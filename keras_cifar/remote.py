@@ -29,7 +29,7 @@ LARGEST_ANSWER = 2**28  # bytes; the probabilities of 128 images in 21,841 class
 class RemotePredictor:
     """A model behind a server, to be used as `predictor.Predictor` is.
 
-    Images go as PNG to `serving_bytes`, since PNG loses nothing and is a quarter of the numbers in
+    Images go as PNG to `serving_bytes`, since PNG loses nothing and is a fifth of the numbers in
     JSON; they have the model's size already, so the server has nothing to resize and the answers
     are those of the model on the pixels.
 

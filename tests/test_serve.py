@@ -183,6 +183,17 @@ def test_each_bad_request_has_its_answer(server, images, method, path, body, sta
     assert server.predict({"instances": images.tolist()})[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("index", "refused"), [([-1, -1], True), ([-1, 2], False), ([0, 2], False)]
+)
+def test_a_request_is_bad_where_all_of_it_is(index, refused):
+    """Rows that are marked as no image are answered, unless there are no others."""
+    from keras_cifar.serving import app
+
+    assert app._no_image({"label_index": np.array(index)}) is refused
+    assert app._no_image({"features": np.zeros((2, 3))}) is False
+
+
 def raw(server, data: bytes) -> bytes:
     """What the server answers to these bytes, until it closes or 5 seconds are over."""
     with contextlib.closing(socket.create_connection((server.host, server.port), 5)) as connection:
@@ -303,6 +314,15 @@ def test_a_version_that_cannot_be_used_is_not_served(server, base, images):
     assert server.predict({"instances": images.tolist()})[0] == 200
     shutil.rmtree(broken)
     until(lambda: list(states(server)) == [current])
+
+
+def test_where_the_newest_is_removed_the_one_before_is_served(server, base, images):
+    (current,) = states(server)
+    add_version(base, base / str(current), current + 1)
+    until(lambda: states(server) == {current + 1: "AVAILABLE"})
+    shutil.rmtree(base / str(current + 1))
+    until(lambda: states(server) == {current: "AVAILABLE"})
+    assert server.predict({"instances": images.tolist()})[0] == 200
 
 
 # ---- The command
