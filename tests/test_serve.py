@@ -400,6 +400,28 @@ def test_what_cannot_be_served_is_one_line(failure, trained_run, tmp_path):
     assert (status, "cannot listen at no.such.host.invalid" in line) == (1, True)
 
 
+def test_a_signature_that_fails_is_found_at_the_start(trained_run, tmp_path):
+    """What loads and cannot compute is not served."""
+    import tensorflow as tf
+
+    from keras_cifar.errors import UserError
+    from keras_cifar.serving.servable import Servable
+
+    export = trained_run.path / "export" / "1"
+    loaded = tf.saved_model.load(str(export))
+
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, name="image_bytes")])
+    def broken(image_bytes):
+        with tf.control_dependencies([tf.debugging.Assert(False, ["no"])]):
+            return {"label": tf.identity(image_bytes)}
+
+    signatures = dict(loaded.signatures) | {"broken": broken}
+    tf.saved_model.save(loaded, str(tmp_path / "1"), signatures=signatures)
+    shutil.copytree(export / "assets", tmp_path / "1" / "assets", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="not a model that can be used"):
+        Servable(tmp_path / "1", 128)
+
+
 def test_small_answers_are_sent_at_once(server):
     """Not with 40 ms between their two parts, as TCP does unless told otherwise."""
     connection = http.client.HTTPConnection(server.host, server.port, timeout=60)

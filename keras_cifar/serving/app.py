@@ -100,8 +100,8 @@ class App:
             await asyncio.sleep(self._poll)
             try:
                 news = await asyncio.to_thread(self._versions.refresh)
-            except OSError as error:  # The disk is away, perhaps not for ever.
-                news = reason(error)
+            except Exception as error:  # The disk is away or the memory full, perhaps not for ever.
+                news = f"looking for a new version failed: {reason(error)}"
             if news:
                 print(one_line(news), file=sys.stderr, flush=True)
 

@@ -12,7 +12,7 @@ from google.protobuf import json_format
 from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
 
-from keras_cifar.errors import UserError
+from keras_cifar.errors import UserError, reason
 from keras_cifar.predictor import Predictor, find
 from keras_cifar.run import versions
 from keras_cifar.serving import rest
@@ -51,11 +51,18 @@ class Servable:
         }
         # One object each, since the batcher compares them.
         self._run = {n: functools.partial(self._compute, s) for n, s in self._signatures.items()}
-        black = np.zeros((1, *predictor.size, 3), np.uint8)
+        try:
+            self._warm_up(predictor.size)
+        except Exception as error:  # of TensorFlow: what it lacks shows when it computes
+            raise UserError(f"{path} is not a model that can be used: {reason(error)}") from None
+
+    def _warm_up(self, size: tuple[int, int]) -> None:
+        """Computes a black image with each signature."""
+        black = np.zeros((1, *size, 3), np.uint8)
         file = io.BytesIO()
         Image.fromarray(black[0]).save(file, "PNG")
+        encoded = np.array([file.getvalue()], object)
         for name, signature in self._signatures.items():
-            encoded = np.array([file.getvalue()], object)
             self._run[name](encoded if signature.is_string else black)
 
     def prepare(self, call: rest.Call) -> tuple:
