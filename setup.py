@@ -31,6 +31,12 @@ REQUIRES = [
 
 # ONNX and LiteRT: what writes them and what checks them.
 FORMATS = ["tf2onnx>=1.17,<2", "onnx>=1.17,<2", "onnxruntime>=1.20,<2", "ai-edge-litert>=2.0,<3"]
+SERVE = [
+    "starlette>=1,<2",
+    "uvicorn>=0.30.6,<1",
+    "httptools>=0.6.3,<1",  # uvicorn parses HTTP in C with it
+    "prometheus-client>=0.20,<1",
+]
 
 setup(
     name="keras_cifar",
@@ -43,10 +49,14 @@ setup(
     packages=find_packages(include=["keras_cifar", "keras_cifar.*"]),
     python_requires=">=3.11,<3.13",
     install_requires=REQUIRES,
+    package_data={"keras_cifar.serving": ["page.html"]},
     extras_require={
         "formats": FORMATS,
+        "serve": SERVE,
         "dev": [
             *FORMATS,
+            *SERVE,
+            "jsonschema>=4.18,<5",  # requests and answers against TensorFlow Serving's documentation
             "openvino>=2025.0",  # as another runtime that reads the SavedModel
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",

@@ -55,6 +55,11 @@ class BenchmarkOptions:
         "instead: what two replicas and two processes cost here, and what many GPUs would bring",
         "Comparison",
     )
+    serving: bool = option(
+        False,
+        "instead: requests a second and latency of serve, beside Model.predict in FastAPI",
+        "Comparison",
+    )
     steps: int = option(20, "of an epoch, with --distribution", "Comparison")
     rounds: int = option(5, "turns of each contender", "Comparison")
     seconds: float = option(5.0, "of a turn", "Comparison")
@@ -75,6 +80,8 @@ def main(options: BenchmarkOptions) -> None:
     flops = 6 * models.count_multiply_adds(network)  # multiply and add; forward, and twice backward
     if options.distribution:
         result = {"distribution": distribute(options)}
+    elif options.serving:
+        result = {"serving": serve(options)}
     else:
         result = {"growth": growth(options)} if options.growth else compare(options, flops)
     result = {"flags": dataclasses.asdict(options), "machine": machine()} | result
@@ -416,6 +423,22 @@ def distribute(options: BenchmarkOptions) -> dict:
             + "".join(f"{row[f'{k}_rate']:>9,.0f}{e:>5.0%}" for k, e in efficiency.items())
         )
     return {"measured": measured, "traffic": dataclasses.asdict(found), "predicted": predicted}
+
+
+def serve(options: BenchmarkOptions) -> dict:
+    """Measures and prints requests a second and their latency, of one picture each."""
+    from keras_cifar.benchmarking import serving
+
+    figures = serving.measure(options, _our_environment(), _say)
+    print(f"{options.model}, one picture a request, {options.data}")
+    print(f"\n{'':<28}{'clients':>8}{'requests/s':>12}{'p50, ms':>10}{'p99, ms':>10}")
+    for name, rows in figures.items():
+        for clients, row in rows.items():
+            print(
+                f"{name:<28}{clients:>8}{row['rate']:>12,.0f}"
+                f"{1e3 * row['p50']:>10.1f}{1e3 * row['p99']:>10.1f}"
+            )
+    return figures
 
 
 if __name__ == "__main__":

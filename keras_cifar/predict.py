@@ -1,6 +1,7 @@
-"""Classifies pictures with an exported model; needs nothing but the SavedModel.
+"""Classifies pictures with an exported model; needs nothing but the SavedModel, or its server.
 
 python -m keras_cifar.predict --model RUN_or_EXPORT dog.png holiday/ 'more/*.jpg'
+python -m keras_cifar.predict --model http://HOST:PORT/v1/models/NAME dog.png
 """
 
 import collections
@@ -9,6 +10,7 @@ import csv
 import dataclasses
 import glob
 import itertools
+import math
 import os
 import pathlib
 import sys
@@ -27,7 +29,7 @@ THREADS = min(32, os.cpu_count() or 1)  # that decode
 class PredictOptions:
     """The command's flags."""
 
-    model: str = option("", "a run, an export or a version of it", "Prediction")
+    model: str = option("", "a run, an export or a version of it, or its URL", "Prediction")
     top_k: int = option(3, "classes to name for each picture", "Prediction")
     format: str = option("text", "of what goes to stdout", "Prediction", ("text", "csv", "json"))
     features: str | None = option(
@@ -35,10 +37,15 @@ class PredictOptions:
         "also write the feature vectors to this .npz file (files, features, labels)",
         "Prediction",
     )
+    timeout: float = option(60.0, "seconds that a server has for a batch", "With a URL")
+    labels: str | None = option(
+        None, "a file with a class name a line, for servers that do not tell them", "With a URL"
+    )
 
     def __post_init__(self):
-        check(self.model, "--model=RUN_or_EXPORT is needed")
+        check(self.model, "--model=RUN_or_EXPORT_or_URL is needed")
         check(self.top_k > 0, f"--top_k={self.top_k} must be greater than 0")
+        check(0 < self.timeout < math.inf, f"--timeout={self.timeout} must be greater than 0")
 
 
 def main(options: PredictOptions, arguments: list[str]) -> int:
@@ -46,9 +53,7 @@ def main(options: PredictOptions, arguments: list[str]) -> int:
     check(arguments, "name at least one picture, folder or glob")
     import tqdm
 
-    from keras_cifar.predictor import Predictor
-
-    predictor = Predictor(options.model)
+    predictor = _predictor(options)
     rows, features = [], []
     with tqdm.tqdm(desc="classifying", unit=" files", leave=False, disable=None) as progress:
         for batch in _batches(find_files(arguments), predictor.size):
@@ -68,6 +73,17 @@ def main(options: PredictOptions, arguments: list[str]) -> int:
         )
         print(one_line(line), file=sys.stderr)
     return 1 if failed else 0
+
+
+def _predictor(options: PredictOptions):
+    """What classifies: a Predictor or a RemotePredictor."""
+    if options.model.startswith(("http://", "https://")):
+        from keras_cifar.remote import RemotePredictor
+
+        return RemotePredictor(options.model, options.timeout, options.labels)
+    from keras_cifar.predictor import Predictor
+
+    return Predictor(options.model)
 
 
 # ---- Files in

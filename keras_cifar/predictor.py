@@ -21,7 +21,7 @@ def find(path: str) -> pathlib.Path:
     """
     root = pathlib.Path(path).expanduser()
     if "://" in path:
-        raise UserError(f"--model={path}: only directories can be read")
+        raise UserError(f"--model={path}: only directories and http:// can be read")
     if not root.exists():
         raise UserError(f"--model={path} does not exist")
     for base in (root, root / "export"):
@@ -42,6 +42,7 @@ class Predictor:
         path: its directory.
         size: (height, width) of the images it takes, in pixels.
         class_names: in the order of the probabilities.
+        signatures: its functions, by name.
     """
 
     def __init__(self, path: str):
@@ -57,8 +58,9 @@ class Predictor:
         try:
             # Kept, since the signatures do not keep the variables alive.
             self._loaded = tf.saved_model.load(str(self.path))
-            self._classify = self._loaded.signatures["serving_default"]
-            self._features = self._loaded.signatures["features"]
+            self.signatures = dict(self._loaded.signatures)
+            self._classify = self.signatures["serving_default"]
+            self._features = self.signatures["features"]
             self.size = tuple(self._classify.structured_input_signature[1]["images"].shape[1:3])
             labels = self.path / "assets" / "labels.txt"
             self.class_names = tuple(read(labels, LARGEST_LABELS).decode("utf-8").splitlines())

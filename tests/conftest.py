@@ -89,6 +89,17 @@ def trained_run(tmp_path_factory, image_folder):
     return run
 
 
+@pytest.fixture(scope="session")
+def served_run(trained_run):
+    """A server of `trained_run`, in a process of its own."""
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        pytest.importorskip(package, reason="the extra `serve` is not installed")
+    from tests.server import serving
+
+    with serving(trained_run.path) as server:
+        yield server
+
+
 @pytest.fixture
 def full_disk():
     """A context in which this process can write no more than so many bytes to a file."""

@@ -160,3 +160,22 @@ def test_the_tables_median_is_of_the_turns():
     worker = benchmark.Worker.__new__(benchmark.Worker)
     worker.turns = [{"rate": rate, "peak_memory": 5} for rate in rates]
     assert worker.figures == {"median": 2.0, "low": 1.0, "high": 3.0, "peak_memory": 5}
+
+
+@pytest.mark.slow
+def test_serving_is_measured_for_each_number_of_clients(tmp_path):
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    out = tmp_path / "figures.json"
+    flags = ["--serving", "--model=lenet5", "--rounds=1", "--seconds=0.3", f"--json={out}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "keras_cifar.benchmark", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    servers = json.loads(out.read_text())["serving"]
+    assert "serve" in servers
+    for rows in servers.values():
+        assert list(rows) == ["1", "4", "16"]
+        for clients, row in rows.items():
+            assert 0 < row["p50"] <= row["p99"]
+            # Each client has one request at a time.
+            assert row["rate"] * row["p50"] < 2 * int(clients)

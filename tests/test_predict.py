@@ -629,7 +629,7 @@ def test_the_model_knows_its_size_and_classes(export):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["a.png"], "--model=RUN_or_EXPORT is needed"),
+        (["a.png"], "--model=RUN_or_EXPORT_or_URL is needed"),
         (["--model=x"], "name at least one picture"),
         (["--model=x", "a.png", "--top_k=0"], "--top_k=0 must be greater than 0"),
         (["--model=x", "a.png", "--top_k=two"], "top_k"),

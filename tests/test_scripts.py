@@ -38,7 +38,9 @@ def train_config(command):
     return config
 
 
-@pytest.mark.parametrize("name", ["train.slurm", "environment.sh", "quickstart.sh", "test.sh"])
+@pytest.mark.parametrize(
+    "name", ["train.slurm", "environment.sh", "quickstart.sh", "serve.sh", "test.sh"]
+)
 def test_bash_can_read_the_scripts(name):
     done = subprocess.run(["bash", "-n", str(SCRIPTS / name)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -156,3 +158,78 @@ def test_the_image_holds_what_setup_reads():
     read = re.findall(r'HERE / "([\w.]+)"', (root / "setup.py").read_text())
     assert {*read, "setup.py", "pyproject.toml", "constraints.txt", "LICENSE"} == copied
     assert any("--constraint constraints.txt" in line and line.endswith(" .") for line in lines)
+
+
+# ---- TensorFlow Serving
+
+# Of those of tensorflow_model_server (its model_servers/main.cc): what is used.
+SERVER_FLAGS = {"enable_batching"}
+
+
+@pytest.fixture
+def docker(tmp_path):
+    """Runs serve.sh with a docker that shows what it is given: (status, its words, stderr)."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "docker"
+    program.write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
+    program.chmod(0o755)
+
+    def run(*argv, **variables):
+        env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | variables
+        command = ["bash", str(SCRIPTS / "serve.sh"), *argv]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(("given", "below"), [("my run", "export"), ("base", "")])
+def test_docker_serves_a_run_or_a_base_path(docker, tmp_path, given, below):
+    base = tmp_path / given / below
+    (base / "3").mkdir(parents=True)
+    (base / "3" / "saved_model.pb").touch()
+    status, words, _ = docker(given, "name", PORT="8000", IMAGE="an/image:1")
+    assert status == 0
+    assert words == [
+        *("run", "--rm", "--publish", "127.0.0.1:8000:8501"),
+        *("--mount", f"type=bind,source={base},target=/models/name,readonly"),
+        *("--env", "MODEL_NAME=name", "an/image:1", "--enable_batching=true"),
+    ]
+    assert "MODEL_NAME=model" in docker(given)[1]
+
+
+def test_docker_is_not_started_without_a_model(docker, tmp_path):
+    (tmp_path / "empty" / "1").mkdir(parents=True)
+    for argv, status, words in (([], 2, "usage"), (["empty"], 1, "has no <version>")):
+        found, out, error = docker(*argv)
+        assert (found, out) == (status, [])
+        assert words in error
+
+
+def test_the_compose_file_serves_what_the_script_serves():
+    (service,) = yaml.safe_load((SCRIPTS / "serve.compose.yaml").read_text())["services"].values()
+    text = (SCRIPTS / "serve.sh").read_text()
+    assert service["image"] in text
+    assert service["ports"] == ["127.0.0.1:${PORT:-8501}:8501"]
+    assert {word.strip("-").split("=")[0] for word in service["command"]} == SERVER_FLAGS
+    assert all(word in text for word in service["command"])
+    (volume,) = service["volumes"]
+    assert volume["type"] == "bind"
+    assert volume["read_only"] is True
+    assert volume["target"] == f"/models/{service['environment']['MODEL_NAME']}"
+    assert volume["source"].startswith("${EXPORT:?")  # compose stops where it is not set
+
+
+def test_the_inference_service_has_kserves_fields():
+    manifest = yaml.safe_load((SCRIPTS / "inferenceservice.yaml").read_text())
+    kind = (manifest["apiVersion"], manifest["kind"])
+    assert kind == ("serving.kserve.io/v1beta1", "InferenceService")
+    assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", manifest["metadata"]["name"])
+    assert set(manifest["spec"]) == {"predictor"}
+    predictor = manifest["spec"]["predictor"]
+    assert 0 < predictor["minReplicas"] <= predictor["maxReplicas"]
+    model = predictor["model"]
+    assert model["modelFormat"] == {"name": "tensorflow"}
+    assert model["protocolVersion"] == "v1"
+    assert re.fullmatch(r"(pvc|s3|gs)://\S+", model["storageUri"])
+    assert set(model["resources"]) == {"requests", "limits"}

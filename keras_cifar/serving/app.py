@@ -1,0 +1,254 @@
+"""The HTTP side: routes, limits, errors as JSON, figures for Prometheus."""
+
+import asyncio
+import contextlib
+import json
+import pathlib
+import re
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable
+
+import numpy as np
+import prometheus_client as prometheus
+import tensorflow as tf
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from keras_cifar.errors import one_line, reason
+from keras_cifar.serving import rest
+from keras_cifar.serving.batching import Batcher
+from keras_cifar.serving.servable import Versions
+
+PAGE = pathlib.Path(__file__).parent / "page.html"
+
+# Requests that are answered at a time; each may hold a body of the largest size.
+MOST_REQUESTS = 256
+
+# Of the page: nothing comes from elsewhere, and nothing goes there.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+
+# /NAME[/versions/N][:VERB|/metadata]
+_MODEL = re.compile(r"/v1/models/([^/:]+)(?:/versions/(\d{1,18}))?(?:(:[a-z]+)|(/metadata))?")
+
+# Bounds of the histograms: seconds of a request, rows of a batch.
+_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class App:
+    """Answers for one model.
+
+    Attributes:
+        asgi: the application for an ASGI server.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        versions: Versions,
+        batcher: Batcher,
+        *,
+        largest_request: int,
+        timeout: float,
+        poll: float,
+    ):
+        """Args:
+        name: the model's, in the addresses.
+        largest_request: bytes of a body.
+        timeout: seconds for a body to come.
+        poll: seconds between looks for new versions.
+        """
+        self._name, self._versions, self._batcher = name, versions, batcher
+        self._largest, self._timeout, self._poll = largest_request, timeout, poll
+        self._open = 0
+        self._metrics = Metrics(versions, batcher)
+        every = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+        self.asgi = Starlette(
+            routes=[
+                Route("/", self._page),
+                Route("/metrics", self._show_metrics),
+                # As KServe has them, for probes.
+                Route("/v2/health/live", self._alive),
+                Route("/v2/health/ready", self._alive),
+                Route("/v1/models/{rest:path}", self._counted, methods=every),
+            ],
+            exception_handlers={HTTPException: _not_found},
+            lifespan=self._lifespan,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, asgi: Starlette) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(work()) for work in (self._batcher.work, self._look)]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _look(self) -> None:
+        """Looks for new versions until it is cancelled."""
+        while True:
+            await asyncio.sleep(self._poll)
+            try:
+                news = await asyncio.to_thread(self._versions.refresh)
+            except Exception as error:  # The disk is away or the memory full, perhaps not for ever.
+                news = f"looking for a new version failed: {reason(error)}"
+            if news:
+                print(one_line(news), file=sys.stderr, flush=True)
+
+    async def _page(self, request: Request) -> Response:
+        page = PAGE.read_text("utf-8").replace("{{name}}", self._name)
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
+
+    async def _show_metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+    async def _alive(self, request: Request) -> Response:
+        return _json({"live": True, "ready": True})
+
+    async def _counted(self, request: Request) -> Response:
+        """Answers what is below /v1/models/; every failure becomes TensorFlow Serving's JSON."""
+        start, kind = time.perf_counter(), "other"
+        self._open += 1
+        try:
+            if self._open > MOST_REQUESTS:
+                raise rest.RequestError("too many requests at a time; try again", 503)
+            kind, answer = self._route(request)
+            response = await answer
+        except rest.RequestError as error:
+            response = _error(str(error), error.status)
+        except ClientDisconnect:
+            response = _error("the client has gone", 400)  # for the figures; nobody reads it
+        except Exception:
+            traceback.print_exc()
+            response = _error("the server has failed; its log says how", 500)
+        finally:
+            self._open -= 1
+        self._metrics.count(kind, response.status_code, time.perf_counter() - start)
+        return response
+
+    def _route(self, request: Request) -> tuple[str, Awaitable[Response]]:
+        """(the kind of a request, what will answer it)."""
+        match = _MODEL.fullmatch(request.url.path)
+        if not match or match[3] not in (None, ":predict"):
+            raise rest.RequestError(f"malformed request: {request.method} {request.url.path}")
+        name, version, verb, metadata = match.groups()
+        kind, method, answer = "status", "GET", self._status
+        if verb:
+            kind, method, answer = "predict", "POST", self._predict
+        elif metadata:
+            kind, answer = "metadata", self._metadata
+        if request.method != method:
+            raise rest.RequestError(f"{request.method} is not for this address; use {method}", 405)
+        if name != self._name:
+            raise rest.RequestError(f"there is no model {name!r}; {self._name!r} is served", 404)
+        return kind, answer(request, int(version) if version else None)
+
+    async def _status(self, request: Request, version: int | None) -> Response:
+        return _json(self._versions.status(version))
+
+    async def _metadata(self, request: Request, version: int | None) -> Response:
+        servable = self._versions.get(version)
+        model = {"name": self._name, "signature_name": "", "version": str(servable.version)}
+        signatures = {"signature_def": servable.signature_def}
+        # The names are ours: no request to TensorFlow Serving gives those of all classes.
+        metadata = {"signature_def": signatures, "class_names": servable.class_names}
+        return _json({"model_spec": model, "metadata": metadata})
+
+    async def _predict(self, request: Request, version: int | None) -> Response:
+        servable = self._versions.get(version)  # also of a body that comes slowly: the one of now
+        with self._batcher.expected():
+            call = rest.parse(await self._body(request))
+            run, inputs = servable.prepare(call)
+        try:
+            outputs = await self._batcher.submit(run, inputs)
+        except tf.errors.InvalidArgumentError as error:
+            raise rest.RequestError(f"the model refuses the input: {reason(error)}") from None
+        if _no_image(outputs):
+            raise rest.RequestError("nothing in the request is an image that can be decoded")
+        return Response(rest.answer(call, outputs), media_type="application/json")
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, of which no more is read than is allowed."""
+        too_large = rest.RequestError(f"the request has more than {self._largest:,} bytes", 413)
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._largest:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self._largest:
+                        raise too_large
+        except TimeoutError:
+            raise rest.RequestError(
+                f"the request took more than {self._timeout:g} s to come", 408
+            ) from None
+        return bytes(body)
+
+
+def _no_image(outputs: dict[str, np.ndarray]) -> bool:
+    """Whether every row is marked as an image that could not be decoded."""
+    index = outputs.get("label_index")
+    return index is not None and bool((index < 0).all())
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(json.dumps(value), status, media_type="application/json")
+
+
+def _error(message: str, status: int) -> Response:
+    response = _json({"error": one_line(message)}, status)
+    if status in (408, 413):  # The rest of the body is not worth reading.
+        response.headers["Connection"] = "close"
+    return response
+
+
+async def _not_found(request: Request, error: HTTPException) -> Response:
+    return _error(f"{error.detail}: {request.method} {request.url.path}", error.status_code)
+
+
+class Metrics:
+    """What Prometheus reads."""
+
+    def __init__(self, versions: Versions, batcher: Batcher):
+        self._registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self._registry)
+        labels = {"registry": self._registry, "namespace": "keras_cifar"}
+        self._requests = prometheus.Counter(
+            "requests", "Requests answered.", ("kind", "code"), **labels
+        )
+        self._seconds = prometheus.Histogram(
+            "request_seconds",
+            "Seconds from a request to its answer.",
+            ("kind",),
+            **labels,
+            buckets=_SECONDS,
+        )
+        self._rows = prometheus.Histogram(
+            "batch_rows", "Images computed together.", **labels, buckets=_ROWS
+        )
+        batcher.observe = self._rows.observe
+        waiting = prometheus.Gauge("waiting_rows", "Images that wait to be computed.", **labels)
+        waiting.set_function(lambda: batcher.waiting)
+        version = prometheus.Gauge("model_version", "The version that is served.", **labels)
+        version.set_function(lambda: versions.current.version)
+
+    def count(self, kind: str, code: int, seconds: float) -> None:
+        """Counts a request of that kind that was answered with that status."""
+        self._requests.labels(kind, code).inc()
+        self._seconds.labels(kind).observe(seconds)
+
+    def text(self) -> bytes:
+        """All figures, in Prometheus's format."""
+        return prometheus.generate_latest(self._registry)

@@ -1,0 +1,123 @@
+"""Requests that arrive together are computed together, by one thread: TensorFlow uses all cores."""
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class _Item:
+    """A request that waits.
+
+    Attributes:
+        run: computes its outputs; requests with the same can be computed together.
+        inputs: [N, ...].
+        outputs: will be {name: [N, ...]}, or an exception.
+    """
+
+    run: Callable
+    inputs: np.ndarray
+    outputs: asyncio.Future
+
+
+class Batcher:
+    """Collects requests into batches.
+
+    A batch starts as soon as the one before is done and no request is on its way, and no later than
+    `wait` seconds after its first request could have started. So a single client never waits for
+    others, and many clients fill a batch while another is computed.
+
+    Attributes:
+        arriving: requests on their way.
+        observe: told the rows of each batch.
+    """
+
+    def __init__(self, size: int, wait: float):
+        """Args:
+        size: rows of a batch; a single request may have more.
+        wait: seconds.
+        """
+        self._size, self._wait = size, wait
+        self.observe: Callable[[int], None] = lambda rows: None
+        self._items: collections.deque[_Item] = collections.deque()
+        self._changed = asyncio.Event()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "compute")
+        self.arriving = 0
+
+    @contextlib.contextmanager
+    def expected(self) -> Iterator[None]:
+        """Says that a request is on its way to `submit` during the body."""
+        self.arriving += 1
+        try:
+            yield
+        finally:
+            self.arriving -= 1
+            self._changed.set()
+
+    @property
+    def waiting(self) -> int:
+        """Rows that wait to be computed."""
+        return sum(len(item.inputs) for item in self._items)
+
+    def submit(self, run: Callable, inputs: np.ndarray) -> asyncio.Future:
+        """Will be the outputs {name: [N, ...]} of `run(inputs)`, perhaps computed with others' inputs.
+
+        Args:
+            run: takes [N, ...] of any N, and gives a row for each row.
+        """
+        item = _Item(run, inputs, asyncio.get_running_loop().create_future())
+        self._items.append(item)
+        self._changed.set()
+        return item.outputs
+
+    async def work(self) -> None:
+        """Computes batches until it is cancelled."""
+        while True:
+            while not self._items:
+                self._changed.clear()
+                await self._changed.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._wait):
+                    while self.arriving and self.waiting < self._size:
+                        self._changed.clear()
+                        await self._changed.wait()
+            await self._compute(self._take())
+
+    def _take(self) -> list[_Item]:
+        """The first request and those after it that fit to it; the others stay in their order."""
+        first = self._items.popleft()
+        taken, rows, left = [first], len(first.inputs), []
+        while self._items and rows < self._size:
+            item = self._items.popleft()
+            # Methods are equal where object and function are.
+            if item.run == first.run and rows + len(item.inputs) <= self._size:
+                taken.append(item)
+                rows += len(item.inputs)
+            else:
+                left.append(item)
+        self._items.extendleft(reversed(left))
+        return taken
+
+    async def _compute(self, items: list[_Item]) -> None:
+        inputs = np.concatenate([item.inputs for item in items])
+        self.observe(len(inputs))
+        loop = asyncio.get_running_loop()
+        try:
+            outputs = await loop.run_in_executor(self._thread, items[0].run, inputs)
+        except Exception as error:
+            if len(items) > 1:  # so that one request's fault is not the others'
+                for item in items:
+                    await self._compute([item])
+            elif not items[0].outputs.done():
+                items[0].outputs.set_exception(error)
+            return
+        start = 0
+        for item in items:
+            rows = slice(start, start := start + len(item.inputs))
+            if not item.outputs.done():
+                item.outputs.set_result({name: values[rows] for name, values in outputs.items()})

@@ -1,0 +1,155 @@
+"""TensorFlow Serving's JSON: a request's body -> tensors, tensors -> a response.
+
+Source: https://www.tensorflow.org/tfx/serving/api_rest. Both formats, by rows (`instances`) and by
+columns (`inputs`), for signatures of one input, as all of ours are.
+"""
+
+import base64
+import dataclasses
+import json
+
+import numpy as np
+
+from keras_cifar.errors import reason
+
+DEFAULT_SIGNATURE = "serving_default"
+
+
+class RequestError(Exception):
+    """A request that cannot be answered; its text goes to the client.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a request to predict asks for.
+
+    Attributes:
+        signature: its name.
+        by_rows: whether the request is in row format, and so its answer.
+        values: the JSON of the input, as it came.
+    """
+
+    signature: str
+    by_rows: bool
+    values: object
+
+
+def parse(body: bytes) -> Call:
+    """The call in a request's body.
+
+    Raises:
+        RequestError: the body is not JSON or not a request to predict.
+    """
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the request is not JSON: {reason(error)}") from None
+    if type(request) is not dict:
+        raise RequestError("the request is not a JSON object")
+    signature = request.get("signature_name", DEFAULT_SIGNATURE)
+    if type(signature) is not str:
+        raise RequestError('"signature_name" is not a string')
+    if ("instances" in request) == ("inputs" in request):
+        raise RequestError('the request must have one of "instances" and "inputs"')
+    by_rows = "instances" in request
+    return Call(signature or DEFAULT_SIGNATURE, by_rows, request[_key(by_rows)])
+
+
+def _key(by_rows: bool) -> str:
+    return "instances" if by_rows else "inputs"
+
+
+def tensor(call: Call, name: str, shape: tuple, is_string: bool) -> np.ndarray:
+    """The input of a call.
+
+    Args:
+        name: of the signature's input.
+        shape: that of the input, of which the first dimension is not compared.
+        is_string: whether the input has strings; it has uint8 otherwise.
+
+    Returns:
+        object [N] of bytes, or uint8 [N, *shape[1:]].
+
+    Raises:
+        RequestError: the values are not such a tensor.
+    """
+    values = call.values
+    if call.by_rows:
+        if type(values) is not list:
+            raise RequestError('"instances" is not a list')
+        if any(_is_named(value) for value in values):
+            values = [_unnamed(value, name, f"instance {i}") for i, value in enumerate(values)]
+    elif _is_named(values):
+        values = _unnamed(values, name, '"inputs"')
+    if type(values) is not list or not values:
+        raise RequestError(f'"{_key(call.by_rows)}" has no values')
+    return _strings(values) if is_string else _pixels(values, shape)
+
+
+def _is_named(value: object) -> bool:
+    """Whether a value is {input's name: value}; {"b64": ...} is a value itself."""
+    return type(value) is dict and value.keys() != {"b64"}
+
+
+def _unnamed(value: object, name: str, where: str) -> object:
+    if not _is_named(value) or value.keys() != {name}:
+        found = ", ".join(map(repr, value)) if _is_named(value) else "a value without a name"
+        raise RequestError(f"{where} must have the input {name!r} alone, and has {found or 'none'}")
+    return value[name]
+
+
+def _strings(values: list) -> np.ndarray:
+    strings = np.empty(len(values), object)
+    for index, value in enumerate(values):
+        try:
+            if type(value) is dict and value.keys() == {"b64"} and type(value["b64"]) is str:
+                strings[index] = base64.b64decode(value["b64"], validate=True)
+            elif type(value) is str:
+                strings[index] = value.encode()
+            else:
+                raise ValueError('neither a string nor {"b64": string}')
+        except ValueError as error:
+            raise RequestError(f"instance {index}: {reason(error)}") from None
+    return strings
+
+
+def _pixels(values: list, shape: tuple) -> np.ndarray:
+    wanted = f"[N, {', '.join(map(str, shape[1:]))}]"
+    try:
+        array = np.array(values)
+    except ValueError:
+        raise RequestError(f"the values have no shape; {wanted} is expected") from None
+    if array.shape[1:] != tuple(shape[1:]):
+        raise RequestError(f"the shape is {list(array.shape)}; {wanted} is expected")
+    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
+        raise RequestError("the values are not integers from 0 to 255")
+    return array.astype(np.uint8)
+
+
+def answer(call: Call, outputs: dict[str, np.ndarray]) -> bytes:
+    """The response's body to a call; NaN is the token NaN, as TensorFlow Serving writes it."""
+    columns = {name: _listed(name, values) for name, values in outputs.items()}
+    if len(columns) == 1:
+        (result,) = columns.values()
+    elif call.by_rows:
+        rows = zip(*columns.values(), strict=True)
+        result = [dict(zip(columns, row, strict=True)) for row in rows]
+    else:
+        result = columns
+    return json.dumps({"predictions" if call.by_rows else "outputs": result}).encode()
+
+
+def _listed(name: str, values: np.ndarray) -> list:
+    if values.dtype != object:
+        return values.tolist()
+    if name.endswith("_bytes"):
+        return [{"b64": base64.b64encode(value).decode()} for value in values.tolist()]
+    return [value.decode(errors="replace") for value in values.tolist()]

@@ -1,0 +1,200 @@
+"""The versions of a model below a base path: the newest is loaded, as TensorFlow Serving does."""
+
+import functools
+import gc
+import io
+import pathlib
+import time
+
+import numpy as np
+import tensorflow as tf
+from google.protobuf import json_format
+from PIL import Image
+from tensorflow.core.protobuf import saved_model_pb2
+
+from keras_cifar.errors import UserError, reason
+from keras_cifar.predictor import Predictor, find
+from keras_cifar.run import versions
+from keras_cifar.serving import rest
+
+# Seconds until a version that could not be loaded is tried again: TensorFlow Serving's
+# --load_retry_interval_micros.
+RETRY = 60
+
+
+class Servable:
+    """A loaded version.
+
+    Attributes:
+        version: its number.
+        path: its directory.
+        class_names: in the order of the probabilities.
+    """
+
+    def __init__(self, path: pathlib.Path, batch_size: int):
+        """Loads it and computes an image with each signature, so that no request waits for that.
+
+        Args:
+            batch_size: rows that are computed at a time.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        predictor = Predictor(str(path))
+        self._predictor = predictor  # keeps the variables alive
+        self._batch_size = batch_size
+        self.version = int(path.name) if path.name.isdecimal() else 1
+        self.path = path
+        self.class_names = predictor.class_names
+        self._signatures = {
+            name: _Signature(name, signature) for name, signature in predictor.signatures.items()
+        }
+        # One object each, since the batcher compares them.
+        self._run = {n: functools.partial(self._compute, s) for n, s in self._signatures.items()}
+        try:
+            self._warm_up(predictor.size)
+        except Exception as error:  # of TensorFlow: what it lacks shows when it computes
+            raise UserError(f"{path} is not a model that can be used: {reason(error)}") from None
+
+    def _warm_up(self, size: tuple[int, int]) -> None:
+        """Computes a black image with each signature."""
+        black = np.zeros((1, *size, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(black[0]).save(file, "PNG")
+        encoded = np.array([file.getvalue()], object)
+        for name, signature in self._signatures.items():
+            self._run[name](encoded if signature.is_string else black)
+
+    def prepare(self, call: rest.Call) -> tuple:
+        """(what computes a call, its input) for `Batcher.submit`.
+
+        Raises:
+            RequestError: there is no such signature, or it takes other input.
+        """
+        signature = self._signatures.get(call.signature)
+        if signature is None:
+            names = ", ".join(sorted(self._signatures))
+            raise rest.RequestError(
+                f"there is no signature {call.signature!r}; the model has: {names}"
+            )
+        inputs = rest.tensor(call, signature.input, signature.shape, signature.is_string)
+        return self._run[call.signature], inputs
+
+    def _compute(self, signature: "_Signature", inputs: np.ndarray) -> dict[str, np.ndarray]:
+        parts = []
+        for start in range(0, len(inputs), self._batch_size):
+            batch = tf.constant(inputs[start : start + self._batch_size], signature.dtype)
+            outputs = signature.function(**{signature.input: batch})
+            parts.append({name: value.numpy() for name, value in outputs.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    @functools.cached_property
+    def signature_def(self) -> dict:
+        """The signatures as TensorFlow Serving's metadata shows them."""
+        model = saved_model_pb2.SavedModel.FromString((self.path / "saved_model.pb").read_bytes())
+        return {
+            name: json_format.MessageToDict(
+                signature,
+                preserving_proto_field_name=True,
+                always_print_fields_with_no_presence=True,
+            )
+            for name, signature in model.meta_graphs[0].signature_def.items()
+        }
+
+
+class _Signature:
+    """A function of a SavedModel and the one input that it takes."""
+
+    def __init__(self, name: str, function):
+        inputs = function.structured_input_signature[1]
+        if len(inputs) != 1:
+            raise UserError(f"its signature {name} takes {len(inputs)} inputs instead of one")
+        ((self.input, spec),) = inputs.items()
+        self.function, self.dtype = function, spec.dtype
+        self.shape, self.is_string = tuple(spec.shape), spec.dtype == tf.string
+
+
+class Versions:
+    """The versions of a model: one that is served, perhaps one that is loaded, some that failed.
+
+    Attributes:
+        current: the Servable that answers requests.
+    """
+
+    def __init__(self, model: str, batch_size: int):
+        """Loads the newest version.
+
+        Args:
+            model: a run, a base path or a version's directory, as `predictor.find` takes them; new
+                versions are looked for unless it is the last.
+            batch_size: rows that are computed at a time.
+
+        Raises:
+            UserError: there is none, or it cannot be used.
+        """
+        path = find(model)
+        is_base = path != pathlib.Path(model).expanduser() and path.name.isdecimal()
+        self._base = path.parent if is_base else None
+        self._batch_size = batch_size
+        self._loading: int | None = None
+        self._failed: dict[int, tuple[float, str]] = {}  # version -> (when, why)
+        self.current = Servable(path, batch_size)
+
+    def refresh(self) -> str | None:
+        """Loads the newest version on disk unless it is served; meanwhile `current` stays.
+
+        Returns:
+            What was done, for people; None where nothing was.
+        """
+        found = versions(self._base) if self._base else []
+        self._failed = {v: failure for v, failure in self._failed.items() if v in found}
+        if not found or found[-1] == self.current.version:
+            return None
+        version = found[-1]
+        if version in self._failed and time.monotonic() < self._failed[version][0] + RETRY:
+            return None
+        self._loading = version
+        try:
+            loaded = Servable(self._base / str(version), self._batch_size)
+        except UserError as error:
+            self._failed[version] = (time.monotonic(), str(error))
+            return f"version {version} cannot be served, {self.current.version} stays: {error}"
+        finally:
+            self._loading = None
+        self._failed.pop(version, None)
+        before, self.current = self.current.version, loaded
+        gc.collect()  # TensorFlow's functions are in cycles; the old version's memory is freed now.
+        return f"version {version} is served instead of {before}"
+
+    def get(self, version: int | None) -> Servable:
+        """The version of that number, or (None) the one that is served.
+
+        Raises:
+            RequestError: it is not served.
+        """
+        current = self.current
+        if version not in (None, current.version):
+            raise rest.RequestError(f"version {version} is not served; {current.version} is", 404)
+        return current
+
+    def status(self, version: int | None) -> dict:
+        """TensorFlow Serving's GetModelStatusResponse of that version, or (None) of all.
+
+        Raises:
+            RequestError: there is no such version.
+        """
+        states = [_status(self.current.version, "AVAILABLE")]
+        if (loading := self._loading) is not None:
+            states.append(_status(loading, "LOADING"))
+        failed = sorted(self._failed.items())
+        states += [_status(v, "END", "UNKNOWN", why) for v, (_, why) in failed if v != loading]
+        if version is not None:
+            states = [state for state in states if state["version"] == str(version)]
+            if not states:
+                raise rest.RequestError(f"there is no version {version}", 404)
+        return {"model_version_status": states[::-1]}
+
+
+def _status(version: int, state: str, code: str = "OK", message: str = "") -> dict:
+    status = {"error_code": code, "error_message": message}
+    return {"version": str(version), "state": state, "status": status}

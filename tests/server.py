@@ -1,0 +1,72 @@
+"""A server in a process of its own, and requests to it."""
+
+import contextlib
+import http.client
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Iterator
+
+
+class Server:
+    """A started `python -m keras_cifar.serve`.
+
+    Attributes:
+        process: of it.
+        url: that of the model.
+        host, port: where it listens.
+    """
+
+    def __init__(self, model, *flags):
+        command = [sys.executable, "-m", "keras_cifar.serve", f"--model={model}", "--port=0"]
+        self.process = subprocess.Popen(
+            [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        lines = [self.process.stdout.readline() for _ in range(3)]
+        if not lines[-1]:
+            raise AssertionError(self.process.communicate()[1])
+        self.url = re.search(r"http\S+", lines[1])[0]
+        parts = urllib.parse.urlsplit(self.url)
+        self.host, self.port = parts.hostname, parts.port
+
+    def ask(self, method: str, path: str, body=None) -> tuple[int, object]:
+        """(status, the JSON of the answer or its text); a body that is no bytes is sent as JSON."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        with contextlib.closing(connection):
+            if body is not None and not isinstance(body, bytes):
+                body = json.dumps(body).encode()
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            text = answer.read()
+            if answer.headers.get_content_type() == "application/json":
+                return answer.status, json.loads(text)
+            return answer.status, text.decode()
+
+    def predict(self, body) -> tuple[int, object]:
+        return self.ask("POST", "/v1/models/model:predict", body)
+
+    def metric(self, name: str) -> float:
+        """The sum of a Prometheus metric over its labels."""
+        text = self.ask("GET", "/metrics")[1]
+        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.M)
+        assert found, name
+        return sum(map(float, found))
+
+    def memory(self) -> int:
+        """Bytes of its resident memory."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
+
+
+@contextlib.contextmanager
+def serving(model, *flags) -> Iterator[Server]:
+    """A server that is killed at the end."""
+    server = Server(model, *flags)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.communicate()

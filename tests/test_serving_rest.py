@@ -1,0 +1,247 @@
+"""TensorFlow Serving's JSON to tensors and back, and batches, without a server."""
+
+import asyncio
+import base64
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from keras_cifar.serving import rest
+from keras_cifar.serving.batching import Batcher
+
+SHAPE = (None, 2, 2, 3)
+IMAGE = [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 255]]]
+
+
+def pixels(request) -> np.ndarray:
+    return rest.tensor(rest.parse(json.dumps(request).encode()), "images", SHAPE, False)
+
+
+def strings(request) -> list:
+    call = rest.parse(json.dumps(request).encode())
+    return rest.tensor(call, "image_bytes", (None,), True).tolist()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"instances": [IMAGE, IMAGE]},
+        {"instances": [{"images": IMAGE}, {"images": IMAGE}]},
+        {"inputs": [IMAGE, IMAGE]},
+        {"inputs": {"images": [IMAGE, IMAGE]}},
+    ],
+)
+def test_every_way_to_write_pixels(request_):
+    array = pixels(request_)
+    assert array.dtype == np.uint8
+    assert array.tolist() == [IMAGE, IMAGE]
+
+
+@pytest.mark.parametrize("wrap", [lambda v: {"image_bytes": v}, lambda v: v])
+def test_every_way_to_write_bytes(wrap):
+    some = {"b64": base64.b64encode(b"\xff\x00a").decode()}
+    assert strings({"instances": [wrap(some), wrap("ä")]}) == [b"\xff\x00a", "ä".encode()]
+    assert strings({"inputs": wrap([some, "ä"])}) == [b"\xff\x00a", "ä".encode()]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b'{"instances": [', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"{}", 'one of "instances" and "inputs"'),
+        (b'{"instances": [1], "inputs": [1]}', 'one of "instances" and "inputs"'),
+        (b'{"signature_name": 3, "inputs": [1]}', "signature_name"),
+    ],
+)
+def test_what_is_no_request_is_refused(body, words):
+    with pytest.raises(rest.RequestError, match=words) as caught:
+        rest.parse(body)
+    assert caught.value.status == 400
+
+
+def changed(value):
+    image = json.loads(json.dumps(IMAGE))
+    image[1][1][2] = value
+    return {"instances": [IMAGE, image]}
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"instances": 3}, "not a list"),
+        ({"instances": {"images": IMAGE}}, "not a list"),
+        ({"instances": []}, "no values"),
+        ({"inputs": []}, "no values"),
+        ({"inputs": {"images": []}}, "no values"),
+        ({"inputs": {"images": 3}}, "no values"),
+        ({"inputs": None}, "no values"),
+        ({"instances": [IMAGE[0]]}, r"\[1, 2, 3\].*\[N, 2, 2, 3\]"),
+        ({"inputs": IMAGE}, r"\[N, 2, 2, 3\]"),
+        ({"instances": [IMAGE, IMAGE[0]]}, r"\[N, 2, 2, 3\]"),
+        ({"instances": [{"image": IMAGE}]}, "'image'"),
+        ({"instances": [{"images": IMAGE, "x": 1}]}, "'x'"),
+        ({"instances": [{}]}, "none"),
+        ({"instances": [{"images": IMAGE}, IMAGE]}, "instance 1"),
+        ({"inputs": {"pixels": [IMAGE]}}, "'pixels'"),
+        ({"instances": [{"b64": "AAAA"}]}, r"\[N, 2, 2, 3\]"),
+        (changed(256), "integers"),
+        (changed(-1), "integers"),
+        (changed(0.5), "integers"),
+        (changed("7"), "integers"),
+        (changed(None), "integers"),
+        (changed(10**30), "integers"),
+        (changed(float("nan")), "integers"),
+        (changed([1]), r"\[N, 2, 2, 3\]"),
+    ],
+)
+def test_what_is_no_such_tensor_is_refused(request_, words):
+    with pytest.raises(rest.RequestError, match=words):
+        pixels(request_)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1, None, [], {"b64": "?"}, {"b64": "AAA"}, {"b64": 1}, {"b64": "AAAA", "x": 1}, "\ud800"],
+)
+def test_what_is_no_string_is_refused(value):
+    with pytest.raises(rest.RequestError):
+        strings({"instances": [{"b64": "AAAA"}, value]})
+
+
+def test_answers_are_in_the_requests_format():
+    outputs = {
+        "probabilities": np.array([[0.25, np.nan]], np.float32),
+        "label": np.array(["ä".encode()], object),
+        "some_bytes": np.array([b"\xff"], object),
+    }
+    row = {"probabilities": [0.25, None], "label": "ä", "some_bytes": {"b64": "/w=="}}
+
+    def answer(key, outputs):
+        call = rest.Call("s", key == "instances", [])
+        return json.loads(rest.answer(call, outputs), parse_constant=lambda name: None)
+
+    assert answer("instances", outputs) == {"predictions": [row]}
+    assert answer("inputs", outputs) == {"outputs": {name: [v] for name, v in row.items()}}
+    one = {"features": np.array([[1.5]], np.float32)}
+    assert answer("instances", one) == {"predictions": [[1.5]]}
+    assert answer("inputs", one) == {"outputs": [[1.5]]}
+
+
+# ---- Batches
+
+
+class Doubler:
+    """Computes 2 x, notes the batches, and can be held up."""
+
+    def __init__(self):
+        self.batches = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def __call__(self, inputs):
+        self.go.wait(10)
+        self.batches.append(inputs.tolist())
+        if -1 in inputs:
+            raise ValueError("minus one")
+        return {"y": 2 * inputs}
+
+
+def with_batcher(body, size=4, wait=0.0):
+    """Runs `await body(batcher)` with a batcher that works."""
+
+    async def main():
+        batcher = Batcher(size, wait)
+        task = asyncio.create_task(batcher.work())
+        try:
+            return await asyncio.wait_for(body(batcher), 10)
+        finally:
+            task.cancel()
+
+    return asyncio.run(main())
+
+
+def test_what_comes_during_a_batch_is_computed_together():
+    double = Doubler()
+
+    async def body(batcher):
+        double.go.clear()
+        futures = [batcher.submit(double, np.array([0]))]
+        while batcher.waiting:
+            await asyncio.sleep(0.001)
+        futures += [
+            batcher.submit(double, np.array(values)) for values in ([1, 2], [3], [4], [5, 6])
+        ]
+        assert batcher.waiting == 6
+        double.go.set()
+        return [(await future)["y"].tolist() for future in futures]
+
+    assert with_batcher(body) == [[0], [2, 4], [6], [8], [10, 12]]
+    assert double.batches == [[0], [1, 2, 3, 4], [5, 6]]
+
+
+def test_only_what_the_same_function_computes_is_together():
+    one, other = Doubler(), Doubler()
+
+    async def body(batcher):
+        futures = [batcher.submit(run, np.array([i])) for i, run in enumerate((one, other, one))]
+        return [(await future)["y"].tolist() for future in futures]
+
+    assert with_batcher(body) == [[0], [2], [4]]
+    assert one.batches == [[0, 2]]
+    assert other.batches == [[1]]
+
+
+def test_a_request_larger_than_a_batch_is_computed_whole():
+    double = Doubler()
+
+    async def body(batcher):
+        return (await batcher.submit(double, np.arange(9)))["y"].tolist()
+
+    assert with_batcher(body) == list(range(0, 18, 2))
+
+
+def test_one_requests_fault_is_not_the_others():
+    double = Doubler()
+
+    async def body(batcher):
+        futures = [batcher.submit(double, np.array([value])) for value in (1, -1, 2)]
+        return await asyncio.gather(*futures, return_exceptions=True)
+
+    first, second, third = with_batcher(body)
+    assert (first["y"].tolist(), third["y"].tolist()) == ([2], [4])
+    assert str(second) == "minus one"
+
+
+def test_a_batch_waits_for_what_is_on_its_way_but_not_for_ever():
+    double = Doubler()
+
+    async def body(batcher):
+        with batcher.expected():
+            first = batcher.submit(double, np.array([1]))
+            await asyncio.sleep(0.05)
+            assert not first.done()
+            second = batcher.submit(double, np.array([2]))
+        await first
+        await second
+        with batcher.expected():
+            await batcher.submit(double, np.array([3]))  # after the wait, alone
+
+    with_batcher(body, wait=0.5)
+    assert double.batches == [[1, 2], [3]]
+
+
+def test_a_request_that_was_given_up_harms_nobody():
+    double = Doubler()
+
+    async def body(batcher):
+        futures = [batcher.submit(double, np.array([value])) for value in (1, 2)]
+        futures[0].cancel()
+        return (await futures[1])["y"].tolist()
+
+    assert with_batcher(body) == [4]
