@@ -264,8 +264,8 @@ def _work(encoded: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
     def png():  # IHDR is the first chunk; sides of 2**31 and more are none
         return number(19, 18, 17, 16) * tf.minimum(number(23, 22, 21, 20), 2**31)
 
-    def gif():  # the logical screen; each frame but the first begins after the end of something
-        return number(6, 7) * number(8, 9) * pieces(b"\0,")
+    def gif():  # the logical screen; what is before a frame ends in 0, but for some first ones
+        return number(6, 7) * number(8, 9) * tf.maximum(pieces(b"\0,") - 1, 1)
 
     def bmp():  # a negative height says that the first row is the top
         rows = number(22, 23, 24, 25)

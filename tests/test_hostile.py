@@ -34,9 +34,8 @@ for name, module, argv in json.load(sys.stdin):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = cli._execute(module, main, options, arguments, argv)
     answers[name] = [status, time.monotonic() - start, out.getvalue(), err.getvalue()]
-# Not getrusage's, which begins with that of the process that started this one.
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-peak = int(status["VmHWM"].split()[0]) / 2**10
+# Not ru_maxrss: a new program begins with that of the process which started it.
+(peak,) = [int(x.split()[1]) / 2**10 for x in open("/proc/self/status") if x[:6] == "VmHWM:"]
 json.dump([answers, peak], sys.stdout)
 """
 
