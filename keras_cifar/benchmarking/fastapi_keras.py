@@ -26,7 +26,7 @@ app = fastapi.FastAPI()
 
 
 @app.post("/predict")
-async def predict(body: dict):  # not in a pool of threads, in which Model.predict is not safe
+async def predict(body: dict):  # in one thread: Keras promises nothing about several
     pictures = [io.BytesIO(base64.b64decode(item["b64"])) for item in body["instances"]]
     images = [np.array(Image.open(p).convert("RGB").resize(size)) for p in pictures]
     return {"predictions": model.predict(np.stack(images), verbose=0).tolist()}
