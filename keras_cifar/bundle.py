@@ -113,6 +113,8 @@ def commands(base: pathlib.Path) -> dict[str, str]:
     return {
         "serve": f"docker run --rm -p 8500:8500 -p 8501:8501 -v {mount} -e MODEL_NAME={name} "
         "tensorflow/serving",
+        "serve without Docker": "python -m keras_cifar.serve "
+        f"--model {shlex.quote(str(base.absolute()))} --name {name}",
         "ask": f"printf '{request}' \"$(base64 -w0 dog.jpg)\" | curl -d @- {url}:predict",
         "ask from Python": f"python -c '{client}'",
         "ask with this package": f"python -m keras_cifar.predict --model {url} dog.jpg",

@@ -120,7 +120,7 @@ def test_signal_before_training_ends_at_once(tmp_path, image_folder, monkeypatch
 
 
 def test_second_signal_exits_at_once(monkeypatch):
-    exits = []
+    exits, before = [], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(os, "_exit", exits.append)
     asked = interruption.Interruption()
     with pytest.raises(StoppedError), asked.heard(), asked.deferred():
@@ -130,7 +130,7 @@ def test_second_signal_exits_at_once(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert exits == [130]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_command_exits_with_the_signals_status_and_one_line(tmp_path, image_folder):

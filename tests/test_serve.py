@@ -183,6 +183,22 @@ def test_each_bad_request_has_its_answer(server, images, method, path, body, sta
     assert server.predict({"instances": images.tolist()})[0] == 200
 
 
+def test_one_bad_image_is_marked_and_the_others_are_answered(server, images):
+    good = png(images[0])
+    status, answer = server.predict(
+        {
+            "signature_name": "serving_bytes",
+            "instances": [good, {"b64": base64.b64encode(b"no image").decode()}, good],
+        }
+    )
+    assert status == 200
+    first, bad, last = answer["predictions"]
+    assert first == last
+    assert first["label_index"] >= 0
+    assert (bad["label"], bad["label_index"]) == ("", -1)
+    assert all(np.isnan(bad["probabilities"]))
+
+
 @pytest.mark.parametrize(
     ("index", "refused"), [([-1, -1], True), ([-1, 2], False), ([0, 2], False)]
 )

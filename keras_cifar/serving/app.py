@@ -29,6 +29,9 @@ PAGE = pathlib.Path(__file__).parent / "page.html"
 # Requests that are answered at a time; each may hold a body of the largest size.
 MOST_REQUESTS = 256
 
+# How long the rest of a body that is too large may come.
+DISCARD_SECONDS = 2
+
 # Of the page: nothing comes from elsewhere, and nothing goes there.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -179,22 +182,35 @@ class App:
 
     async def _body(self, request: Request) -> bytes:
         """The body, of which no more is read than is allowed."""
-        too_large = rest.RequestError(f"the request has more than {self._largest:,} bytes", 413)
         length = request.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._largest:
-            raise too_large
-        body = bytearray()
+        too_large = length.isdecimal() and int(length) > self._largest
+        body, stream = bytearray(), request.stream()
         try:
             async with asyncio.timeout(self._timeout):
-                async for chunk in request.stream():
+                while not too_large and (chunk := await anext(stream, None)) is not None:
                     body += chunk
-                    if len(body) > self._largest:
-                        raise too_large
+                    too_large = len(body) > self._largest
         except TimeoutError:
             raise rest.RequestError(
                 f"the request took more than {self._timeout:g} s to come", 408
             ) from None
+        if too_large:
+            await self._discard(stream)
+            raise rest.RequestError(f"the request has more than {self._largest:,} bytes", 413)
         return bytes(body)
+
+    async def _discard(self, stream: AsyncIterator[bytes]) -> None:
+        """Takes what still comes, as much as a request may have, and not for long.
+
+        Who is cut off while sending may never see the answer.
+        """
+        left = self._largest
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                async for chunk in stream:
+                    left -= len(chunk)
+                    if left < 0:
+                        return
 
 
 def _no_image(outputs: dict[str, np.ndarray]) -> bool:
