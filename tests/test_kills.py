@@ -13,7 +13,7 @@ import pytest
 from tests.kills import CASES
 
 KILLS = int(os.environ.get("KILLS", "20"))
-USUAL = {"tiny": 6, "tiny, 2 replicas": 4}  # kills in the default run
+USUAL = {"tiny": 5}  # kills in the default run
 
 
 def killed(directory, case: str, kills: int) -> dict:
@@ -39,7 +39,7 @@ def test_run_that_was_killed_ends_with_the_very_same_bits(tmp_path, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case not in USUAL])
-def test_run_of_a_real_network_that_was_killed_ends_with_the_very_same_bits(tmp_path, case):
+def test_run_that_was_killed_often_ends_with_the_very_same_bits(tmp_path, case):
     found = killed(tmp_path, case, KILLS)
     check(found, KILLS)
     assert found["while writing"] > 0
