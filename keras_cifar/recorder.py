@@ -138,7 +138,6 @@ class Recorder(keras.callbacks.Callback):
                 row |= figures
                 logs.update(figures)  # for the progress bar, which comes after
             row |= {
-                "gradient_norm": float(self._totals[3] / self.plan.steps_per_epoch),
                 "learning_rate": float(self.model.optimizer.learning_rate),
                 "seconds": round(time.perf_counter() - self._began, 3),
                 "images_per_second": round(images / (self._trained - self._began), 1),
