@@ -343,7 +343,7 @@ def test_a_small_disk_that_fills_up_and_is_made_read_only(tmp_path, image_folder
 # ---- Losses that are not finite
 
 
-def poisoned(monkeypatch, times: int, what: str = "weights"):
+def poisoned(monkeypatch, times: int):
     """Makes weights not finite after the second step of the second epoch, so many times."""
     original, done = recorder.Recorder.on_train_batch_end, []
 

@@ -16,6 +16,13 @@ from keras_cifar.errors import UserError
 
 FORMATS = tuple(sorted({m.name for m in pkgutil.iter_modules(__path__)} - {"folding"}))
 
+LABELS = "labels.txt"  # a class name a line
+
+
+def labels_text(class_names: tuple[str, ...]) -> str:
+    """The contents of LABELS."""
+    return "".join(f"{name}\n" for name in class_names)
+
 
 def needed(name: str):
     """A module of the extra `formats`.

@@ -7,14 +7,13 @@ import tensorflow as tf
 
 from keras_cifar import verification
 from keras_cifar.errors import UserError
-from keras_cifar.exporters import folding, needed
+from keras_cifar.exporters import LABELS, folding, labels_text, needed
 from keras_cifar.run import new_version
 from keras_cifar.verification import Samples
 
 NEEDS_IMAGES = True
 FLOAT = "model.tflite"
 INT8 = "model_int8.tflite"
-LABELS = "labels.txt"
 
 # How far 8-bit integers may be from float32, in the mean over images; see BUILD_NOTES.md. Labels are
 # no measure: near a tie, any rounding changes them.
@@ -59,7 +58,7 @@ def export(
 
     with new_version(base, version) as (written, target):
         written.mkdir()
-        (written / LABELS).write_text("".join(f"{name}\n" for name in class_names), "utf-8")
+        (written / LABELS).write_text(labels_text(class_names), "utf-8")
         (written / FLOAT).write_bytes(converter().convert())
         integers = converter()
         integers.optimizations = [tf.lite.Optimize.DEFAULT]

@@ -5,13 +5,12 @@ import pathlib
 import keras
 
 from keras_cifar import verification
-from keras_cifar.exporters import folding, needed
+from keras_cifar.exporters import LABELS, folding, labels_text, needed
 from keras_cifar.run import new_version
 from keras_cifar.verification import Samples
 
 NEEDS_IMAGES = False
 MODEL = "model.onnx"
-LABELS = "labels.txt"
 
 # Of 2022, the newest that tf2onnx 1.17 writes; ONNX Runtime reads it since 1.14.
 OPSET = 18
@@ -36,7 +35,7 @@ def export(
     tf2onnx, runtime, onnx = needed("tf2onnx"), needed("onnxruntime"), needed("onnx")
     samples = samples or verification.noise(model.input_shape[1:3])
     classify = folding.function(model).classify
-    names = "".join(f"{name}\n" for name in class_names)
+    names = labels_text(class_names)
     with new_version(base, version) as (written, target):
         written.mkdir()
         graph, _ = tf2onnx.convert.from_function(

@@ -8,12 +8,11 @@ import tensorflow as tf
 
 from keras_cifar import bundle, image, verification
 from keras_cifar.errors import unwritten
-from keras_cifar.exporters import folding
+from keras_cifar.exporters import LABELS, folding, labels_text
 from keras_cifar.run import new_version
 from keras_cifar.verification import Samples
 
 NEEDS_IMAGES = False
-LABELS = "labels.txt"  # in assets/: a class name a line
 
 
 def export(
@@ -42,7 +41,7 @@ def export(
     with new_version(base, version) as (saved, target):
         # The asset's file is copied, so it must stay until the model is saved.
         labels = saved.parent / LABELS
-        labels.write_text("".join(f"{name}\n" for name in class_names), "utf-8")
+        labels.write_text(labels_text(class_names), "utf-8")
         module = _module(model, class_names, labels)
         try:
             tf.saved_model.save(module, str(saved), signatures=_signatures(module))
