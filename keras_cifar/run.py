@@ -69,8 +69,8 @@ class Run:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
-            for path in (self.path, self.checkpoint, self.path / "eval", self.export):
-                for left in path.glob(f"{TEMPORARY}*"):
+            for pattern in (f"{TEMPORARY}*", f"*/{TEMPORARY}*"):
+                for left in self.path.glob(pattern):
                     shutil.rmtree(left, ignore_errors=True)
             try:
                 yield

@@ -241,6 +241,9 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path, image_folde
     (run.path / f"{run_module.TEMPORARY}x").mkdir()
     train_to(run.path, image_folder, epochs=1)
     assert not (run.path / f"{run_module.TEMPORARY}x").exists()
+    (run.path / "onnx" / f"{run_module.TEMPORARY}x").mkdir(parents=True)
+    with run.locked():
+        assert not list((run.path / "onnx").iterdir())
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, image_folder):
