@@ -95,9 +95,13 @@ class TrainConfig:
     optimizer: str = option("adam", "update rule", "Training", OPTIMIZERS)
     learning_rate: float = option(1e-3, "the highest of the schedule", "Training")
     momentum: float = option(0.9, "of sgd", "Training")
+    nesterov: bool = option(False, "Nesterov's momentum, of sgd", "Training")
+    bias_rate: float = option(
+        1.0, "factor of the learning rate of biases and normalization, of sgd", "Training"
+    )
     lr_schedule: str = option(
         "constant",
-        "constant, cosine, step(0.5,0.75) (a tenth at these shares of the run) or onecycle",
+        "constant, linear, cosine, step(0.5,0.75) (a tenth at these shares of the run) or onecycle",
         "Training",
     )
     warmup_epochs: float = option(0.0, "epochs of linear warm-up from zero", "Training")

@@ -1,6 +1,7 @@
 """Blocks that several families share: pure `x -> x` functions with predictable layer names."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 # The defaults of the chapter's framework and of PyTorch (whose momentum 0.1 is 1 - ours). Keras's
@@ -8,6 +9,10 @@ import tensorflow as tf
 # over CIFAR-10 was 0.354 against 0.564 in test accuracy.
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-5
+
+# Added to the variances of patches' components, as a share of the pixels' variance, so that noise is
+# not made as large as what is seen: Jordan 2024, arXiv:2404.00498, whose pixels have a variance of 1.
+WHITENING_EPSILON = 5e-4
 
 # FusedBatchNormV3 takes these; Keras's own way computes in float32 for the halves, as the kernel does.
 FUSED_DTYPES = ("float32", "float16", "bfloat16")
@@ -35,8 +40,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
             mask is None
             and len(inputs.shape) == 4
             and self.axis in (-1, 3)
-            and self.scale
-            and self.center
             and not self.renorm
             and inputs.dtype.name in FUSED_DTYPES
             and not (training and replicas() > 1)
@@ -44,7 +47,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if not fused:
             return super().call(inputs, training=training, mask=mask)
         averages = [self.moving_mean, self.moving_variance]
-        weights = [tf.cast(v.value, tf.float32) for v in (self.gamma, self.beta, *averages)]
+        gamma = self.gamma if self.scale else tf.ones_like(self.moving_variance)
+        beta = self.beta if self.center else tf.zeros_like(self.moving_mean)
+        weights = [tf.cast(v, tf.float32) for v in (gamma, beta, *averages)]
         given = ([], []) if training else weights[2:]  # The kernel makes its own in training.
         outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
             x=inputs,
@@ -216,3 +221,102 @@ class LocalResponseNormalization(keras.layers.Layer):
     def get_config(self):
         own = {"radius": self.radius, "bias": self.bias, "alpha": self.alpha, "beta": self.beta}
         return super().get_config() | own
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class Whitening(keras.layers.Conv2D):
+    """A convolution whose filters are not trained but made from images: patches come out white.
+
+    The filters are the principal components of the patches, each scaled to a variance of 1, and
+    their negatives, since a nonlinearity follows; the bias is trained. Page 2019, "How to train your
+    ResNet 8: bag of tricks"; Jordan 2024, arXiv:2404.00498, section 3.2. Until `adapt` was called the
+    filters are random.
+
+    Args:
+        size: of the square patches, in pixels.
+    """
+
+    def __init__(self, size=2, **kwargs):
+        # Of three channels, as many components as a patch has values.
+        own = {"filters": 6 * size**2, "kernel_size": size}
+        super().__init__(**own | {k: v for k, v in kwargs.items() if k not in own})
+        self.size = size
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.kernel.trainable = False
+
+    def adapt(self, inputs: np.ndarray) -> None:
+        """Makes the filters.
+
+        Args:
+            inputs: float [N, H, W, 3], what the layer would be given: some thousand images.
+        """
+        covariance, count = 0.0, 0
+        for image in inputs.astype(np.float64):  # one by one, since patches are many
+            windows = np.lib.stride_tricks.sliding_window_view(
+                image, (self.size, self.size), (0, 1)
+            )
+            # Rows, columns, channels, as the kernel has them.
+            patches = windows.transpose(0, 1, 3, 4, 2).reshape(-1, self.filters // 2)
+            covariance, count = covariance + patches.T @ patches, count + len(patches)
+        variances, components = np.linalg.eigh(covariance / count)
+        filters = components / np.sqrt(variances + WHITENING_EPSILON * variances.mean())
+        filters = np.concatenate([filters, -filters], axis=1)
+        self.kernel.assign(filters.reshape(self.kernel.shape))
+
+    def get_config(self):
+        return super().get_config() | {"size": self.size}
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class IdentityPlus(keras.initializers.Initializer):
+    """For convolutions: the first filters pass the input's channels on, the others are random.
+
+    The random ones are uniform with a variance of a third of 1 / fan-in, PyTorch's default, as in
+    Jordan 2024, arXiv:2404.00498, section 3.1.
+
+    Args:
+        seed: of the random ones; None takes it from `keras.utils.set_random_seed`.
+    """
+
+    def __init__(self, seed=None):
+        self.seed = seed
+
+    def __call__(self, shape, dtype=None):
+        uniform = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", self.seed)
+        kernel = np.array(uniform(shape, dtype))
+        height, width, channels, filters = shape
+        passed = min(channels, filters)
+        kernel[..., :passed] = 0
+        kernel[height // 2, width // 2, range(passed), range(passed)] = 1
+        return keras.ops.convert_to_tensor(kernel, dtype)
+
+    def get_config(self):
+        return {"seed": self.seed}
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class AddMirrored(keras.layers.Layer):
+    """Outside of training, [N, H, W, C] and behind it the same mirrored left to right: [2N, H, W, C].
+
+    Everything up to `MeanOfMirrored` then computes an image and its mirror image. The answer is the
+    mean of both, which is more often right (Krizhevsky et al. 2012, section 4.1), at twice the work.
+    """
+
+    def call(self, inputs, training=False):
+        return inputs if training else tf.concat([inputs, inputs[:, :, ::-1]], axis=0)
+
+    def compute_output_shape(self, input_shape):
+        return (None, *input_shape[1:])
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class MeanOfMirrored(keras.layers.Layer):
+    """Outside of training, the mean of the halves of a batch of `AddMirrored`: [2N, D] -> [N, D]."""
+
+    def call(self, inputs, training=False):
+        return inputs if training else tf.add_n(tf.split(inputs, 2)) / 2
+
+    def compute_output_shape(self, input_shape):
+        return (None, *input_shape[1:])

@@ -17,7 +17,7 @@ ONECYCLE_START = 1 / 25
 
 STEP_FACTOR = 0.1  # of each step; He et al. 2015 at half and three quarters of the run
 
-SCHEDULES = ("constant", "cosine", "step", "onecycle")
+SCHEDULES = ("constant", "linear", "cosine", "step", "onecycle")
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
@@ -27,7 +27,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
     Args:
         kind: one of SCHEDULES.
         peak: the highest rate.
-        total_steps: of the run; `cosine` and `onecycle` end at 0 there.
+        total_steps: of the run; `linear`, `cosine` and `onecycle` end at 0 there.
         warmup_steps: of linear warm-up from 0; with `onecycle`, the rise's length, 0 is its default.
         milestones: with `step`, the shares of the run after which the rate falls to a tenth.
 
@@ -55,7 +55,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             falling = STEP_FACTOR ** tf.add_n(passed)
         else:
             share = tf.clip_by_value((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
-            falling = (1 + tf.cos(math.pi * share)) / 2
+            falling = 1 - share if self.kind == "linear" else (1 + tf.cos(math.pi * share)) / 2
         return self.factor * (self.peak * rising * falling)
 
     def get_config(self):
@@ -119,7 +119,24 @@ class AdamW(_OneKernel, keras.optimizers.AdamW):
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class SGD(_Replicated, keras.optimizers.SGD):
-    """keras.optimizers.SGD, which under several replicas adds their gradients up only once."""
+    """keras.optimizers.SGD, which under several replicas adds their gradients up only once.
+
+    Args:
+        bias_rate: a factor of the learning rate of all that is no kernel.
+        *args, **kwargs: Keras's.
+    """
+
+    def __init__(self, *args, bias_rate=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bias_rate = bias_rate
+
+    def update_step(self, gradient, variable, learning_rate):
+        if not is_kernel(variable):
+            learning_rate = learning_rate * self.bias_rate
+        super().update_step(gradient, variable, learning_rate)
+
+    def get_config(self):
+        return super().get_config() | {"bias_rate": self.bias_rate}
 
 
 def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
@@ -130,7 +147,9 @@ def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
     """
     match = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
     if not match or match[1] not in SCHEDULES:
-        raise unknown("schedule", text, ("constant", "cosine", "step(0.5,0.75)", "onecycle"))
+        raise unknown(
+            "schedule", text, ("constant", "linear", "cosine", "step(0.5,0.75)", "onecycle")
+        )
     kind, inside = match[1], match[2]
     try:
         milestones = tuple(float(share) for share in inside.split(",")) if inside else ()
@@ -169,7 +188,9 @@ def compile_model(
     if config.optimizer == "adam":
         optimizer = Adam(rate, **clipping)
     elif config.optimizer == "sgd":
-        optimizer = SGD(rate, config.momentum, **clipping)
+        optimizer = SGD(
+            rate, config.momentum, config.nesterov, bias_rate=config.bias_rate, **clipping
+        )
     else:
         optimizer, l2 = AdamW(rate, config.weight_decay, **clipping), 0.0
         optimizer.exclude_from_weight_decay(

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar.config import BATCH_SIZE
-from keras_cifar.data import Dataset, Split
+from keras_cifar.data import Dataset
 from keras_cifar.errors import UserError
 from keras_cifar.run import to_json
 
@@ -49,12 +49,8 @@ def of_dataset(dataset: Dataset, spec: str) -> Samples:
     """
     name = "test" if dataset.val is None else "val"
     split = dataset.split(name)
-    return Samples(_spread(split), f"{name} images of {spec}", _spread(dataset.train))
-
-
-def _spread(split: Split) -> np.ndarray:
-    rows = np.linspace(0, len(split) - 1, min(IMAGES, len(split))).round().astype(np.int64)
-    return split.take(rows).images
+    training = dataset.train.spread(IMAGES).images
+    return Samples(split.spread(IMAGES).images, f"{name} images of {spec}", training)
 
 
 def noise(size: tuple[int, int]) -> Samples:

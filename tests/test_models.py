@@ -87,7 +87,13 @@ def test_size_at_224_with_1000_classes_is_the_published_one(name, parameters):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("nin", 966_986), ("lenet5", 62_006), ("vgg_bn_drop", 15_254_602)]
+    ("name", "parameters"),
+    [
+        ("nin", 966_986),
+        ("lenet5", 62_006),
+        ("vgg_bn_drop", 15_254_602),
+        ("airbench94", 1_971_352),
+    ],
 )
 def test_size_at_32_with_10_classes_is_the_documented_one(name, parameters):
     assert models.count_parameters(skeleton(name, (32, 32, 3)).deployable) == parameters
@@ -201,7 +207,8 @@ def test_batch_norm_has_the_chapters_momentum_and_epsilon(smallest):
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
     assert {(norm.momentum, norm.epsilon) for norm in norms} <= {(0.9, 1e-5)}
-    assert bool(norms) == (smallest.name.startswith("resnet") or "_bn" in smallest.name)
+    normalized = smallest.name.startswith(("resnet", "airbench")) or "_bn" in smallest.name
+    assert bool(norms) == normalized
 
 
 def test_features_come_before_the_logits_and_are_more_than_the_classes(smallest):

@@ -19,6 +19,8 @@ from keras_cifar.optimizers import Schedule
         ("constant", 0, (), {0: 1, 50: 1, 99: 1}),
         ("constant", 10, (), {0: 0.1, 4: 0.5, 9: 1, 10: 1, 99: 1}),
         ("cosine", 0, (), {0: 1, 25: (1 + 0.5**0.5) / 2, 50: 0.5, 75: (1 - 0.5**0.5) / 2, 100: 0}),
+        ("linear", 0, (), {0: 1, 25: 0.75, 50: 0.5, 100: 0}),
+        ("linear", 20, (), {0: 0.05, 19: 1, 20: 1, 60: 0.5, 100: 0, 110: 0}),
         ("cosine", 20, (), {0: 0.05, 9: 0.5, 19: 1, 20: 1, 60: 0.5, 100: 0, 110: 0}),
         ("step", 0, (0.5, 0.75), {0: 1, 49: 1, 50: 0.1, 74: 0.1, 75: 0.01, 99: 0.01}),
         ("step", 0, (0.3, 0.57, 0.7), {29: 1, 30: 0.1, 56: 0.1, 57: 0.01, 69: 0.01, 70: 0.001}),
@@ -34,7 +36,7 @@ def test_rate_at_points_computed_by_hand(kind, warmup, milestones, points):
         assert got == pytest.approx(0.2 * share, rel=1e-4, abs=1e-8), step
 
 
-@pytest.mark.parametrize("kind", ["cosine", "onecycle"])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "onecycle"])
 @pytest.mark.parametrize("total", [1, 2, 3, 10])
 def test_short_runs_have_a_rate_that_is_never_negative_or_above_the_peak(kind, total):
     rates = [float(Schedule(kind, 0.2, total)(step)) for step in range(total + 1)]
@@ -72,14 +74,14 @@ def test_flag_gives_kind_and_milestones(text, kind, milestones):
     assert optimizers.parse_schedule(text) == (kind, milestones)
 
 
-@pytest.mark.parametrize("text", ["linear", "", "Cosine", "step(0.5", "step 0.5", "step(0.5))x"])
+@pytest.mark.parametrize(
+    "text", ["exponential", "", "Cosine", "step(0.5", "step 0.5", "step(0.5))x"]
+)
 def test_unknown_schedule_lists_the_choices(text):
     with pytest.raises(UsageError) as error:
         optimizers.parse_schedule(text)
     message = str(error.value)
-    assert message.startswith(
-        f"unknown schedule {text!r}; choose one of: constant, cosine, onecycle"
-    )
+    assert message.startswith(f"unknown schedule {text!r}; choose one of: constant, cosine, linear")
     assert "\n" not in message
 
 
@@ -204,6 +206,22 @@ def test_momentum_of_sgd_carries_the_last_step_on(momentum):
     network = model(optimizer="sgd", learning_rate=0.1, momentum=momentum)
     for before, after in move(network, gradient=1.0, steps=2).values():
         np.testing.assert_allclose(before - after, 0.1 * (2 + momentum), atol=1e-6)
+
+
+def test_nesterov_looks_a_step_ahead():
+    network = model(optimizer="sgd", learning_rate=0.1, momentum=0.5, nesterov=True)
+    for before, after in move(network, gradient=1.0, steps=2).values():
+        np.testing.assert_allclose(before - after, 0.1 * (1.5 + 1.75), atol=1e-6)
+
+
+def test_bias_rate_is_of_biases_and_normalization_alone():
+    network = model(optimizer="sgd", learning_rate=0.01, bias_rate=8.0)
+    shapes = set()
+    for before, after in move(network, gradient=1.0).values():
+        factor = 1 if before.ndim > 1 else 8
+        np.testing.assert_allclose(before - after, 0.01 * factor, atol=1e-6)
+        shapes.add(before.ndim > 1)
+    assert shapes == {True, False}
 
 
 def test_decay_of_adamw_is_decoupled_and_on_kernels_alone():

@@ -48,6 +48,11 @@ class Split:
         rows = np.asarray(indices if self.rows is None else self.rows[indices], np.int64)
         return dataclasses.replace(self, labels=self.labels[indices], rows=rows)
 
+    def spread(self, count: int) -> "Split":
+        """That many examples, or all where there are fewer, evenly spread over the split."""
+        rows = np.linspace(0, len(self) - 1, min(count, len(self))).round()
+        return self.take(rows.astype(np.int64))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the pixels and labels in order: equal for equal data only."""
