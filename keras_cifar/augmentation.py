@@ -40,11 +40,20 @@ class Random:
         seed: int32 [2].
         batch: the number of examples in the whole batch.
         positions: int32 [n]; None is the whole batch.
+        alternating: bool [batch]: for each example, other in each pass over the data than in the one
+            before; None draws it.
     """
 
-    def __init__(self, seed, batch, positions=None):
+    def __init__(self, seed, batch, positions=None, alternating=None):
         self._seed, self._batch, self._positions = seed, batch, positions
+        self._alternating = alternating
         self._draws = 0
+
+    def alternating(self):
+        """bool [n]: for each example, other than in the pass before."""
+        if self._alternating is None:
+            return self.uniform() < 0.5
+        return self._own(self._alternating)
 
     def uniform(self, shape=(), low=0.0, high=1.0, dtype=tf.float32):
         """[n, *shape] of [low, high)."""
@@ -79,20 +88,20 @@ def parse(text: str) -> Callable[..., Batch]:
     """The augmentation that a string such as `crop(4)|flip` describes; "" changes nothing.
 
     Returns:
-        (read: Read, batch: int, seed: int32 [2], positions: int32 [n] = None) -> (images uint8
-        [n, H, W, 3], labels float32 [n, K]): the examples at these positions of a batch of that
-        many, all of them by default, augmented. It reads these, and the partners of those that are
-        mixed.
+        (read: Read, batch: int, seed: int32 [2], positions: int32 [n] = None, alternating: bool
+        [batch] = None) -> (images uint8 [n, H, W, 3], labels float32 [n, K]): the examples at these
+        positions of a batch of that many, all of them by default, augmented. It reads these, and the
+        partners of those that are mixed. `alternating` is as of `Random`.
 
     Raises:
         UsageError: an unknown name, or numbers out of range.
     """
     steps = [_parse_step(part.strip(), text) for part in text.split("|")] if text.strip() else []
 
-    def augment(read, batch, seed, positions=None):
+    def augment(read, batch, seed, positions=None, alternating=None):
         for index, step in enumerate(steps):
             drawn = tf.random.experimental.stateless_fold_in(seed, index)
-            read = functools.partial(step, read, batch, drawn)
+            read = functools.partial(step, read, batch, drawn, alternating=alternating)
         images, labels = read(positions)
         return _to_uint8(images), labels
 
@@ -124,8 +133,8 @@ def _parse_step(part: str, text: str) -> Callable[..., Batch]:
     return step
 
 
-def _step(function, arguments, read, batch, seed, positions):
-    random = Random(seed, batch, positions)
+def _step(function, arguments, read, batch, seed, positions, alternating=None):
+    random = Random(seed, batch, positions, alternating)
     if not _mixes(function):
         return function(*read(positions), random, *arguments)
     own, partners = _with_partners(read, batch, random.permutation(), positions)
@@ -191,6 +200,16 @@ def crop(images, labels, random, padding: float):
 def flip(images, labels, random):
     """Mirrors each image left to right with probability one half."""
     mirrored = random.uniform((1, 1, 1)) < 0.5
+    return tf.where(mirrored, tf.reverse(images, [2]), images), labels
+
+
+def altflip(images, labels, random):
+    """Mirrors each image left to right in every second pass over the data.
+
+    So that two passes show both forms of each image, which chance would do for half of them. Which
+    images begin mirrored is drawn. Jordan 2024, arXiv:2404.00498, section 3.6.
+    """
+    mirrored = random.alternating()[:, None, None, None]
     return tf.where(mirrored, tf.reverse(images, [2]), images), labels
 
 

@@ -82,8 +82,8 @@ class TrainConfig:
     )
     augment: str = option(
         "",
-        "augmentations in order, such as 'crop(4)|flip|cutout(8)|mixup(0.2)'; also color(0.4), "
-        "randaugment(2,9), cutmix(1.0)",
+        "augmentations in order, such as 'crop(4)|flip|cutout(8)|mixup(0.2)'; also altflip, "
+        "color(0.4), randaugment(2,9), cutmix(1.0)",
         "Model and data",
     )
 

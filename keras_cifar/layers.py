@@ -270,6 +270,15 @@ class Whitening(keras.layers.Conv2D):
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
+def sigmoid_gelu(x):
+    """x sigmoid(1.702 x), the approximation of GELU in Hendrycks and Gimpel 2016, arXiv:1606.08415.
+
+    On a CPU it takes a third of the time of the exact form, and it can be exported to ONNX.
+    """
+    return tf.nn.silu(x, 1.702)
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
 class IdentityPlus(keras.initializers.Initializer):
     """For convolutions: the first filters pass the input's channels on, the others are random.
 

@@ -97,6 +97,7 @@ def training(
     transform = augmentation.parse(augment)
     positions, sizes = _positions(batch_size, share, parts)
     order_seed, augment_seed = (seed, 0), (seed, 1)
+    first = tf.constant(np.random.default_rng(seed).random(len(split)) < 0.5)
 
     def one_pass(number):
         fold = tf.random.experimental.stateless_fold_in
@@ -113,7 +114,8 @@ def training(
 
         fold = tf.random.experimental.stateless_fold_in
         drawn = fold(tf.constant(augment_seed), tf.cast(step, tf.int32))
-        return transform(read, batch_size, drawn, positions)
+        alternating = tf.gather(first, indices) ^ (step // steps % 2 == 1)
+        return transform(read, batch_size, drawn, positions, alternating)
 
     passes = tf.data.Dataset.range(start_step // steps, tf.int64.max)
     batches = passes.flat_map(one_pass).skip(start_step % steps).enumerate(start_step)

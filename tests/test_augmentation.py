@@ -8,8 +8,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from keras_cifar import augmentation
 from keras_cifar.errors import UsageError
 
-NAMES = ("color", "crop", "cutmix", "cutout", "flip", "mixup", "randaugment")
+NAMES = ("altflip", "color", "crop", "cutmix", "cutout", "flip", "mixup", "randaugment")
 EACH = (
+    "altflip",
     "color(0.4)",
     "crop(4)",
     "cutmix(1.0)",
@@ -196,6 +197,12 @@ def test_flip_mirrors_about_half_and_leaves_the_others():
     same = (got == images).all(axis=(1, 2, 3))
     assert (mirrored ^ same).all()
     assert 160 <= mirrored.sum() <= 240
+
+
+def test_altflip_without_passes_is_flip():
+    images = noise(400)
+    got = augment("altflip", images)[0]
+    assert 160 <= (got == images[:, :, ::-1]).all(axis=(1, 2, 3)).sum() <= 240
 
 
 def test_flip_twice_draws_twice():

@@ -118,6 +118,18 @@ def test_augmentation_changes_nothing_else():
         assert (same | mirrored).all()
 
 
+def test_altflip_mirrors_each_example_in_every_second_pass():
+    split = numbered(40)
+    split.images[:, 0, 3, 0] = split.images[:, 0, 0, 0]  # a number that both forms have
+    batches = take(pipeline.training(split, 3, 8, "altflip", seed=0), 4 * 5)
+    mirrored = np.zeros((4, 40), bool)
+    for step, (images, _) in enumerate(batches):
+        rows = images[:, 0, 0, 0]
+        mirrored[step // 5, rows] = (images != split.images[rows]).any(axis=(1, 2, 3))
+    assert 10 <= mirrored[0].sum() <= 30
+    assert [(mirrored[i] == mirrored[0]).mean() for i in range(4)] == [1, 0, 1, 0]
+
+
 def test_batches_are_full_pixels_and_one_hot_labels():
     split = numbered(14)
     batches = pipeline.training(split, 5, 4, "", seed=0)
