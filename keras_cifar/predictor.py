@@ -59,6 +59,7 @@ class Predictor:
             # Kept, since the signatures do not keep the variables alive.
             self._loaded = tf.saved_model.load(str(self.path))
             self._take(dict(self._loaded.signatures))
+            self.size = tuple(self._classify.structured_input_signature[1]["images"].shape[1:3])
             labels = self.path / "assets" / "labels.txt"
             self.class_names = tuple(read(labels, LARGEST_LABELS).decode("utf-8").splitlines())
             if len(self.class_names) != self._classify.structured_outputs["probabilities"].shape[1]:
@@ -71,7 +72,6 @@ class Predictor:
     def _take(self, signatures: dict) -> None:
         self.signatures = signatures
         self._classify, self._features = signatures["serving_default"], signatures["features"]
-        self.size = tuple(self._classify.structured_input_signature[1]["images"].shape[1:3])
 
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Probabilities float32 [N, K] of uint8 [N, H, W, 3], N of any size."""

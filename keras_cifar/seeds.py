@@ -45,12 +45,14 @@ def train(config: TrainConfig, run: Run) -> dict:
     for number, seed in enumerate(seeds, start=1):
         print(f"seed {seed} ({number} of {len(seeds)})", flush=True)
         one = run.of_seed(seed)
-        figures = _figures(one, configs[seed]) or trainer.train(configs[seed], one)
+        figures = _figures(one, configs[seed])
+        if figures is None:
+            figures = trainer.train(configs[seed], one)
+            # A model and its functions refer to each other, so nothing else would free them now.
+            keras.utils.clear_session()
+            gc.collect()
         accuracies[seed] = figures["accuracy"]
         print(f"seed {seed}: test accuracy {accuracies[seed]:.4f}\n", flush=True)
-        # A model and its functions refer to each other, so nothing else would free them now.
-        keras.utils.clear_session()
-        gc.collect()
     values = list(accuracies.values())
     summary = {
         "seeds": {str(seed): value for seed, value in accuracies.items()},

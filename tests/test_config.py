@@ -13,7 +13,7 @@ POSITIVE = (
     *("accumulate_steps", "steps_per_execution", "startup_timeout", "peer_timeout"),
 )
 NOT_NEGATIVE = (
-    *("weight_decay", "warmup_epochs", "calibration_batches", "early_stopping", "seed"),
+    *("weight_decay", "warmup_epochs", "calibration_batches", "early_stopping", "seed", "seeds"),
     "global_clipnorm",
 )
 SHARES = ("val_fraction", "max_bad_share", "momentum", "label_smoothing", "ema")
@@ -149,6 +149,9 @@ def test_all_differences_are_named():
         ("on_nan", "rollback"),
         ("dry_run", True),
         ("list_models", True),
+        ("list_recipes", True),
+        ("recipe", "he_resnet20"),
+        ("seeds", 3),
     ],
 )
 def test_where_it_runs_and_what_is_written_makes_no_difference(name, value):

@@ -2,7 +2,8 @@
 
 python -m keras_cifar.pretrained RUN NAME --data 'JPEG CIFAR-10'
 
-The weights are rounded to float16, which must not change the test accuracy by 0.001, and are at most 4 MB.
+The weights are rounded to float16, which must not change the test accuracy by 0.001, and take at most
+4 MB.
 """
 
 import dataclasses

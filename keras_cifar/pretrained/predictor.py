@@ -15,7 +15,8 @@ class PretrainedPredictor(Predictor):
 
     def __init__(self, name: str):
         model, card = pretrained.load(name)
-        self.path, self.class_names = pretrained.DIRECTORY / name, card.class_names
+        self.path = pretrained.DIRECTORY / f"{name}{pretrained.WEIGHTS}"
+        self.size, self.class_names = card.image_shape[:2], card.class_names
         # Kept, since the functions do not keep the variables alive.
         self._loaded = saved_model.functions(model, card.class_names)
         functions = saved_model.signatures(self._loaded)

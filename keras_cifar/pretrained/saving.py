@@ -39,8 +39,8 @@ def save(run: Run, name: str, data: str, limits: str, licence: str) -> tuple[Car
     contents = b"".join(tensors.pack(arrays, {"name": name}))
     if len(contents) > pretrained.LARGEST:
         raise UserError(
-            f"the weights of {run.path} take {len(contents):,} bytes, more than {pretrained.LARGEST:,}, "
-            "which everybody who installs the package would get"
+            f"the weights of {run.path} take {len(contents):,} bytes, more than "
+            f"{pretrained.LARGEST:,}, which everybody who installs the package would get"
         )
     # As it will be loaded.
     small = models.build(flags["model"], shape, len(config["class_names"])).deployable
