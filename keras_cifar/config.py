@@ -307,7 +307,7 @@ NOT_COMPARED = (
 
 # Flags that may differ between the workers of a run.
 NOT_SHARED = (
-    *("run_dir", "export", "data_dir", "cache_dir", "worker_index", "startup_timeout"),
+    *("recipe", "run_dir", "export", "data_dir", "cache_dir", "worker_index", "startup_timeout"),
     "init_from",  # The chief's state is everybody's.
 )
 

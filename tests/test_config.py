@@ -166,7 +166,9 @@ def test_a_flag_that_an_earlier_run_did_not_have_is_a_difference():
 
 def test_workers_may_differ_in_what_is_their_own_alone():
     one = TrainConfig(workers="a:1,b:2", worker_index=0, run_dir="x", data_dir="y")
-    two = TrainConfig(workers="a:1,b:2", worker_index=1, run_dir="z", data_dir="v", cache_dir="c")
+    two = TrainConfig(
+        workers="a:1,b:2", worker_index=1, recipe="r", run_dir="z", data_dir="v", cache_dir="c"
+    )
     assert one.common() == two.common()
     for name, value in OTHER.items():
         if name == "init_from":  # read by the chief alone

@@ -231,13 +231,19 @@ def test_predicts_what_the_export_of_the_run_does(installed, trained_run):
     assert mine.classify(images[:0]).shape == (0, 3)
 
 
-def test_predict_takes_its_name(installed, tmp_path, capsys):
+def test_predict_takes_its_name(installed, trained_run, tmp_path, capsys):
     images, _ = colour_images(3, 20, 3, seed=9)
     for index, pixels in enumerate(images):
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
-    assert classify("--model=pretrained:tiny", "--format=json", tmp_path) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["top"][0]["label"] for row in rows] == ["class_0", "class_1", "class_2"]
+    answers = []
+    for model in ("pretrained:tiny", trained_run.path):
+        assert classify(f"--model={model}", "--format=json", tmp_path) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    for mine, theirs in zip(*answers, strict=True):
+        assert mine["file"] == theirs["file"]
+        for a, b in zip(mine["top"], theirs["top"], strict=True):
+            assert a["label"] == b["label"]
+            assert a["probability"] == pytest.approx(b["probability"], abs=0.01)
     assert classify("--model=pretrained:big", tmp_path) == 2
     assert "choose one of: tiny" in capsys.readouterr().err
 

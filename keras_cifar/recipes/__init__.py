@@ -6,14 +6,15 @@ name in HEAD, in this order:
     # expected: 0.9125                   test accuracy, or "not run"
     # spread: one run                    over which runs, and how far they lay apart
     # basis: published                   published, measured (by us), or none
-    # source: He et al. 2015, table 6    of what is published, or the command of what is measured
+    # source: He et al. 2015, table 6    who says so; of what is measured, keras_cifar and its revision
     # data: CIFAR-10                     of that figure; "JPEG CIFAR-10" are lossy images
     # hardware: not said                 likewise
     # time: not said                     likewise
     # command: python -m keras_cifar.train --recipe NAME
 
-Further comments say how it differs from its source. Where the images are (--data, --data_dir) is no
-part of a recipe, nor is what a machine decides.
+A figure that was measured later takes the place of "not run", with its spread, basis, source, data,
+hardware and time. Further comments say how a recipe differs from its source. Where the images are
+(--data, --data_dir) is no part of a recipe, nor is what a machine decides.
 """
 
 import pathlib
