@@ -23,7 +23,7 @@ class Result:
         flags: of the run.
         parameters: that are trained.
         history: a dict an epoch, as in history.csv; empty before the first one.
-        figures: of the test images, as in test.json; None where they were not looked at yet.
+        figures: of the test images, as in test.json; None where they were not looked at.
     """
 
     flags: dict
@@ -92,8 +92,9 @@ def _result(run: Run) -> Result:
                 row["seconds"], row["images_per_second"], row["accuracy"]
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise UserError(f"{run.history} is damaged: {reason(error)}") from None
-    figures = run.read_figures("test")
-    return Result(config["flags"], config.get("parameter_count", 0), history, figures)
+    flags = config["flags"]
+    figures = run.read_figures("test", flags["data"])
+    return Result(flags, config.get("parameter_count", 0), history, figures)
 
 
 # ---- Words

@@ -45,8 +45,10 @@ class Run:
         self.export = self.path / "export"
         self.seeds = self.path / "seeds.json"
 
-    def read_figures(self, split: str) -> dict | None:
-        """What was found on a split, as `evaluation` wrote it; None where nothing was.
+    def read_figures(self, split: str, data: str) -> dict | None:
+        """What was found on a split of `data`, as `evaluation` wrote it.
+
+        None where nothing was, or `evaluate --data` has put the figures of other images there since.
 
         Raises:
             UserError: the file is damaged.
@@ -56,10 +58,10 @@ class Run:
             return None
         try:
             figures = json.loads(read(path, LARGEST_FIGURES))
-            float(figures["accuracy"])
+            float(figures["accuracy"]), figures["data"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {reason(error)}") from None
-        return figures
+        return figures if figures["data"] == data else None
 
     def of_seed(self, seed: int) -> "Run":
         """The run of a seed, in a directory of several."""

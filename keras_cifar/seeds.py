@@ -67,6 +67,4 @@ def _figures(run: Run, config: TrainConfig) -> dict | None:
     """The test figures of a run that has come to its end; None of one that has not."""
     if config.export and not versions(run.export):
         return None
-    figures = run.read_figures("test")
-    # `evaluate --data` may have written those of other images.
-    return figures if figures and figures.get("data") == config.data else None
+    return run.read_figures("test", config.data)

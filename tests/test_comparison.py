@@ -34,7 +34,7 @@ def write(path, epochs=SLOW, accuracy=0.5, interval=None, validated=True, **flag
     text = "\n".join([header, *rows]) + "\n"
     run.history.write_text(text if validated else text.replace("val_accuracy", "other"))
     if accuracy is not None:
-        figures = {"accuracy": accuracy, "data": "digits"}
+        figures = {"accuracy": accuracy, "data": config["flags"]["data"]}
         figures |= {"intervals": {"accuracy": interval}} if interval else {}
         run.evaluation("test").parent.mkdir()
         run.evaluation("test").write_text(json.dumps(figures))
@@ -82,6 +82,13 @@ def test_flags_that_decide_and_differ_are_shown(tmp_path, command):
     _, lines, _ = command(a, b)
     shown = [line.split() for line in lines[lines.index("") + 1 :]]
     assert shown == [["flag", a, b], ["--learning_rate", "0.5", "0.25"], ["--ema", "0.0", "-"]]
+
+
+def test_figures_of_other_images_are_not_the_runs(tmp_path, command):
+    run = Run(write(tmp_path / "a", data="digits"))
+    path = run.evaluation("test")
+    path.write_text(path.read_text().replace("digits", "folder:elsewhere"))
+    assert "not tested" in command(run.path)[1][1]
 
 
 def test_equal_flags_make_no_table(tmp_path, command):
@@ -178,7 +185,7 @@ def test_what_is_no_run_or_damaged_is_said(tmp_path):
 
 def test_real_run_is_read(trained_run, command):
     status, lines, _ = command(trained_run.path)
-    accuracy = trained_run.read_figures("test")["accuracy"]
+    accuracy = json.loads(trained_run.evaluation("test").read_text())["accuracy"]
     assert status == 0
     assert f"{accuracy:.4f}" in lines[1]
 

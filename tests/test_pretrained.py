@@ -43,7 +43,7 @@ def saved(tmp_path_factory, trained_run):
     """A directory with the trained run as `tiny`; its test figures have a calibration error."""
     directory = tmp_path_factory.mktemp("pretrained")
     run = Run(shutil.copytree(trained_run.path, directory / "run"))
-    figures = run.read_figures("test")
+    figures = json.loads(run.evaluation("test").read_text())
     figures["calibration"] = {"expected_calibration_error": 0.125}
     run.evaluation("test").write_text(json.dumps(figures))
     with pytest.MonkeyPatch.context() as patch:

@@ -55,7 +55,7 @@ def save(run: Run, name: str, data: str, limits: str, licence: str) -> tuple[Car
             f"in float16 the test accuracy of {run.path} is {after:.4f}, and it was {before:.4f}: a "
             f"difference of {TOLERANCE} or more"
         )
-    figures = run.read_figures("test") or {}
+    figures = run.read_figures("test", flags["data"]) or {}
     card = Card(
         model=flags["model"],
         image_shape=shape,
