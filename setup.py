@@ -49,7 +49,11 @@ setup(
     packages=find_packages(include=["keras_cifar", "keras_cifar.*"]),
     python_requires=">=3.11,<3.13",
     install_requires=REQUIRES,
-    package_data={"keras_cifar.serving": ["page.html"]},
+    package_data={
+        "keras_cifar.serving": ["page.html"],
+        "keras_cifar.recipes": ["*.flags"],
+        "keras_cifar.pretrained": ["*.safetensors", "*.json"],
+    },
     extras_require={
         "formats": FORMATS,
         "serve": SERVE,

@@ -1,8 +1,7 @@
 """The state of a run after a step: everything that decides the rest of it.
 
-A checkpoint is one file in the safetensors format (https://github.com/huggingface/safetensors), which
-holds arrays and cannot hold code. Its name has the step and a checksum of its contents. It is written
-under another name, put on the disk and renamed, and the one before it is kept.
+A checkpoint is one file of arrays (`tensors`), whose name has the step and a checksum of its contents.
+It is written under another name, put on the disk and renamed, and the one before it is kept.
 """
 
 import dataclasses
@@ -10,9 +9,11 @@ import hashlib
 import json
 import pathlib
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
+from keras_cifar import tensors
 from keras_cifar.classifier import FIGURES, Classifier
 from keras_cifar.errors import UserError
 from keras_cifar.files import open_file
@@ -22,19 +23,6 @@ KEPT = 2  # checkpoints: the newest, and one to go back to where that is damaged
 
 FORMAT = "step-{step:09d}-epoch-{epochs:05d}-{checksum}.safetensors"
 _NAME = re.compile(r"step-(\d+)-epoch-(\d+)-([0-9a-f]{32})\.safetensors")
-
-# The names of the format.
-_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "uint32": "U32",
-    "uint64": "U64",
-    "int32": "I32",
-    "int64": "I64",
-    "float16": "F16",
-    "float32": "F32",
-    "float64": "F64",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +54,12 @@ def _variables(model: Classifier) -> list:
     return [*model.variables, *model.optimizer.variables, *model.averages]
 
 
-def _arrays(model: Classifier) -> list[np.ndarray]:
-    return [np.asarray(variable.numpy(), order="C") for variable in _variables(model)]
+def _arrays(model: Classifier) -> dict[str, np.ndarray]:
+    variables = enumerate(_variables(model))
+    return {f"variable_{i}": np.asarray(variable.numpy(), order="C") for i, variable in variables}
 
 
-def _checksum(parts: list) -> str:
+def _checksum(parts: Iterable) -> str:
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         found.update(part)
@@ -79,7 +68,7 @@ def _checksum(parts: list) -> str:
 
 def digest(model: Classifier) -> str:
     """A hash of everything that a checkpoint has of a model: equal for equal bits only."""
-    return _checksum(_arrays(model))
+    return _checksum(_arrays(model).values())
 
 
 def save(directory: pathlib.Path, model: Classifier, position: Position, step: int) -> pathlib.Path:
@@ -91,7 +80,8 @@ def save(directory: pathlib.Path, model: Classifier, position: Position, step: i
     Returns:
         The file.
     """
-    parts = _pack(model, position)
+    position_text = json.dumps(dataclasses.asdict(position))
+    parts = tensors.pack(_arrays(model), {"position": position_text})
     path = directory / FORMAT.format(
         step=step, epochs=len(position.history), checksum=_checksum(parts)
     )
@@ -103,22 +93,6 @@ def save(directory: pathlib.Path, model: Classifier, position: Position, step: i
     for other in files[:mine] + files[mine + KEPT :]:
         other.unlink(missing_ok=True)
     return path
-
-
-def _pack(model: Classifier, position: Position) -> list:
-    """The contents of a checkpoint: the header's length, the header, the arrays."""
-    arrays, header, offset = _arrays(model), {}, 0
-    header["__metadata__"] = {"position": json.dumps(dataclasses.asdict(position))}
-    for index, array in enumerate(arrays):
-        header[f"variable_{index}"] = {
-            "dtype": _DTYPES[array.dtype.name],
-            "shape": array.shape,
-            "data_offsets": (offset, offset + array.nbytes),
-        }
-        offset += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little"), text, *arrays]
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -197,21 +171,13 @@ def assign(model: Classifier, data: bytes, where: str | pathlib.Path) -> Positio
         UserError: it is no checkpoint, or of another network or optimizer.
     """
     try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        position = _position(json.loads(header.pop("__metadata__")["position"]))
-        entries = [header[f"variable_{index}"] for index in range(len(header))]
-        found = [(entry["dtype"], entry["shape"]) for entry in entries]
+        position = _position(json.loads(tensors.metadata(data)["position"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"checkpoint {where} is damaged") from None
-    # What the model has says what is read, so that the file cannot ask for more memory.
-    arrays = _arrays(model)
-    wanted = [(_DTYPES[array.dtype.name], list(array.shape)) for array in arrays]
-    start = 8 + length
-    if found != wanted or len(data) != start + sum(array.nbytes for array in arrays):
-        raise UserError(f"checkpoint {where} is of another network or optimizer")
-    for variable, array in zip(_variables(model), arrays, strict=True):
-        values = np.frombuffer(data, array.dtype, array.size, start)
-        variable.assign(values.reshape(array.shape))
-        start += array.nbytes
+    try:
+        arrays = tensors.unpack(data, _arrays(model))
+    except ValueError:
+        raise UserError(f"checkpoint {where} is of another network or optimizer") from None
+    for variable, array in zip(_variables(model), arrays.values(), strict=True):
+        variable.assign(array)
     return position

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from keras_cifar import environment
+from keras_cifar import environment, recipes
 from keras_cifar.errors import (
     LostWorkerError,
     StoppedError,
@@ -100,11 +100,22 @@ def _execute(
 def parse(options_class: type, argv: list) -> tuple:
     """(an instance of `options_class`, positional arguments) from a command line.
 
-    --flagfile=FILE reads flags from a file, one a line.
+    --flagfile=FILE reads flags from a file, one a line. Where there is a flag `recipe`, its file is
+    read before all others, so that they override it wherever they stand.
 
     Raises:
         UsageError: an unknown flag, or a value that is out of range.
     """
+    given, positional = _read(options_class, argv)
+    if recipe := given.get("recipe"):
+        given, positional = _read(options_class, [f"--flagfile={recipes.find(recipe)}", *argv])
+    for field in dataclasses.fields(options_class):
+        _check_choice(field, given[field.name])
+    return options_class(**given), positional
+
+
+def _read(options_class: type, argv: list) -> tuple[dict, list]:
+    """(the value of each flag, positional arguments) of a command line."""
     values = flags.FlagValues()
     for field in dataclasses.fields(options_class):
         _define(field, values)
@@ -113,10 +124,7 @@ def parse(options_class: type, argv: list) -> tuple:
         positional = values(["", *argv])[1:]
     except (flags.Error, ValueError) as error:  # the latter of `--noexport=`
         raise UsageError(f"{reason(error)} (--help lists the flags)") from None
-    given = {f.name: values[f.name].value for f in dataclasses.fields(options_class)}
-    for field in dataclasses.fields(options_class):
-        _check_choice(field, given[field.name])
-    return options_class(**given), positional
+    return {f.name: values[f.name].value for f in dataclasses.fields(options_class)}, positional
 
 
 def _define(field: dataclasses.Field, values: flags.FlagValues) -> None:

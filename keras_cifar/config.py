@@ -43,6 +43,11 @@ class TrainConfig:
         UsageError: a value is out of its range.
     """
 
+    recipe: str | None = option(
+        None,
+        "flags that give a known result, which those beside it override; --list_recipes shows them",
+        "Model and data",
+    )
     model: str = option("resnet32", "network; --list_models shows them", "Model and data")
     data: str = option(
         "cifar10",
@@ -133,8 +138,8 @@ class TrainConfig:
     )
     init_from: str | None = option(
         None,
-        "a run directory or .keras file of the same network whose weights a new run begins with; the "
-        "last layer is new where the classes are others",
+        "a run directory, .keras file or pretrained:NAME of the same network whose weights a new run "
+        "begins with; the last layer is new where the classes are others",
         "Training",
     )
     freeze: str | None = option(
@@ -151,6 +156,12 @@ class TrainConfig:
         0, "epochs without a better validation accuracy before stopping; 0 never stops", "Training"
     )
     seed: int = option(0, "of initial weights, dropout, splits, order and augmentation", "Training")
+    seeds: int = option(
+        0,
+        "trains so many runs, RUN/seed_N for each N from --seed on, and writes mean and deviation of "
+        "their test accuracy; 0 is one run in RUN itself",
+        "Training",
+    )
 
     strategy: str = option(
         "auto",
@@ -208,6 +219,7 @@ class TrainConfig:
     export: bool = option(True, "write RUN/export/1, a SavedModel, at the end", "Output")
     dry_run: bool = option(False, "say what would be done, without training", "Output")
     list_models: bool = option(False, "print the networks and end", "Output")
+    list_recipes: bool = option(False, "print the recipes and end", "Output")
 
     def __post_init__(self):
         positive = (
@@ -237,6 +249,7 @@ class TrainConfig:
             "checkpoint_every",
             "checkpoint_seconds",
             "seed",
+            "seeds",
         ):
             value = getattr(self, name)
             check(0 <= value < math.inf, f"--{name}={value} must be at least 0 and finite")
@@ -289,8 +302,8 @@ class TrainConfig:
 # Flags that do not change what is computed but by rounding: where files are (the data's fingerprint
 # is compared beside the flags), what stops it, what is written and when, and on which devices it runs.
 NOT_COMPARED = (
-    *("run_dir", "export", "dry_run", "list_models", "data_dir", "cache_dir"),
-    *("max_bad_share",),
+    *("run_dir", "export", "dry_run", "list_models", "list_recipes", "data_dir", "cache_dir"),
+    *("recipe", "seeds", "max_bad_share"),
     *("strategy", "replicas", "workers", "worker_index", "startup_timeout", "peer_timeout"),
     *("steps_per_execution", "checkpoint_every", "checkpoint_seconds", "on_nan"),
 )
@@ -298,7 +311,7 @@ NOT_COMPARED = (
 
 # Flags that may differ between the workers of a run.
 NOT_SHARED = (
-    *("run_dir", "export", "data_dir", "cache_dir", "worker_index", "startup_timeout"),
+    *("recipe", "run_dir", "export", "data_dir", "cache_dir", "worker_index", "startup_timeout"),
     "init_from",  # The chief's state is everybody's.
 )
 

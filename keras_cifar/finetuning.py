@@ -4,7 +4,7 @@ import pathlib
 
 import keras
 
-from keras_cifar import models
+from keras_cifar import models, pretrained
 from keras_cifar.classifier import Classifier
 from keras_cifar.errors import UsageError, UserError, unknown
 from keras_cifar.run import Run
@@ -16,7 +16,7 @@ def take_weights(model: Classifier, source: str, class_names: tuple[str, ...]) -
     """Gives a model the weights of `source`, layer by layer.
 
     Args:
-        source: a run directory, or a `.keras` file that `train` wrote.
+        source: a run directory, a `.keras` file that `train` wrote, or pretrained:NAME.
         class_names: the model's. Those of another run keep the model's own last layer, as does
             another number of them.
 
@@ -27,9 +27,16 @@ def take_weights(model: Classifier, source: str, class_names: tuple[str, ...]) -
         UserError: there is no such model, it is damaged, or it is of another network.
     """
     path, names = pathlib.Path(source).expanduser(), None
-    if path.is_dir():
+    if source.startswith(pretrained.PREFIX):
+        path = source
+        theirs, card = pretrained.load(source.removeprefix(pretrained.PREFIX))
+        names = card.class_names
+    elif path.is_dir():
         names, path = tuple(Run(path).read_config()["class_names"]), Run(path).model
-    theirs = _weighted(models.load(path))
+        theirs = models.load(path)
+    else:
+        theirs = models.load(path)
+    theirs = _weighted(theirs)
     mine = _weighted(model)
     different = sorted(theirs.keys() ^ mine.keys())
     if different:

@@ -38,6 +38,39 @@ def curves(history: list[dict], path: pathlib.Path) -> None:
     _save(figure, path)
 
 
+def progress(runs: list[tuple], path: pathlib.Path) -> None:
+    """Draws the accuracy of runs over epochs and over time, of several seeds the mean in a band.
+
+    Args:
+        runs: (name, what was measured, accuracy [R, E], seconds so far [R, E]) of each, of R seeds
+            after E epochs. The band is a standard deviation on each side, time the mean of the seeds.
+    """
+    longest = max(seconds.mean(axis=0)[-1] for *_, seconds in runs)
+    scale, unit = (1, "seconds") if longest < 120 else (60, "minutes")
+    if longest > 7200:
+        scale, unit = 3600, "hours"
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, label in zip(figure.subplots(1, 2, sharey=True), ("epoch", unit), strict=True):
+        for name, what, values, seconds in runs:
+            epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(axis=0)
+            x = epochs if label == "epoch" else seconds.mean(axis=0) / scale
+            (line,) = axes.plot(
+                x, mean, marker="." if len(x) < 40 else None, label=f"{name} ({what})"
+            )
+            if len(values) > 1:
+                spread = values.std(axis=0, ddof=1)
+                axes.fill_between(
+                    x, mean - spread, mean + spread, alpha=0.25, color=line.get_color()
+                )
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="accuracy")
+    figure.axes[0].locator_params(axis="x", integer=True)
+    for text in figure.axes[0].legend(fontsize=8).get_texts():
+        text.set_parse_math(False)
+    _save(figure, path)
+
+
 def confusion(matrix: list[list[int]], class_names: tuple[str, ...], path: pathlib.Path) -> None:
     """Draws a confusion matrix, each row as shares of its true class."""
     counts = np.array(matrix)

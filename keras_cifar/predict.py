@@ -2,6 +2,7 @@
 
 python -m keras_cifar.predict --model RUN_or_EXPORT dog.png holiday/ 'more/*.jpg'
 python -m keras_cifar.predict --model http://HOST:PORT/v1/models/NAME dog.png
+python -m keras_cifar.predict --model pretrained:NAME dog.png
 """
 
 import collections
@@ -16,7 +17,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-from keras_cifar import cli
+from keras_cifar import cli, environment, pretrained
 from keras_cifar.config import BATCH_SIZE, check, option
 from keras_cifar.errors import one_line, reason
 from keras_cifar.run import to_json
@@ -29,7 +30,12 @@ THREADS = min(32, os.cpu_count() or 1)  # that decode
 class PredictOptions:
     """The command's flags."""
 
-    model: str = option("", "a run, an export or a version of it, or its URL", "Prediction")
+    model: str = option(
+        "", "a run, an export or a version of it, its URL, or pretrained:NAME", "Prediction"
+    )
+    list_pretrained: bool = option(
+        False, "print what is known of each model that comes with the package and end", "Prediction"
+    )
     top_k: int = option(3, "classes to name for each picture", "Prediction")
     format: str = option("text", "of what goes to stdout", "Prediction", ("text", "csv", "json"))
     features: str | None = option(
@@ -43,16 +49,23 @@ class PredictOptions:
     )
 
     def __post_init__(self):
-        check(self.model, "--model=RUN_or_EXPORT_or_URL is needed")
+        check(
+            self.model or self.list_pretrained,
+            "--model=RUN_or_EXPORT_or_URL is needed",
+        )
         check(self.top_k > 0, f"--top_k={self.top_k} must be greater than 0")
         check(0 < self.timeout < math.inf, f"--timeout={self.timeout} must be greater than 0")
 
 
 def main(options: PredictOptions, arguments: list[str]) -> int:
     """Runs the command; returns 1 where a file could not be classified."""
+    if options.list_pretrained:
+        print(pretrained.describe())
+        return 0
     check(arguments, "name at least one picture, folder or glob")
     import tqdm
 
+    environment.import_tensorflow()
     predictor = _predictor(options)
     rows, features = [], []
     with tqdm.tqdm(desc="classifying", unit=" files", leave=False, disable=None) as progress:
@@ -77,6 +90,10 @@ def main(options: PredictOptions, arguments: list[str]) -> int:
 
 def _predictor(options: PredictOptions):
     """What classifies: a Predictor or a RemotePredictor."""
+    if options.model.startswith(pretrained.PREFIX):
+        from keras_cifar.pretrained.predictor import PretrainedPredictor
+
+        return PretrainedPredictor(options.model.removeprefix(pretrained.PREFIX))
     if options.model.startswith(("http://", "https://")):
         from keras_cifar.remote import RemotePredictor
 
@@ -260,4 +277,4 @@ if __name__ == "__main__":
     # Importing TensorFlow imports Keras too, which takes a third of the time and is of no use here;
     # not so where TensorFlow is told to use an older Keras, which is rarely installed.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-    cli.run("predict", main, PredictOptions, __doc__, "IMAGE|FOLDER|GLOB ...")
+    cli.run("predict", main, PredictOptions, __doc__, "IMAGE|FOLDER|GLOB ...", tensorflow=False)

@@ -58,9 +58,7 @@ class Predictor:
         try:
             # Kept, since the signatures do not keep the variables alive.
             self._loaded = tf.saved_model.load(str(self.path))
-            self.signatures = dict(self._loaded.signatures)
-            self._classify = self.signatures["serving_default"]
-            self._features = self.signatures["features"]
+            self._take(dict(self._loaded.signatures))
             self.size = tuple(self._classify.structured_input_signature[1]["images"].shape[1:3])
             labels = self.path / "assets" / "labels.txt"
             self.class_names = tuple(read(labels, LARGEST_LABELS).decode("utf-8").splitlines())
@@ -70,6 +68,10 @@ class Predictor:
             raise UserError(
                 f"{self.path} is not a model that can be used: {reason(error)}"
             ) from None
+
+    def _take(self, signatures: dict) -> None:
+        self.signatures = signatures
+        self._classify, self._features = signatures["serving_default"], signatures["features"]
 
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Probabilities float32 [N, K] of uint8 [N, H, W, 3], N of any size."""

@@ -199,7 +199,7 @@ class Recorder(keras.callbacks.Callback):
             saved += f" in {self.run.checkpoint}"
         return StoppedError(
             number or signal.SIGTERM,
-            f"stopped by {why}; {saved}; the same command with --run_dir={self.run.path} goes on",
+            f"stopped by {why}; {saved}; the same command with --run_dir={self.run.restart} goes on",
         )
 
     def _diverged(self, loss: float, norm: float) -> DivergedError:

@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Iterator
 
 from keras_cifar.config import TrainConfig
-from keras_cifar.errors import UserError, check_directory, reason
+from keras_cifar.errors import UsageError, UserError, check_directory, check_utf8, reason
 from keras_cifar.files import read
 
 LARGEST_CONFIG = 2**26  # bytes of config.json; a class name takes some 20, ImageNet-21k has 21,841
+LARGEST_FIGURES = 2**28  # bytes of test.json; the confusion matrix of 5,000 classes has 100 MB
 
 # What is being written is in directories whose names begin so; a killed process leaves them.
 TEMPORARY = ".writing-"
@@ -24,10 +25,16 @@ LOCK = ".lock"
 
 
 class Run:
-    """The paths of a run directory; nothing is created until something is written."""
+    """The paths of a run directory; nothing is created until something is written.
 
-    def __init__(self, path: str | pathlib.Path):
+    Args:
+        path: the directory.
+        restart: the --run_dir with which the command that trains here goes on; None is the same.
+    """
+
+    def __init__(self, path: str | pathlib.Path, restart: pathlib.Path | None = None):
         self.path = pathlib.Path(path).expanduser()
+        self.restart = restart or self.path
         self.config = self.path / "config.json"
         self.checkpoint = self.path / "checkpoint"
         self.model = self.path / "model.keras"
@@ -36,6 +43,29 @@ class Run:
         self.curves = self.path / "curves.png"
         self.tensorboard = self.path / "tensorboard"
         self.export = self.path / "export"
+        self.seeds = self.path / "seeds.json"
+
+    def read_figures(self, split: str, data: str) -> dict | None:
+        """What was found on a split of `data`, as `evaluation` wrote it.
+
+        None where nothing was, or `evaluate --data` has put the figures of other images there since.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.evaluation(split)
+        if not path.exists():
+            return None
+        try:
+            figures = json.loads(read(path, LARGEST_FIGURES))
+            float(figures["accuracy"]), figures["data"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: {reason(error)}") from None
+        return figures if figures["data"] == data else None
+
+    def of_seed(self, seed: int) -> "Run":
+        """The run of a seed, in a directory of several."""
+        return Run(self.path / f"seed_{seed}", restart=self.path)
 
     def evaluation(self, split: str) -> pathlib.Path:
         """The file with the figures of a split."""
@@ -100,6 +130,27 @@ class Run:
         except Exception as error:  # A damaged file can raise almost anything.
             raise UserError(f"{self.config} is damaged: {reason(error)}") from None
         return config
+
+
+def previous_config(config: TrainConfig, run: Run) -> dict | None:
+    """config.json of an earlier call on this run directory, None where there was none.
+
+    Raises:
+        UsageError: its flags were others, or the directory holds something else.
+    """
+    check_utf8("run_dir", run.path)
+    if not run.config.exists():
+        if not run.is_empty():
+            raise UsageError(f"--run_dir={run.path} exists and is no run directory; choose another")
+        return None
+    previous = run.read_config()
+    differences = config.differences(previous["flags"])
+    if differences:
+        raise UsageError(
+            f"{run.path} holds a run with other flags: {'; '.join(differences)}; "
+            "choose another --run_dir or the same flags"
+        )
+    return previous
 
 
 def _check_config(config: dict) -> None:

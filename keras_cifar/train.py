@@ -6,13 +6,17 @@ python -m keras_cifar.train --model resnet32 --data cifar10 --epochs 10
 import re
 import time
 
-from keras_cifar import cli
+from keras_cifar import cli, environment, recipes
 from keras_cifar.config import TrainConfig
 from keras_cifar.run import Run
 
 
 def main(config: TrainConfig) -> None:
     """Runs the command."""
+    if config.list_recipes:
+        print(recipes.table())
+        return
+    environment.import_tensorflow()
     if config.list_models:
         print(list_models())
         return
@@ -20,9 +24,14 @@ def main(config: TrainConfig) -> None:
 
     if config.dry_run:
         print(planning.estimate(config))
+        if config.seeds:
+            print(f"seeds     {config.seeds} such runs, one after another")
         print("nothing was trained (--dry_run)")
         return
     run = Run(config.run_dir or default_run_dir(config))
+    if config.seeds:
+        train_seeds(config, run)
+        return
     figures = trainer.train(config, run)
     if figures is None:
         print("this worker is done; worker 0 has the results")
@@ -40,6 +49,17 @@ def main(config: TrainConfig) -> None:
         print(f"{name:<10}{path}")
     if run.export.exists():
         print(f"\nclassify pictures: python -m keras_cifar.predict --model {run.path} IMAGE ...")
+
+
+def train_seeds(config: TrainConfig, run: Run) -> None:
+    """Trains with several seeds and says what came of it."""
+    from keras_cifar import seeds
+
+    summary = seeds.train(config, run)
+    spread = "" if summary["std"] is None else f", standard deviation {summary['std']:.4f}"
+    print(f"test accuracy {summary['mean']:.4f} on average of {config.seeds} seeds{spread}")
+    print(f"seeds     {run.seeds}")
+    print(f"compare   python -m keras_cifar.compare {run.path} OTHER_RUN ...")
 
 
 def default_run_dir(config: TrainConfig) -> str:
@@ -60,4 +80,4 @@ def list_models() -> str:
 
 
 if __name__ == "__main__":
-    cli.run("train", main, TrainConfig, __doc__)
+    cli.run("train", main, TrainConfig, __doc__, tensorflow=False)

@@ -12,12 +12,12 @@ from keras_cifar import checkpoint, data, distribution, evaluation, models, veri
 from keras_cifar.checkpoint import Position
 from keras_cifar.config import TrainConfig
 from keras_cifar.distribution import Devices
-from keras_cifar.errors import UsageError, UserError, check_utf8
+from keras_cifar.errors import UserError
 from keras_cifar.exporters import saved_model
 from keras_cifar.interruption import Interruption
 from keras_cifar.planning import Plan, check_names, describe_run, package_versions, prepare
 from keras_cifar.recorder import ROLLBACK_FACTOR, DivergedError, Recorder
-from keras_cifar.run import Run, replacing, versions, write_json
+from keras_cifar.run import Run, previous_config, replacing, versions, write_json
 
 ROLLBACKS = 3  # at most, with --on_nan=rollback
 
@@ -70,27 +70,6 @@ def train(config: TrainConfig, run: Run) -> dict | None:
             path = saved_model.export(model, run.export, dataset.class_names, samples=samples)
             print(verification.words(path), flush=True)
         return figures
-
-
-def previous_config(config: TrainConfig, run: Run) -> dict | None:
-    """config.json of an earlier call on this run directory, None where there was none.
-
-    Raises:
-        UsageError: its flags were others, or the directory holds something else.
-    """
-    check_utf8("run_dir", run.path)
-    if not run.config.exists():
-        if not run.is_empty():
-            raise UsageError(f"--run_dir={run.path} exists and is no run directory; choose another")
-        return None
-    previous = run.read_config()
-    differences = config.differences(previous["flags"])
-    if differences:
-        raise UsageError(
-            f"{run.path} holds a run with other flags: {'; '.join(differences)}; "
-            "choose another --run_dir or the same flags"
-        )
-    return previous
 
 
 def fit(

@@ -13,7 +13,7 @@ POSITIVE = (
     *("accumulate_steps", "steps_per_execution", "startup_timeout", "peer_timeout"),
 )
 NOT_NEGATIVE = (
-    *("weight_decay", "warmup_epochs", "calibration_batches", "early_stopping", "seed"),
+    *("weight_decay", "warmup_epochs", "calibration_batches", "early_stopping", "seed", "seeds"),
     "global_clipnorm",
 )
 SHARES = ("val_fraction", "max_bad_share", "momentum", "label_smoothing", "ema")
@@ -149,6 +149,9 @@ def test_all_differences_are_named():
         ("on_nan", "rollback"),
         ("dry_run", True),
         ("list_models", True),
+        ("list_recipes", True),
+        ("recipe", "he_resnet20"),
+        ("seeds", 3),
     ],
 )
 def test_where_it_runs_and_what_is_written_makes_no_difference(name, value):
@@ -163,7 +166,9 @@ def test_a_flag_that_an_earlier_run_did_not_have_is_a_difference():
 
 def test_workers_may_differ_in_what_is_their_own_alone():
     one = TrainConfig(workers="a:1,b:2", worker_index=0, run_dir="x", data_dir="y")
-    two = TrainConfig(workers="a:1,b:2", worker_index=1, run_dir="z", data_dir="v", cache_dir="c")
+    two = TrainConfig(
+        workers="a:1,b:2", worker_index=1, recipe="r", run_dir="z", data_dir="v", cache_dir="c"
+    )
     assert one.common() == two.common()
     for name, value in OTHER.items():
         if name == "init_from":  # read by the chief alone

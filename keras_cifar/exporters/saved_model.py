@@ -42,9 +42,10 @@ def export(
         # The asset's file is copied, so it must stay until the model is saved.
         labels = saved.parent / LABELS
         labels.write_text(labels_text(class_names), "utf-8")
-        module = _module(model, class_names, labels)
+        module = functions(model, class_names)
+        module.labels = tf.saved_model.Asset(str(labels))
         try:
-            tf.saved_model.save(module, str(saved), signatures=_signatures(module))
+            tf.saved_model.save(module, str(saved), signatures=signatures(module))
             bundle.write_warmup(saved / bundle.WARMUP, bundle.model_name(base), size)
         except tf.errors.OpError as error:
             raise unwritten(target, error) from None
@@ -79,8 +80,8 @@ def _verify(model: keras.Model, saved: pathlib.Path, samples: Samples, record: d
     verification.check(saved, samples, figures, limits, **record)
 
 
-def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Path) -> tf.Module:
-    """The functions to save. Plain TensorFlow: whoever loads them needs neither Keras nor us."""
+def functions(model: keras.Model, class_names: tuple[str, ...]) -> tf.Module:
+    """What is served. Plain TensorFlow: whoever loads it, when saved, needs neither Keras nor us."""
     size = model.input_shape[1:3]
     model = folding.fold(model, kept="features")
     features = keras.Model(model.inputs[0], model.get_layer("features").output)
@@ -88,7 +89,6 @@ def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Pa
     module = tf.Module()
     # Keras's own variables are not found by tf.Module; these are what they wrap.
     module.weights = [v.value for v in model.weights]
-    module.labels = tf.saved_model.Asset(str(labels))
 
     pixels = tf.TensorSpec((None, *size, 3), tf.uint8, name="images")
     encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
@@ -127,7 +127,8 @@ def _module(model: keras.Model, class_names: tuple[str, ...], labels: pathlib.Pa
     return module
 
 
-def _signatures(module: tf.Module) -> dict:
+def signatures(module: tf.Module) -> dict:
+    """The functions by the names under which they are served."""
     return {
         "serving_default": module.serving_default,
         "serving_bytes": module.serving_bytes,

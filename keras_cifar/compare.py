@@ -1,0 +1,48 @@
+"""Compares runs: what they reached on the test images, what it took, and which flags differ.
+
+python -m keras_cifar.compare RUN OTHER_RUN --out comparison.png
+
+A directory of --seeds counts as one run: mean and standard deviation, and a band in the picture.
+"""
+
+import dataclasses
+import pathlib
+
+from keras_cifar import cli
+from keras_cifar.config import check, option
+from keras_cifar.errors import one_line
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    """The command's flags."""
+
+    out: str | None = option(
+        None,
+        "also draw validation accuracy over epochs and over time, to this .png file",
+        "Comparison",
+    )
+
+    def __post_init__(self):
+        check(
+            self.out is None or self.out.lower().endswith(".png"),
+            f"--out={self.out} must end with .png",
+        )
+
+
+def main(options: CompareOptions, arguments: list[str]) -> None:
+    """Runs the command."""
+    check(arguments, "name at least one run directory")
+    from keras_cifar import comparison
+
+    entries = [comparison.load(path) for path in arguments]
+    texts = [comparison.table(entries), comparison.differences(entries)]
+    print("\n\n".join("\n".join(map(one_line, t.splitlines())) for t in texts if t))
+    if options.out:
+        path = pathlib.Path(options.out).expanduser()
+        comparison.picture(entries, path)
+        print(f"\npicture   {path}")
+
+
+if __name__ == "__main__":
+    cli.run("compare", main, CompareOptions, __doc__, "RUN ...", tensorflow=False)

@@ -1,0 +1,81 @@
+"""A run's selected model -> the two files of a network that comes with the package."""
+
+import dataclasses
+import re
+
+import numpy as np
+
+import keras_cifar
+from keras_cifar import evaluation, models, pretrained, tensors
+from keras_cifar.errors import UsageError, UserError
+from keras_cifar.pretrained import Card
+from keras_cifar.run import Run, replacing, write_json
+
+TOLERANCE = 0.001  # by which float16 may change the test accuracy; less than this, either way
+
+
+def save(run: Run, name: str, data: str, limits: str, licence: str) -> tuple[Card, float, int]:
+    """Writes NAME.safetensors and NAME.json beside those that are there.
+
+    Args:
+        data: what the run's images are, in words; the card has no paths.
+        limits: what the network is not good for, in words.
+        licence: of the weights.
+
+    Returns:
+        (the card, the test accuracy before rounding, the bytes of the weights).
+
+    Raises:
+        UsageError: the name is none.
+        UserError: the run or its images are not there, the weights take too many bytes, float16 changes
+            the accuracy too much, or the model is not what its name in `models` makes.
+    """
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise UsageError(f"the name {name!r} must consist of lower-case letters, digits and _")
+    config = run.read_config()
+    flags, shape = config["flags"], tuple(config["image_shape"])
+    model = models.load(run.model)
+    arrays = pretrained.rounded(model)
+    contents = b"".join(tensors.pack(arrays, {"name": name}))
+    if len(contents) > pretrained.LARGEST:
+        raise UserError(
+            f"the weights of {run.path} take {len(contents):,} bytes, more than "
+            f"{pretrained.LARGEST:,}, which everybody who installs the package would get"
+        )
+    # As it will be loaded.
+    small = models.build(flags["model"], shape, len(config["class_names"])).deployable
+    try:
+        pretrained.assign(small, tensors.unpack(contents, pretrained.rounded(small)))
+    except ValueError:
+        raise UserError(f"{run.model} is not what --model={flags['model']} makes now") from None
+    split = evaluation.load_data(run, "test").test
+    before, after = (_accuracy(network, split) for network in (model, small))
+    if abs(after - before) >= TOLERANCE:
+        raise UserError(
+            f"in float16 the test accuracy of {run.path} is {after:.4f}, and it was {before:.4f}: a "
+            f"difference of {TOLERANCE} or more"
+        )
+    figures = run.read_figures("test", flags["data"]) or {}
+    card = Card(
+        model=flags["model"],
+        image_shape=shape,
+        class_names=tuple(config["class_names"]),
+        data=data,
+        recipe=flags.get("recipe"),
+        accuracy=after,
+        count=len(split),
+        calibration_error=figures.get("calibration", {}).get("expected_calibration_error"),
+        limits=limits,
+        licence=licence,
+        source=f"trained with keras_cifar {keras_cifar.__version__}, revision "
+        f"{config.get('git_revision') or 'unknown'}",
+    )
+    with replacing(pretrained.DIRECTORY / f"{name}{pretrained.WEIGHTS}") as temporary:
+        temporary.write_bytes(contents)
+    # The card last: without it the network is not there.
+    write_json(pretrained.DIRECTORY / f"{name}{pretrained.CARD}", dataclasses.asdict(card))
+    return card, before, len(contents)
+
+
+def _accuracy(model, split) -> float:
+    return float(np.mean(evaluation.predict(model, split).argmax(axis=1) == split.labels))
