@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # From nothing to a served model in a few minutes: installs, trains on the built-in digits,
 # evaluates, exports and classifies pictures.
+#
+#   scripts/quickstart.sh [PICTURE ...]
+#
+# Pictures of yours are classified by a network that comes with the package: aeroplanes, cars, birds,
+# cats, deer, dogs, frogs, horses, ships and trucks.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/environment.sh"
+here=$PWD
 cd "$root"
 run=runs/quickstart-$(date +%Y%m%d-%H%M%S)
 
@@ -34,6 +40,10 @@ for index in range(0, 50, 10):
     Image.fromarray(test.images[index]).save(folder / name)
 END
 python -m keras_cifar.predict --model "$run/export" "$run/pictures"
+if (($#)); then
+  echo "== your pictures"
+  (cd "$here" && python -m keras_cifar.predict --model pretrained:fast "$@")
+fi
 echo
 echo "all of it is in $root/$run; next, your own pictures:"
 echo "  source ${VENV:-$root/.venv}/bin/activate"

@@ -100,7 +100,7 @@ def test_recipe_trains(name, pictures, tmp_path):
     config = parsed(
         f"--recipe={name}",
         f"--data=folder:{pictures}",
-        *("--epochs=3", "--steps_per_epoch=1", "--batch_size=2", f"--cache_dir={tmp_path}"),
+        *("--epochs=30", "--steps_per_epoch=1", "--batch_size=2", f"--cache_dir={tmp_path}"),
     )
     plan = planning.prepare(config)
     before = plan.model.get_weights()
