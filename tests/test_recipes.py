@@ -19,7 +19,7 @@ NAMES = recipes.names()
 # What takes more than 1.5 s to trace, or is a network of another recipe.
 SLOW = ("he_resnet32", "he_resnet44", "he_resnet56", "he_resnet110", "vgg16_bn", "googlenet_bn")
 SLOW += ("chapter_resnet32", "resnet20_onecycle", "resnet32_onecycle")
-SLOW += ("vgg_bn_drop_onecycle", "googlenet_onecycle")
+SLOW += ("vgg_bn_drop_onecycle", "googlenet_onecycle", "fast5", "fast45")
 
 
 def parsed(*argv) -> TrainConfig:
