@@ -62,6 +62,25 @@ def confusion(matrix: list[list[int]], class_names: tuple[str, ...], path: pathl
     _save(figure, path)
 
 
+def gallery(pictures: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """Draws an image under all disturbances: one a column, the strengths from top to bottom.
+
+    Args:
+        pictures: for each name uint8 [6, H, W, 3], as `disturbances.gallery` gives them.
+    """
+    rows = max(map(len, pictures.values()))
+    figure = Figure(figsize=(len(pictures), rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, len(pictures), squeeze=False)
+    for column, (name, images) in enumerate(pictures.items()):
+        axes[0, column].set_title(name, fontsize=9)
+        for cell, pixels in zip(axes[:, column], images, strict=True):
+            cell.imshow(pixels, interpolation="nearest")
+            cell.set(xticks=[], yticks=[])
+    for strength, cell in enumerate(axes[:, 0]):
+        cell.set_ylabel(f"strength {strength}" if strength else "as it is", fontsize=9)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: pathlib.Path) -> None:
     with replacing(path) as temporary, warnings.catch_warnings():
         # That the font lacks a letter of a name, or a name takes all of the room, stops nothing.
