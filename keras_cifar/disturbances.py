@@ -188,13 +188,17 @@ def clutter(images, random, share: float):
 
 @_at("of 255, brighter or darker", 0.05, 0.1, 0.15, 0.2, 0.3)
 def brightness(images, random, amount: float):
-    """The value of HSV, which is the largest of the three colours, larger or smaller."""
-    signs = _signs(images, random)[..., None]
+    """The value of HSV, which is the largest of the three colours, larger or smaller.
+
+    The amount is added, or the same share taken away as it is of a value of one half: where it were
+    subtracted, dark pictures would be black.
+    """
+    brighter = _signs(images, random)[..., None] > 0
     pixels = images.astype(np.float32)
     value = pixels.max(axis=-1, keepdims=True)
-    wanted = np.clip(value + np.float32(255 * amount) * signs, 0, 255)
+    wanted = np.where(brighter, np.minimum(value + 255 * amount, 255), value * (1 - 2 * amount))
     # Hue and saturation stay; black has none.
-    return _to_uint8(np.where(value > 0, pixels * (wanted / np.maximum(value, 1)), wanted))
+    return _to_uint8(np.where(value > 0, pixels * wanted / np.maximum(value, 1), wanted))
 
 
 @_at("of the contrast is left", 0.75, 0.5, 0.4, 0.3, 0.15)
@@ -223,12 +227,10 @@ def noise(images, random, deviation: float):
     return _to_uint8(images + np.float32(255 * deviation) * drawn)
 
 
-@_at(
-    "of a side, standard deviation", *(round(pixels / 32, 6) for pixels in (0.4, 0.6, 0.7, 0.8, 1))
-)
+@_at("thirty-seconds of a side, standard deviation", 0.4, 0.6, 0.7, 0.8, 1)
 def blur(images, random, deviation: float):
     """Smoothed with a Gaussian."""
-    sigma = deviation * min(images.shape[1:3])
+    sigma = deviation * min(images.shape[1:3]) / 32
     pixels = images.astype(np.float32)
     return _to_uint8(scipy.ndimage.gaussian_filter(pixels, sigma, axes=(1, 2), mode="nearest"))
 
