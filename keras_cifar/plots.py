@@ -68,16 +68,21 @@ def gallery(pictures: dict[str, np.ndarray], path: pathlib.Path) -> None:
     Args:
         pictures: for each name uint8 [6, H, W, 3], as `disturbances.gallery` gives them.
     """
-    rows = max(map(len, pictures.values()))
-    figure = Figure(figsize=(len(pictures), rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, len(pictures), squeeze=False)
-    for column, (name, images) in enumerate(pictures.items()):
-        axes[0, column].set_title(name, fontsize=9)
-        for cell, pixels in zip(axes[:, column], images, strict=True):
-            cell.imshow(pixels, interpolation="nearest")
-            cell.set(xticks=[], yticks=[])
-    for strength, cell in enumerate(axes[:, 0]):
-        cell.set_ylabel(f"strength {strength}" if strength else "as it is", fontsize=9)
+    every = np.stack(list(pictures.values()), axis=1)  # [6, names, H, W, 3]
+    rows, columns, height, width, _ = every.shape
+    gap = max(1, min(height, width) // 10)
+    framed = np.pad(every, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    height, width = height + gap, width + gap
+    # One picture of all, as it is drawn much sooner than many.
+    montage = framed.swapaxes(1, 2).reshape(rows * height, columns * width, 3)[:-gap, :-gap]
+    figure = Figure(figsize=(columns + 0.8, rows * height / width + 0.3), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(montage)
+    strengths = ["as it is", *(f"strength {number}" for number in range(1, rows))]
+    axes.set_xticks((np.arange(columns) + 0.5) * width - gap / 2, pictures)
+    axes.set_yticks((np.arange(rows) + 0.5) * height - gap / 2, strengths)
+    axes.tick_params(length=0, labelsize=9, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
     _save(figure, path)
 
 
