@@ -83,6 +83,9 @@ def apply(
 
     Returns:
         uint8 [n, H, W, 3], new.
+
+    Raises:
+        ValueError: there is no such strength.
     """
     if not 0 <= strength <= LEVELS:
         raise ValueError(f"a strength is 0 to {LEVELS}, not {strength}")

@@ -13,6 +13,8 @@ from keras_cifar.run import Run, write_json
 # Of the images that are disturbed at a time: each byte takes some twenty meanwhile.
 DISTURBED_BYTES = 2**22
 
+PICTURED = 16  # images of which the first is drawn and the others give clutter
+
 
 def disturb(
     model: keras.Model, name: str, split: Split, spec: str, run: Run, seed: int, most: int | None
@@ -23,15 +25,15 @@ def disturb(
         name: of the split: train, val or test.
         spec: the --data that it comes from, for the record.
         seed: of what is random in the disturbances.
-        most: so many images at most, evenly spread over the split; None is all.
+        most: so many images at most, as in `choose`; None is all.
 
     Returns:
         The accuracy under each disturbance at each strength, without any (`clean_accuracy`) and the
         mean over all disturbances and strengths (`mean_accuracy`). `count` is of the images that were
         looked at, `fingerprint` that of the whole split.
     """
-    count = min(most or len(split), len(split))
-    chosen = split.take(np.arange(count) * len(split) // count)
+    chosen = choose(split, seed, most)
+    count = len(chosen)
     size = max(1, DISTURBED_BYTES // int(np.prod(split.image_shape)))
     step = evaluation.compiled(model, split.image_shape)
     right = {key: np.zeros(disturbances.LEVELS) for key in disturbances.DISTURBANCES}
@@ -60,7 +62,7 @@ def disturb(
         "mean_accuracy": float(np.mean(list(right.values())) / count),
         "disturbances": {
             key: {
-                "strengths": row.strengths,
+                "strengths": list(row.strengths),
                 "unit": row.unit,
                 "accuracy": (right[key] / count).tolist(),
             }
@@ -68,9 +70,19 @@ def disturb(
         },
     }
     write_json(run.disturbances(name), record)
-    few = chosen.take(np.arange(min(count, size))).images
+    few = chosen.take(np.arange(min(count, PICTURED))).images
     plots.gallery(disturbances.gallery(few, seed), run.gallery(name))
     return record
+
+
+def choose(split: Split, seed: int, most: int | None) -> Split:
+    """So many images at most, evenly spread over a split.
+
+    They are in a random order: splits are often sorted by class, and clutter is to be of all.
+    """
+    count = min(most or len(split), len(split))
+    rows = np.arange(count) * len(split) // count
+    return split.take(np.random.default_rng(seed).permutation(rows))
 
 
 def disturb_run(

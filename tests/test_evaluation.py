@@ -57,10 +57,9 @@ def test_evaluate_prints_intervals_calibration_and_where_the_predictions_are(tra
 def test_accuracies_under_disturbances_are_those_of_the_disturbed_images(source, tmp_path):
     model, dataset, _ = source
     record = disturbed(source, tmp_path, seed=5)
-    assert record == json.loads(Run(tmp_path).disturbances("test").read_text()) | {
-        "disturbances": record["disturbances"]
-    }
-    images, labels = dataset.test.images, dataset.test.labels
+    assert record == json.loads(Run(tmp_path).disturbances("test").read_text())
+    chosen = robustness.choose(dataset.test, seed=5, most=None)
+    images, labels = chosen.images, chosen.labels
 
     def accuracy(images):
         return (model(images).numpy().argmax(axis=1) == labels).mean()
@@ -85,18 +84,13 @@ def test_the_seed_changes_what_is_random(source, tmp_path):
     assert first["disturbances"]["contrast"] == other["disturbances"]["contrast"]
 
 
-def test_fewer_images_are_spread_over_the_split(source, tmp_path, monkeypatch):
-    seen = []
-    apply = disturbances.apply
-
-    def spy(name, images, *rest):
-        seen.append(images)
-        return apply(name, images, *rest)
-
-    monkeypatch.setattr(disturbances, "apply", spy)
-    assert disturbed(source, tmp_path, most=10)["count"] == 10
-    np.testing.assert_array_equal(seen[0], source[1].test.images[::3])
-    assert disturbed(source, tmp_path, most=1000)["count"] == 30
+def test_images_are_spread_over_the_split_and_mixed(source, tmp_path):
+    split = source[1].test
+    for most, step in ((10, 3), (None, 1), (1000, 1)):
+        rows = robustness.choose(split, 0, most).rows
+        assert (rows != np.sort(rows)).any()
+        np.testing.assert_array_equal(np.sort(rows), split.take(np.arange(0, 30, step)).rows)
+        assert disturbed(source, tmp_path, most=most)["count"] == len(rows)
 
 
 def test_images_are_disturbed_in_parts_and_each_otherwise(source, tmp_path, monkeypatch):
