@@ -9,7 +9,7 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from keras_cifar import evaluation
+from keras_cifar import evaluation, metrics
 from keras_cifar.data import Split
 
 # T is searched for in this range: outside of it, probabilities are all but one-hot or all but equal.
@@ -38,12 +38,17 @@ def fit(logits: np.ndarray, labels: np.ndarray) -> dict:
         loss, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-4}
     )
     temperature = float(np.exp(found.x))
+
+    def error(logits: np.ndarray) -> float:
+        figures = metrics.calibration(scipy.special.softmax(logits, 1), labels)
+        return figures["expected_calibration_error"]
+
     return {
         "temperature": temperature,
         "loss_before": loss(0.0),
         "loss_after": loss(found.x),
-        "ece_before": expected_error(scipy.special.softmax(logits, 1), labels),
-        "ece_after": expected_error(scipy.special.softmax(logits / temperature, 1), labels),
+        "ece_before": error(logits),
+        "ece_after": error(logits / temperature),
         "images": len(labels),
     }
 
@@ -55,18 +60,6 @@ def words(fitted: dict) -> str:
         f"goes from {fitted['loss_before']:.4f} to {fitted['loss_after']:.4f}, the calibration error "
         f"from {fitted['ece_before']:.4f} to {fitted['ece_after']:.4f}"
     )
-
-
-def expected_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """The expected calibration error (section 2 of the paper, with its 15 bins): how far the largest
-    probability is from the accuracy, on average over images.
-    """
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    places = np.minimum((confidence * bins).astype(int), bins - 1)
-    # Of each bin, the size times the difference of the means is the difference of the sums.
-    gaps = np.bincount(places, confidence - right, bins)
-    return float(np.abs(gaps).sum() / len(labels))
 
 
 def fit_model(model: keras.Model, split: Split) -> dict:

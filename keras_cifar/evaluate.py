@@ -1,6 +1,7 @@
 """Evaluates a run's selected model: figures, per-class table, confusion matrix.
 
 python -m keras_cifar.evaluate --run RUN --split test
+python -m keras_cifar.evaluate --run RUN --disturb
 """
 
 import dataclasses
@@ -23,25 +24,40 @@ class EvaluateOptions:
     cache_dir: str | None = option(
         None, "where decoded images are kept (default: the run's)", "Evaluation"
     )
+    disturb: bool = option(
+        False,
+        "instead: the accuracy when the images are turned, blurred, covered ... at five strengths; "
+        "60 times the work",
+        "Disturbances",
+    )
+    disturb_seed: int = option(0, "of what is random in them", "Disturbances")
+    max_images: int | None = option(
+        None, "with --disturb: so many, evenly spread over the split (default: all)", "Disturbances"
+    )
 
     def __post_init__(self):
         check(self.run, "--run=RUN is needed: the run directory")
+        check(self.disturb_seed >= 0, f"--disturb_seed={self.disturb_seed} must be 0 or more")
+        if self.max_images is not None:
+            check(self.disturb, "--max_images is for --disturb alone")
+            check(self.max_images > 0, f"--max_images={self.max_images} must be 1 or more")
 
 
 def main(options: EvaluateOptions) -> None:
     """Runs the command."""
-    from keras_cifar import evaluation, metrics
+    from keras_cifar import evaluation, metrics, robustness
 
-    run = Run(options.run)
-    figures = evaluation.evaluate_run(
-        run, options.split, options.data, options.data_dir, options.cache_dir
-    )
-    print(metrics.table(figures))
-    print(
-        f"\n{options.split} accuracy {figures['accuracy']:.4f}, top-5 {figures['top5_accuracy']:.4f}, "
-        f"loss {figures['loss']:.4f} on {figures['count']:,} images"
-    )
-    print(f"figures   {run.evaluation(options.split)}\nconfusion {run.confusion(options.split)}")
+    run, split = Run(options.run), options.split
+    source = run, split, options.data, options.data_dir, options.cache_dir
+    if options.disturb:
+        record = robustness.disturb_run(*source, options.disturb_seed, options.max_images)
+        print(f"{robustness.table(record)}\n\n{split} {robustness.words(record)}")
+        print(f"figures   {run.disturbances(split)}\npictures  {run.gallery(split)}")
+        return
+    figures = evaluation.evaluate_run(*source)
+    print(f"{metrics.table(figures)}\n\n{split} {metrics.words(figures)}")
+    print(f"figures   {run.evaluation(split)}\nanswers   {run.predictions(split)}")
+    print(f"confusion {run.confusion(split)}")
 
 
 if __name__ == "__main__":

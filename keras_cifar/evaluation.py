@@ -1,6 +1,7 @@
 """A model on a split: every example once -> figures, JSON and a picture in the run directory."""
 
 import os
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -9,35 +10,44 @@ import tensorflow as tf
 from keras_cifar import data, metrics, models, pipeline, plots
 from keras_cifar.data import Split
 from keras_cifar.errors import UserError
-from keras_cifar.run import Run, write_json
+from keras_cifar.run import Run, replacing, write_json
 
 BATCH_SIZE = 256
 
 
 def predict(model: keras.Model, split: Split) -> np.ndarray:
     """Probabilities float32 [N, K] of every example of a split, in order."""
-    classes = model.output_shape[-1]
+    step = compiled(model, split.image_shape)
+    batches = pipeline.evaluation(split, model.output_shape[-1], BATCH_SIZE)
+    return np.concatenate([step(images).numpy() for images, _ in batches])[: len(split)]
 
-    @tf.function(
-        input_signature=[tf.TensorSpec((None, *split.image_shape), tf.uint8)], autograph=False
-    )
+
+def compiled(model: keras.Model, image_shape: tuple[int, int, int]) -> Callable:
+    """The model as images uint8 [n, H, W, 3] -> outputs float32 [n, K], for any n but 0."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None, *image_shape), tf.uint8)], autograph=False)
     def step(images):
         return tf.cast(model(images, training=False), tf.float32)
 
-    batches = pipeline.evaluation(split, classes, BATCH_SIZE)
-    return np.concatenate([step(images).numpy() for images, _ in batches])[: len(split)]
+    return step
 
 
 def evaluate(
     model: keras.Model, name: str, split: Split, class_names: tuple[str, ...], spec: str, run: Run
 ) -> dict:
-    """Writes `RUN/eval/<name>.json` and the confusion matrix's picture; returns what the JSON holds.
+    """Writes the figures, the predictions they are made of and the confusion matrix's picture.
+
+    They are `RUN/eval/<name>.json`, `.npz` (labels int64 [N], probabilities float32 [N, K]) and
+    `_confusion.png`; returns what the JSON holds.
 
     Args:
         name: of the split: train, val or test.
         spec: the --data that it comes from, for the record.
     """
-    figures = metrics.summarize(predict(model, split), split.labels, class_names)
+    probabilities = predict(model, split)
+    with replacing(run.predictions(name)) as temporary:
+        np.savez(temporary, labels=split.labels, probabilities=probabilities)
+    figures = metrics.summarize(probabilities, split.labels, class_names)
     figures = {"split": name, "data": spec, "fingerprint": split.fingerprint} | figures
     write_json(run.evaluation(name), figures)
     plots.confusion(figures["confusion"], class_names, run.confusion(name))
@@ -62,11 +72,22 @@ def evaluate_run(
     Raises:
         UserError: the run or the data is not there, damaged, or not what the run was made with.
     """
+    model, dataset, spec = load_run(run, name, spec, data_dir, cache_dir)
+    return evaluate(model, name, dataset.split(name), dataset.class_names, spec, run)
+
+
+def load_run(
+    run: Run,
+    name: str,
+    spec: str | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+) -> tuple[keras.Model, data.Dataset, str]:
+    """(the run's selected model, the data, its --data); as `evaluate_run`."""
     config = run.read_config()
     model = models.load(run.model)
     dataset = load_data(run, name, spec, data_dir, cache_dir)
-    spec = spec or config["flags"]["data"]
-    return evaluate(model, name, dataset.split(name), dataset.class_names, spec, run)
+    return model, dataset, spec or config["flags"]["data"]
 
 
 def load_data(

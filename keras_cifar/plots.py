@@ -95,6 +95,30 @@ def confusion(matrix: list[list[int]], class_names: tuple[str, ...], path: pathl
     _save(figure, path)
 
 
+def gallery(pictures: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """Draws an image under all disturbances: one a column, the strengths from top to bottom.
+
+    Args:
+        pictures: for each name uint8 [6, H, W, 3], as `disturbances.gallery` gives them.
+    """
+    every = np.stack(list(pictures.values()), axis=1)  # [6, names, H, W, 3]
+    rows, columns, height, width, _ = every.shape
+    gap = max(1, min(height, width) // 10)
+    framed = np.pad(every, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    height, width = height + gap, width + gap
+    # One picture of all, as it is drawn much sooner than many.
+    montage = framed.swapaxes(1, 2).reshape(rows * height, columns * width, 3)[:-gap, :-gap]
+    figure = Figure(figsize=(columns + 0.8, rows * height / width + 0.3), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(montage)
+    strengths = ["as it is", *(f"strength {number}" for number in range(1, rows))]
+    axes.set_xticks((np.arange(columns) + 0.5) * width - gap / 2, pictures)
+    axes.set_yticks((np.arange(rows) + 0.5) * height - gap / 2, strengths)
+    axes.tick_params(length=0, labelsize=9, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: pathlib.Path) -> None:
     with replacing(path) as temporary, warnings.catch_warnings():
         # That the font lacks a letter of a name, or a name takes all of the room, stops nothing.

@@ -71,9 +71,21 @@ class Run:
         """The file with the figures of a split."""
         return self.path / "eval" / f"{split}.json"
 
+    def predictions(self, split: str) -> pathlib.Path:
+        """The file with the labels and probabilities that the figures of a split are made of."""
+        return self.path / "eval" / f"{split}.npz"
+
     def confusion(self, split: str) -> pathlib.Path:
         """The picture of a split's confusion matrix."""
         return self.path / "eval" / f"{split}_confusion.png"
+
+    def disturbances(self, split: str) -> pathlib.Path:
+        """The file with the figures of a split's images under disturbances."""
+        return self.path / "eval" / f"{split}_disturbances.json"
+
+    def gallery(self, split: str) -> pathlib.Path:
+        """The picture of an image of a split under all disturbances."""
+        return self.path / "eval" / f"{split}_disturbances.png"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

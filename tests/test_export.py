@@ -209,15 +209,6 @@ def test_the_temperature_of_extreme_logits_stays_in_its_range():
         assert np.isfinite(list(fitted.values())).all()
 
 
-def test_the_calibration_error_is_that_of_the_definition():
-    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
-    labels = np.array([0, 1, 0, 1])
-    # Bins of 0.9 (two images, half right), of 0.6 and of 0.7 (both right).
-    assert calibration.expected_error(probabilities, labels) == pytest.approx(
-        (abs(1.8 - 1) + abs(0.6 - 1) + abs(0.7 - 1)) / 4
-    )
-
-
 def test_the_temperature_is_baked_into_the_probabilities(trained_run, tmp_path, capsys):
     for number, temperature in enumerate(("auto", "2.5"), 1):
         flags = f"--run={trained_run.path}", f"--out={tmp_path / 'm'}"

@@ -51,3 +51,25 @@ def test_confusion_of_any_number_of_classes(tmp_path, classes):
 def test_any_class_name_is_drawn(tmp_path, name):
     plots.confusion([[5, 0], [1, 4]], (name, "b"), tmp_path / "a.png")
     assert pixels(tmp_path / "a.png").std() > 0
+
+
+def test_a_gallery_shows_each_picture_at_its_place(tmp_path):
+    pictures = {name: np.zeros((6, 8, 8, 3), np.uint8) for name in ("a", "b", "c")}
+    plots.gallery(pictures, tmp_path / "black.png")
+    pictures["b"][2] = (255, 0, 0)
+    plots.gallery(pictures, tmp_path / "red.png")
+    black, red = pixels(tmp_path / "black.png"), pixels(tmp_path / "red.png")
+    y, x = np.nonzero((black != red).any(axis=-1))
+    dark = black.sum(axis=-1) == 0
+    columns, rows = (np.flatnonzero(dark.mean(axis=axis) > 0.4) for axis in (0, 1))  # no letters
+    places = [
+        (d.min() + d.max() - 2 * a[0]) / 2 / (a[-1] - a[0]) for d, a in ((x, columns), (y, rows))
+    ]
+    assert places == pytest.approx([1.5 / 3, 2.5 / 6], abs=0.02)  # the second of 3, the third of 6
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 30), (224, 224)])
+def test_a_gallery_of_any_size(tmp_path, random, shape):
+    pictures = {"a": random.integers(0, 256, (6, *shape, 3), np.uint8)}
+    plots.gallery(pictures, tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").std() > 0
