@@ -80,9 +80,8 @@ def choose(split: Split, seed: int, most: int | None) -> Split:
 
     They are in a random order: splits are often sorted by class, and clutter is to be of all.
     """
-    count = min(most or len(split), len(split))
-    rows = np.arange(count) * len(split) // count
-    return split.take(np.random.default_rng(seed).permutation(rows))
+    spread = split.spread(most or len(split))
+    return spread.take(np.random.default_rng(seed).permutation(len(spread)))
 
 
 def disturb_run(

@@ -93,6 +93,7 @@ def test_size_at_224_with_1000_classes_is_the_published_one(name, parameters):
         ("lenet5", 62_006),
         ("vgg_bn_drop", 15_254_602),
         ("airbench94", 1_971_352),
+        ("airbench_small", 568_728),
     ],
 )
 def test_size_at_32_with_10_classes_is_the_documented_one(name, parameters):

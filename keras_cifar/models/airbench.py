@@ -10,9 +10,10 @@ classes:
 | name | widths | trainable parameters | multiply-adds |
 |---|---|---|---|
 | airbench94 | 64, 256, 256 | 1,971,352 | 118.1 million |
+| airbench_small | 64, 128, 128 | 568,728 | 54.2 million |
 
-Other than in the paper GELU is its approximation by a sigmoid, and the whitening's bias is trained to
-the end.
+The small one, which is not in the paper, has learnt more after five minutes on two CPU cores. Other than
+in the paper GELU is its approximation by a sigmoid, and the whitening's bias is trained to the end.
 """
 
 import functools
@@ -68,11 +69,12 @@ def airbench(
 
 
 VARIANTS = {
-    "airbench94": Variant(
-        functools.partial(airbench, (64, 256, 256)),
+    name: Variant(
+        functools.partial(airbench, widths),
         "Jordan 2024, arXiv:2404.00498",
         image_size=32,
         num_classes=10,
         min_size=9,
-    ),
+    )
+    for name, widths in (("airbench94", (64, 256, 256)), ("airbench_small", (64, 128, 128)))
 }
