@@ -94,7 +94,7 @@ def _disturbed(record: Record, split: Split) -> dict[str, list[str]]:
             for strength in range(1, len(row["strengths"]) + 1)
         ]
         for name, row in record.disturbances["disturbances"].items()
-        if name in disturbances.STRENGTHS
+        if name in disturbances.DISTURBANCES
     }
 
 

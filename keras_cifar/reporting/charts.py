@@ -107,7 +107,7 @@ def reliability(title: str, bins: list[dict]) -> Markup:
                 f'<rect class="bar" x="{left + 0.5:.1f}" y="{top:.1f}" '
                 f'width="{right - left - 1:.1f}" height="{bottom - top:.1f}"/>'
             )
-            x, y = axes.x(row["confidence"]), axes.y(row["confidence"])
+            x, y = axes.x(row["confidence"]), top
             parts.append(f'<circle class="c1" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
     parts.append(f'<path class="diagonal" d="M{axes.x(0)} {bottom}L{axes.x(1)} {axes.y(1)}"/>')
     return _svg(WIDTH, HEIGHT, title, "".join(parts))

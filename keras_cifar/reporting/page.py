@@ -120,7 +120,7 @@ def _flags(record: Record) -> list[tuple]:
     rows = []
     for name, value in record.flags().items():
         field = fields.get(name)
-        default = str(field.default) if field else NONE
+        default = NONE if field is None or field.default in (None, "") else str(field.default)
         rows.append((f"--{name}", str(value), default, field.metadata["help"] if field else NONE))
     return rows
 

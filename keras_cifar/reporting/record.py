@@ -73,10 +73,9 @@ class Record:
 
     def command(self) -> str:
         """The command that makes the run again, into a directory of its own."""
-        words = ["python", "-m", "keras_cifar.train"]
-        for name, value in self.flags().items():
-            words.append(_flag(name, value))
-        return " ".join(shlex.quote(one_line(word)) for word in words)
+        words = [_flag(name, value) for name, value in self.flags().items()]
+        lines = ["python -m keras_cifar.train", *(shlex.quote(one_line(word)) for word in words)]
+        return " \\\n  ".join(lines)
 
     def is_complete(self) -> bool:
         """Whether the training came to its end; without patience, after all of its epochs."""
