@@ -73,9 +73,9 @@ def details(figures: dict, names, labels, probabilities) -> dict:
     bins = []
     for i in range(BINS):
         inside = which == i
-        mean = lambda x, inside=inside: float(x[inside].mean()) if inside.any() else None
+        means = [float(x[inside].mean()) if inside.any() else None for x in (sure, right)]
         bins.append({"low": edges[i], "high": edges[i + 1], "count": int(inside.sum()),
-                     "confidence": mean(sure), "accuracy": mean(right)})  # fmt: skip
+                     "confidence": means[0], "accuracy": means[1]})  # fmt: skip
     gaps = [b["count"] * abs(b["confidence"] - b["accuracy"]) for b in bins if b["count"]]
     matrix = np.array(figures["confusion"]) * (1 - np.eye(len(names), dtype=int))
     pairs = sorted(zip(*np.nonzero(matrix), strict=True), key=lambda p: -matrix[p])[:20]
