@@ -11,7 +11,7 @@ from keras_cifar import cli, environment
 from keras_cifar.config import TrainConfig, option
 from keras_cifar.errors import UsageError, UserError
 
-COMMANDS = ("train", "evaluate", "export", "predict", "serve", "launch")
+COMMANDS = ("train", "evaluate", "export", "predict", "report", "serve", "launch")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,9 +120,14 @@ def _flags(record: Record) -> list[tuple]:
     rows = []
     for name, value in record.flags().items():
         field = fields.get(name)
-        default = NONE if field is None or field.default in (None, "") else str(field.default)
-        rows.append((f"--{name}", str(value), default, field.metadata["help"] if field else NONE))
+        default, what = (field.default, field.metadata["help"]) if field else (None, NONE)
+        rows.append((f"--{name}", _words(value), _words(default), what))
     return rows
+
+
+def _words(value: object) -> str:
+    """The value of a flag."""
+    return NONE if value in (None, "") else str(value)
 
 
 def _curves(records: list[Record]) -> list[dict]:
@@ -158,7 +163,7 @@ def _differing(records: list[Record]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for flags in all_flags for name in flags)
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     rows = [
-        (f"--{name}", [str(flags.get(name, defaults.get(name))) for flags in all_flags])
+        (f"--{name}", [_words(flags.get(name, defaults.get(name))) for flags in all_flags])
         for name in names
     ]
     return [row for row in rows if len(set(row[1])) > 1]
