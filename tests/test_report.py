@@ -387,9 +387,33 @@ def test_a_report_that_cannot_be_written_ends_no_training(trained_run, monkeypat
         ("eval/test.npz", "no archive"),
         ("eval/test_disturbances.json", "[]"),
         ("history.csv", "epoch,loss\n1,x\n"),
+        ("history.csv", "loss\n1\n"),
+        ("config.json", {"versions": "x"}),
+        ("config.json", {"parameter_count": "<b>"}),
+        ("eval/test.json", {"accuracy": "<b>"}),
+        (
+            "eval/test.json",
+            {
+                "mistakes": [
+                    {
+                        "row": 99,
+                        "true": "ape",
+                        "predicted": "bee",
+                        "probability": 1,
+                        "true_probability": 0,
+                    }
+                ]
+            },
+        ),
+        ("eval/test.json", {"confused": [{"true": "x", "predicted": "ape", "count": 1}]}),
+        ("eval/test.json", {"intervals": {"loss": ["x", "y"]}}),
+        ("eval/test.json", {"calibration": {}}),
+        ("eval/test_disturbances.json", {"clean_accuracy": []}),
     ],
 )
 def test_a_damaged_file_is_one_line_that_names_it(run, file, content, capsys):
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((run.path / file).read_text()) | content)
     (run.path / file).write_text(content)
     assert command(run.path) == 1
     error = capsys.readouterr().err
@@ -401,6 +425,20 @@ def test_a_damaged_file_is_one_line_that_names_it(run, file, content, capsys):
 def test_wrong_usage_is_status_2(runs, words, capsys):
     assert command(*runs) == 2
     assert words in capsys.readouterr().err
+
+
+def test_an_evaluation_of_other_classes_is_refused(run, capsys):
+    reports.evaluate(run, ("x", "y"), *reports.predictions(40, 2))
+    assert command(run.path) == 1
+    assert "is of other classes than the run" in capsys.readouterr().err
+
+
+def test_predictions_of_other_figures_are_refused(run, capsys):
+    labels, probabilities = reports.predictions(59, 3)
+    path = run.evaluation("test").with_suffix(".npz")
+    np.savez(path, labels=labels, probabilities=probabilities)
+    assert command(run.path) == 1
+    assert f"{path} is not of the figures in" in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_one_line(tmp_path, capsys):

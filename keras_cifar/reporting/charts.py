@@ -61,7 +61,7 @@ def _ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[
 
 def _svg(width: float, height: float, title: str, body: str, kind: str = "chart") -> Markup:
     return Markup(
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'<svg class="{kind}" width="{width:g}" viewBox="0 0 {width:g} {height:g}" role="img" '
         f'aria-label="{escape(title)}">{body}</svg>'
     )
 
@@ -118,10 +118,10 @@ def matrix(title: str, shares: np.ndarray, names: Sequence[str]) -> Markup:
 
     Cells of one shade are one path, so that 100 x 100 of them take 100 KB and not a megabyte.
     """
-    count, cell = len(names), 8
+    count, cell = len(names), 9
     labelled = count <= MOST_NAMED
     longest = max(map(len, names)) if labelled else 0
-    margin = 20 + min(longest, 20) * 4.2
+    margin = 20 + min(longest, 20) * 4.8
     side = count * cell
     parts = [f'<g transform="translate({margin:g} {margin:g})">']
     shade = np.ceil(shares * SHADES).astype(int)

@@ -216,7 +216,7 @@ def _disturbances(record: Record, gallery: Gallery) -> dict | None:
 
 def _data(record: Record) -> dict:
     """The figures for machines, in full precision."""
-    kept = ("count", *SCALARS, "intervals", "per_class", "calibration")
+    kept = (*SCALARS, "intervals", "per_class", "calibration")
     return {
         "name": record.name,
         "flags": record.flags(),

@@ -20,7 +20,8 @@ LARGEST_FILE = 2**30  # bytes; the predictions of ImageNet's 50,000 images take 
 # Flags that say where things are and not what is computed; another machine has other places.
 PLACES = ("run_dir", "dry_run", "list_models", "cache_dir", "workers", "worker_index")
 
-SCALARS = ("loss", "accuracy", "top5_accuracy")  # of a split
+SCALARS = ("count", "loss", "accuracy", "top5_accuracy")  # of a split
+PER_CLASS = ("precision", "recall", "f1", "count")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +99,16 @@ def load(run: Run) -> Record:
         UserError: it is none, or a file of it is damaged.
     """
     config = run.read_config()
+    try:
+        _check_config(config)
+    except Exception as error:  # A damaged file can raise almost anything.
+        raise UserError(f"{run.config} is damaged: {reason(error)}") from None
     evaluations = {}
     for name in reversed(SPLITS):
         found = _read(run.evaluation(name), _evaluation)
         if found is not None:
+            if list(found["per_class"]) != config["class_names"]:
+                raise UserError(f"{run.evaluation(name)} is of other classes than the run")
             evaluations[name] = found
     split = next(iter(evaluations), None)
     disturbances = predictions = None
@@ -109,6 +116,9 @@ def load(run: Run) -> Record:
         beside = run.evaluation(split)
         disturbances = _read(beside.with_name(f"{split}_disturbances.json"), _disturbances)
         predictions = _read(beside.with_suffix(".npz"), _predictions)
+        shape = (evaluations[split]["count"], len(config["class_names"]))
+        if predictions and predictions["probabilities"].shape != shape:
+            raise UserError(f"{beside.with_suffix('.npz')} is not of the figures in {beside}")
     history = _read(run.history, _history) or []
     name = run.path.resolve().name or str(run.path)
     return Record(name, config, history, evaluations, split, disturbances, predictions)
@@ -126,6 +136,15 @@ def load_all(runs: list[Run]) -> list[Record]:
     ]
 
 
+def _check_config(config: dict) -> None:
+    """Raises unless what is shown of config.json beside the flags can be."""
+    config["flags"]["epochs"], config["flags"]["model"]
+    config.get("versions", {}).items()
+    _numbers(
+        *(config.get(name) for name in ("parameter_count", "multiply_adds", "steps_per_epoch"))
+    )
+
+
 def _read(path: pathlib.Path, parse):
     """What `parse` makes of a file's bytes; None where there is no file."""
     if not path.exists():
@@ -138,23 +157,42 @@ def _read(path: pathlib.Path, parse):
 
 def _history(data: bytes) -> list[dict]:
     rows = csv.DictReader(io.StringIO(data.decode()))
-    return [{name: _finite(float(value)) for name, value in row.items()} for row in rows]
+    history = [{name: _finite(float(value)) for name, value in row.items()} for row in rows]
+    for row in history:
+        int(row["epoch"])
+    return history
 
 
 def _evaluation(data: bytes) -> dict:
     figures = json.loads(data, parse_constant=_constant)
-    for name in ("count", *SCALARS, "per_class", "confusion"):
-        figures[name]
-    classes = len(figures["per_class"])
-    if np.array(figures["confusion"], np.int64).shape != (classes, classes):
+    names = figures["per_class"]
+    if np.array(figures["confusion"], np.int64).shape != (len(names), len(names)):
         raise ValueError("the confusion matrix does not belong to the classes")
+    _numbers(*(figures[name] for name in SCALARS))
+    _numbers(*(row[name] for row in names.values() for name in PER_CLASS))
+    _numbers(*(v for name in SCALARS for v in figures.get("intervals", {}).get(name, ())))
+    for mistake in figures.get("mistakes", ()):
+        _numbers(mistake["probability"], mistake["true_probability"])
+        if not {mistake["true"], mistake["predicted"]} <= names.keys():
+            raise ValueError("a mistake is of none of its classes")
+        if mistake["row"] not in range(figures["count"]):
+            raise ValueError("a mistake is of none of its images")
+    for pair in figures.get("confused", ()):
+        _numbers(pair["count"])
+        if not {pair["true"], pair["predicted"]} <= names.keys():
+            raise ValueError("a confusion is of none of its classes")
+    if "calibration" in figures:
+        _numbers(figures["calibration"]["expected_calibration_error"])
+        for row in figures["calibration"]["bins"]:
+            _numbers(row["low"], row["high"], row["count"], row["confidence"], row["accuracy"])
     return figures
 
 
 def _disturbances(data: bytes) -> dict:
     found = json.loads(data, parse_constant=_constant)
+    _numbers(found["clean_accuracy"], found["mean_accuracy"], found["count"], found["seed"])
     for row in found["disturbances"].values():
-        if len(row["strengths"]) != len(row["accuracy"]):
+        if len(row["strengths"]) != len(np.array(row["accuracy"], np.float64)):
             raise ValueError("strengths and accuracies do not belong together")
     return found
 
@@ -165,6 +203,13 @@ def _predictions(data: bytes) -> dict[str, np.ndarray]:
     if found["probabilities"].ndim != 2 or len(found["labels"]) != len(found["probabilities"]):
         raise ValueError("labels and probabilities do not belong together")
     return found
+
+
+def _numbers(*values: object) -> None:
+    """Raises unless each is a number or, where there is none, None."""
+    for value in values:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"{value!r} is no number")
 
 
 def _finite(value: float) -> float | None:
