@@ -14,6 +14,8 @@ COLUMNS = (
     *("epoch", "loss", "accuracy", "val_loss", "val_accuracy"),
     *("learning_rate", "seconds", "images_per_second"),
 )
+# What the first version wrote of an evaluation.
+FIRST = ("count", "loss", "accuracy", "top5_accuracy", "per_class", "confusion")
 SPLITS = {
     "train": {"count": 90, "fingerprint": "a"},
     "test": {"count": 20, "fingerprint": "b"},
@@ -56,6 +58,7 @@ def write_run(path, names, flags=None, epochs=3, **changes) -> Run:
 def evaluate(run: Run, names, labels, probabilities, fingerprint="b", data="digits", new=True):
     """The files of an evaluation of the test split; without what older versions did not write."""
     figures = metrics.summarize(probabilities, labels, tuple(names))
+    figures = {name: figures[name] for name in FIRST}
     figures = {"split": "test", "data": data, "fingerprint": fingerprint} | figures
     if new:
         figures |= details(figures, names, labels, probabilities)
