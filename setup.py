@@ -25,6 +25,7 @@ REQUIRES = [
     "scikit-learn>=1.6,<2",  # the digits; figures of evaluation
     "scipy>=1.13,<2",  # the minimum that calibration looks for
     "matplotlib>=3.9,<4",  # curves and confusion matrices
+    "Jinja2>=3.1,<4",  # the report, escaped
     "psutil>=5.9,<8",  # whether a data set fits into memory
     "tqdm>=4.66,<5",
 ]
@@ -53,6 +54,7 @@ setup(
         "keras_cifar.serving": ["page.html"],
         "keras_cifar.recipes": ["*.flags"],
         "keras_cifar.pretrained": ["*.safetensors", "*.json"],
+        "keras_cifar.reporting": ["report.html", "report.css", "report.js"],
     },
     extras_require={
         "formats": FORMATS,

@@ -15,15 +15,17 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from keras_cifar import cli, environment, pretrained
 from keras_cifar.config import BATCH_SIZE, check, option
-from keras_cifar.errors import one_line, reason
-from keras_cifar.run import to_json
+from keras_cifar.errors import UserError, one_line, reason
+from keras_cifar.run import Run, replacing, to_json
 
 AHEAD = 1  # batches that are decoded while one is classified
 THREADS = min(32, os.cpu_count() or 1)  # that decode
+URLS = ("http://", "https://")
+OVERLAY_SIDE = 224  # pixels that the sides of an overlay have at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,12 @@ class PredictOptions:
         "also write the feature vectors to this .npz file (files, features, labels)",
         "Prediction",
     )
+    explain: str | None = option(
+        None,
+        "also write into this folder, for each picture, where the model sees its class (Grad-CAM); "
+        "needs a run",
+        "Prediction",
+    )
     timeout: float = option(60.0, "seconds that a server has for a batch", "With a URL")
     labels: str | None = option(
         None, "a file with a class name a line, for servers that do not tell them", "With a URL"
@@ -55,6 +63,10 @@ class PredictOptions:
         )
         check(self.top_k > 0, f"--top_k={self.top_k} must be greater than 0")
         check(0 < self.timeout < math.inf, f"--timeout={self.timeout} must be greater than 0")
+        check(
+            self.explain is None or not self.model.startswith(URLS),
+            "--explain needs a run with its model.keras; a server gives no gradients",
+        )
 
 
 def main(options: PredictOptions, arguments: list[str]) -> int:
@@ -67,10 +79,13 @@ def main(options: PredictOptions, arguments: list[str]) -> int:
 
     environment.import_tensorflow()
     predictor = _predictor(options)
+    explain = _explainer(options, predictor) if options.explain else None
     rows, features = [], []
     with tqdm.tqdm(desc="classifying", unit=" files", leave=False, disable=None) as progress:
         for batch in _batches(find_files(arguments), predictor.size):
             batch_rows, batch_features = _classify(predictor, batch, options)
+            if explain:
+                explain(batch, batch_rows, len(rows) + 1)
             rows += batch_rows
             features += batch_features
             progress.update(len(batch))
@@ -78,6 +93,8 @@ def main(options: PredictOptions, arguments: list[str]) -> int:
     if options.features:
         _write_features(options.features, rows, features)
         print(f"features  {options.features}", file=sys.stderr)
+    if options.explain:
+        print(f"overlays  {options.explain}", file=sys.stderr)
     failed = [row for row in rows if row["error"]]
     if failed:
         line = (
@@ -94,13 +111,56 @@ def _predictor(options: PredictOptions):
         from keras_cifar.pretrained.predictor import PretrainedPredictor
 
         return PretrainedPredictor(options.model.removeprefix(pretrained.PREFIX))
-    if options.model.startswith(("http://", "https://")):
+    if options.model.startswith(URLS):
         from keras_cifar.remote import RemotePredictor
 
         return RemotePredictor(options.model, options.timeout, options.labels)
     from keras_cifar.predictor import Predictor
 
     return Predictor(options.model)
+
+
+def _explainer(options: PredictOptions, predictor) -> Callable[[list, list[dict], int], None]:
+    """What writes the overlays of a batch: of (the batch, its rows, the number of the first).
+
+    Raises:
+        UserError: --model is no run with a model.keras, or that is of other images or classes.
+    """
+    from keras_cifar import explanation, models
+
+    if options.model.startswith(pretrained.PREFIX):
+        model, _ = pretrained.load(options.model.removeprefix(pretrained.PREFIX))
+    else:
+        path = Run(options.model).model
+        if not path.exists():
+            raise UserError(
+                f"--explain needs a run with its model.keras, and --model={options.model} is none; "
+                "an export gives no gradients"
+            )
+        model = models.load(path)
+        shapes = (model.input_shape[1:3], model.output_shape[1])
+        if shapes != (tuple(predictor.size), len(predictor.class_names)):
+            raise UserError(f"{path} and {predictor.path} are of different images or classes")
+    grad_cam = explanation.GradCam(model)
+    folder = pathlib.Path(options.explain).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def explain(batch: list, rows: list[dict], first: int) -> None:
+        import numpy as np
+        from PIL import Image
+
+        good = [i for i, (_, _, error) in enumerate(batch) if error is None]
+        if not good:
+            return
+        images = np.stack([batch[i][1] for i in good])
+        heat = grad_cam.heat(images, np.array([rows[i]["top"][0]["index"] for i in good]))
+        overlays = explanation.enlarge(explanation.overlay(images, heat), OVERLAY_SIDE)
+        for i, pixels in zip(good, overlays, strict=True):
+            name = explanation.file_name(first + i, batch[i][0])
+            with replacing(folder / name) as temporary:
+                Image.fromarray(pixels).save(temporary)
+
+    return explain
 
 
 # ---- Files in
@@ -260,8 +320,6 @@ _WRITERS = {"text": _write_text, "json": _write_json, "csv": _write_csv}
 def _write_features(path: str, rows: list[dict], features: list) -> None:
     """An .npz file: files string [N], features float32 [N, D], labels string [N]."""
     import numpy as np
-
-    from keras_cifar.run import replacing
 
     good = [row for row in rows if not row["error"]]
     with replacing(pathlib.Path(path)) as temporary, open(temporary, "wb") as file:

@@ -21,6 +21,7 @@ def main(config: TrainConfig) -> None:
         print(list_models())
         return
     from keras_cifar import planning, trainer
+    from keras_cifar.reporting.page import REPORT
 
     if config.dry_run:
         print(planning.estimate(config))
@@ -39,6 +40,8 @@ def main(config: TrainConfig) -> None:
     files = [("model", run.model), ("history", run.history), ("curves", run.curves)]
     files += [("test", run.evaluation("test")), ("confusion", run.confusion("test"))]
     files += [("logs", f"{run.tensorboard}  (tensorboard --logdir {run.tensorboard})")]
+    if (run.path / REPORT).exists():
+        files += [("report", run.path / REPORT)]
     if run.export.exists():
         files += [("export", run.export)]
     print(

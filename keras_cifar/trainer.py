@@ -8,15 +8,24 @@ import sys
 
 import keras
 
-from keras_cifar import checkpoint, data, distribution, evaluation, models, verification
+from keras_cifar import (
+    checkpoint,
+    data,
+    distribution,
+    evaluation,
+    gallery,
+    models,
+    verification,
+)
 from keras_cifar.checkpoint import Position
 from keras_cifar.config import TrainConfig
 from keras_cifar.distribution import Devices
-from keras_cifar.errors import UserError
+from keras_cifar.errors import UserError, reason
 from keras_cifar.exporters import saved_model
 from keras_cifar.interruption import Interruption
 from keras_cifar.planning import Plan, check_names, describe_run, package_versions, prepare
 from keras_cifar.recorder import ROLLBACK_FACTOR, DivergedError, Recorder
+from keras_cifar.reporting import page, record
 from keras_cifar.run import Run, previous_config, replacing, versions, write_json
 
 ROLLBACKS = 3  # at most, with --on_nan=rollback
@@ -69,7 +78,18 @@ def train(config: TrainConfig, run: Run) -> dict | None:
             samples = verification.of_dataset(dataset, config.data)
             path = saved_model.export(model, run.export, dataset.class_names, samples=samples)
             print(verification.words(path), flush=True)
+        report(run, model, dataset)
         return figures
+
+
+def report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:
+    """Writes the run's report. A run is whole without it: what fails here is a line of warning."""
+    path = run.path / page.REPORT
+    try:
+        found = record.load(run)
+        page.write(path, [found], [gallery.of(found, model, dataset.split(found.split))])
+    except Exception as error:
+        print(f"no report: {path} cannot be written: {reason(error)}", file=sys.stderr, flush=True)
 
 
 def fit(

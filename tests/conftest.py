@@ -1,8 +1,10 @@
 """What tests share. TensorFlow starts with two virtual CPU devices, so that replicas can be tested."""
 
 import contextlib
+import os
 import pathlib
 import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +100,21 @@ def served_run(trained_run):
 
     with serving(trained_run.path) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium: the one that CHROMIUM names, or one on PATH."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if not path:
+        pytest.skip("no Chromium here; CHROMIUM=PATH names one")
+    with api.sync_playwright() as playwright:
+        # As root, in a container, Chromium has no sandbox.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

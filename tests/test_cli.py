@@ -11,7 +11,8 @@ from keras_cifar import cli, environment
 from keras_cifar.config import TrainConfig, option
 from keras_cifar.errors import UsageError, UserError
 
-COMMANDS = ("train", "evaluate", "export", "predict", "serve", "launch", "compare", "pretrained")
+COMMANDS = ("train", "evaluate", "export", "predict", "serve", "launch", "compare", "report")
+COMMANDS += ("pretrained",)
 
 
 @dataclasses.dataclass(frozen=True)

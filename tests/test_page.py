@@ -57,20 +57,6 @@ def test_what_the_page_calls_answers(served_run, picture, trained_run):
     assert answer["outputs"]["label"][0] in names
 
 
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if not path:
-        pytest.skip("no Chromium here; CHROMIUM=PATH names one")
-    with api.sync_playwright() as playwright:
-        # As root, in a container, Chromium has no sandbox.
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(browser, address):
     """The page, whose requests are noted in `page.asked`, and which must not report an error."""

@@ -1,0 +1,45 @@
+"""Writes what a run is and found as one HTML file, or several runs side by side.
+
+python -m keras_cifar.report RUN
+python -m keras_cifar.report RUN RUN ... --out compared.html
+"""
+
+import dataclasses
+import pathlib
+
+from keras_cifar import cli
+from keras_cifar.config import check, option
+from keras_cifar.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """The command's flags."""
+
+    out: str | None = option(None, "the file (default: report.html in the first RUN)", "Report")
+
+
+def main(options: ReportOptions, arguments: list[str]) -> None:
+    """Runs the command."""
+    from keras_cifar import gallery
+    from keras_cifar.reporting import page, record
+
+    check(arguments, "name at least one run directory")
+    check(
+        len(arguments) <= page.MOST_RUNS,
+        f"{len(arguments)} runs are too many for one report; name at most {page.MOST_RUNS}",
+    )
+    runs = [Run(argument) for argument in arguments]
+    records = record.load_all(runs)
+    most, alone = gallery.MISTAKES // len(runs), len(runs) == 1
+    galleries = [gallery.load(*pair, most, alone) for pair in zip(runs, records, strict=True)]
+    out = pathlib.Path(options.out).expanduser() if options.out else runs[0].path / page.REPORT
+    page.write(out, records, galleries)
+    for one, pictures in zip(records, galleries, strict=True):
+        if pictures.missing:
+            print(f"{one.name}: without pictures ({pictures.missing})")
+    print(f"report    {out}")
+
+
+if __name__ == "__main__":
+    cli.run("report", main, ReportOptions, __doc__, "RUN ...")
