@@ -270,12 +270,17 @@ class Whitening(keras.layers.Conv2D):
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
-def sigmoid_gelu(x):
+class SigmoidGelu(keras.layers.Layer):
     """x sigmoid(1.702 x), the approximation of GELU in Hendrycks and Gimpel 2016, arXiv:1606.08415.
 
     On a CPU it takes a third of the time of the exact form, and it can be exported to ONNX.
     """
-    return tf.nn.silu(x, 1.702)
+
+    def call(self, inputs):
+        return tf.nn.silu(inputs, 1.702)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
 
 
 @keras.saving.register_keras_serializable("keras_cifar")

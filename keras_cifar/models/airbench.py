@@ -12,8 +12,8 @@ classes:
 | airbench94 | 64, 256, 256 | 1,971,352 | 118.1 million |
 | airbench_small | 64, 128, 128 | 568,728 | 54.2 million |
 
-The small one, which is not in the paper, has learnt more after five minutes on two CPU cores. Other than
-in the paper GELU is its approximation by a sigmoid, and the whitening's bias is trained to the end.
+The small one, which is not in the paper, has learnt more after five minutes on two CPU cores. Other
+than in the paper GELU is its approximation by a sigmoid, and the whitening's bias is trained to the end.
 """
 
 import functools
@@ -40,7 +40,7 @@ def group(x, filters: int, name: str):
         if index == 1:
             x = layers.max_pool(x, 2, 2, name=f"{name}_pool")
         x = layers.BatchNormalization(scale=False, name=f"{name}_{index}_bn")(x)
-        x = keras.layers.Activation(layers.sigmoid_gelu, name=f"{name}_{index}_gelu")(x)
+        x = layers.SigmoidGelu(name=f"{name}_{index}_gelu")(x)
     return x
 
 
@@ -58,7 +58,7 @@ def airbench(
     images, x = classifier.pixels(input_shape)
     x = layers.AddMirrored(name="mirrored")(x)
     x = layers.Whitening(2, name="whitening")(x)
-    x = keras.layers.Activation(layers.sigmoid_gelu, name="whitening_gelu")(x)
+    x = layers.SigmoidGelu(name="whitening_gelu")(x)
     for index, filters in enumerate(widths):
         x = group(x, filters, f"group{index}")
     x = keras.layers.GlobalMaxPooling2D(name="pool")(x)
