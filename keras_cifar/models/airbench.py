@@ -12,8 +12,9 @@ classes:
 | airbench94 | 64, 256, 256 | 1,971,352 | 118.1 million |
 | airbench_small | 64, 128, 128 | 568,728 | 54.2 million |
 
-The small one, which is not in the paper, has learnt more after five minutes on two CPU cores. Other
-than in the paper GELU is its approximation by a sigmoid, and the whitening's bias is trained to the end.
+The small one, which is not in the paper, has learnt more after five minutes on two CPU cores.
+Other than in the paper GELU is its approximation by a sigmoid, and the whitening's bias is trained to
+the end.
 """
 
 import functools
