@@ -95,18 +95,11 @@ def machine() -> str:
     """The machine and the versions, in a line."""
     import importlib.metadata
 
-    import tensorflow as tf
-
-    model = "unknown CPU"
-    with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("tensorflow", "keras")]
     for name in ("torch", "paddlepaddle"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
-    gpus = len(tf.config.list_physical_devices("GPU"))
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, {gpus} GPUs, {', '.join(versions)}"
+    return ", ".join([environment.machine(), *versions])
 
 
 # ---- Contenders

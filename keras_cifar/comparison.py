@@ -1,6 +1,5 @@
 """Runs beside each other: what they reached, what it took, which flags differ. No TensorFlow here."""
 
-import csv
 import dataclasses
 import pathlib
 import statistics
@@ -8,11 +7,8 @@ import statistics
 import numpy as np
 
 from keras_cifar.config import NOT_COMPARED
-from keras_cifar.errors import UserError, check_directory, reason
-from keras_cifar.files import read
+from keras_cifar.errors import UserError, check_directory
 from keras_cifar.run import Run
-
-LARGEST_HISTORY = 2**26  # bytes of history.csv; an epoch takes some 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +79,9 @@ def load(path: str) -> Entry:
 
 def _result(run: Run) -> Result:
     config = run.read_config()
-    history = []
-    if run.history.exists():
-        try:
-            lines = read(run.history, LARGEST_HISTORY).decode().splitlines()
-            history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
-            for row in history:
-                row["seconds"], row["images_per_second"], row["accuracy"]
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            raise UserError(f"{run.history} is damaged: {reason(error)}") from None
     flags = config["flags"]
     figures = run.read_figures("test", flags["data"])
-    return Result(flags, config.get("parameter_count", 0), history, figures)
+    return Result(flags, config.get("parameter_count", 0), run.read_history(), figures)
 
 
 # ---- Words

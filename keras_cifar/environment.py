@@ -186,3 +186,15 @@ def _silent_stderr():
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+def machine() -> str:
+    """The processors that this process may use, in words."""
+    import tensorflow as tf
+
+    model = "unknown CPU"
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, {gpus} GPUs"

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from PIL import Image
 
-from keras_cifar import evaluation, explanation, models
+from keras_cifar import disturbances, evaluation, explanation, models
 from keras_cifar.data import Split
 from keras_cifar.errors import UserError
 from keras_cifar.reporting.page import Gallery
@@ -80,10 +80,6 @@ def _top(record: Record, row: int) -> list[tuple[str, float]]:
 
 def _disturbed(record: Record, split: Split) -> dict[str, list[str]]:
     """The first image at each strength of the disturbances that were measured."""
-    try:
-        from keras_cifar import disturbances
-    except ImportError:
-        return {}
     if not record.disturbances:
         return {}
     images = split.take(np.arange(min(NEIGHBOURS, len(split)))).images

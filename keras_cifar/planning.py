@@ -252,6 +252,7 @@ def describe_run(plan: Plan) -> dict:
         "dtype_policy": plan.dtype_policy[0],
         "xla": plan.xla[0],
         "deterministic": plan.deterministic,
+        "machine": environment.machine(),
         "versions": package_versions(),
         "git_revision": _git_revision(),
         "command": sys.argv,

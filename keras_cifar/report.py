@@ -33,7 +33,7 @@ def main(options: ReportOptions, arguments: list[str]) -> None:
     records = record.load_all(runs)
     most, alone = gallery.MISTAKES // len(runs), len(runs) == 1
     galleries = [gallery.load(*pair, most, alone) for pair in zip(runs, records, strict=True)]
-    out = pathlib.Path(options.out).expanduser() if options.out else runs[0].path / page.REPORT
+    out = pathlib.Path(options.out).expanduser() if options.out else runs[0].report
     page.write(out, records, galleries)
     for one, pictures in zip(records, galleries, strict=True):
         if pictures.missing:

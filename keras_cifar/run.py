@@ -1,6 +1,7 @@
 """The run directory: where everything of a run lies, and how files get there. Standard library only."""
 
 import contextlib
+import csv
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ from keras_cifar.errors import UsageError, UserError, check_directory, check_utf
 from keras_cifar.files import read
 
 LARGEST_CONFIG = 2**26  # bytes of config.json; a class name takes some 20, ImageNet-21k has 21,841
+LARGEST_HISTORY = 2**26  # bytes of history.csv; an epoch takes some 150
 LARGEST_FIGURES = 2**28  # bytes of test.json; the confusion matrix of 5,000 classes has 100 MB
 
 # What is being written is in directories whose names begin so; a killed process leaves them.
@@ -43,6 +45,7 @@ class Run:
         self.curves = self.path / "curves.png"
         self.tensorboard = self.path / "tensorboard"
         self.export = self.path / "export"
+        self.report = self.path / "report.html"
         self.seeds = self.path / "seeds.json"
 
     def read_figures(self, split: str, data: str) -> dict | None:
@@ -62,6 +65,23 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {reason(error)}") from None
         return figures if figures["data"] == data else None
+
+    def read_history(self) -> list[dict[str, float]]:
+        """A dict an epoch, as history.csv has them; none before the first.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.history.exists():
+            return []
+        try:
+            lines = read(self.history, LARGEST_HISTORY).decode("utf-8").splitlines()
+            history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
+            for row in history:
+                int(row["epoch"]), row["seconds"], row["images_per_second"], row["accuracy"]
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"{self.history} is damaged: {reason(error)}") from None
+        return history
 
     def of_seed(self, seed: int) -> "Run":
         """The run of a seed, in a directory of several."""

@@ -21,7 +21,6 @@ def main(config: TrainConfig) -> None:
         print(list_models())
         return
     from keras_cifar import planning, trainer
-    from keras_cifar.reporting.page import REPORT
 
     if config.dry_run:
         print(planning.estimate(config))
@@ -40,8 +39,8 @@ def main(config: TrainConfig) -> None:
     files = [("model", run.model), ("history", run.history), ("curves", run.curves)]
     files += [("test", run.evaluation("test")), ("confusion", run.confusion("test"))]
     files += [("logs", f"{run.tensorboard}  (tensorboard --logdir {run.tensorboard})")]
-    if (run.path / REPORT).exists():
-        files += [("report", run.path / REPORT)]
+    if run.report.exists():
+        files += [("report", run.report)]
     if run.export.exists():
         files += [("export", run.export)]
     print(

@@ -84,12 +84,11 @@ def train(config: TrainConfig, run: Run) -> dict | None:
 
 def report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:
     """Writes the run's report. A run is whole without it: what fails here is a line of warning."""
-    path = run.path / page.REPORT
     try:
         found = record.load(run)
-        page.write(path, [found], [gallery.of(found, model, dataset.split(found.split))])
+        page.write(run.report, [found], [gallery.of(found, model, dataset.split(found.split))])
     except Exception as error:
-        print(f"no report: {path} cannot be written: {reason(error)}", file=sys.stderr, flush=True)
+        print(f"no report: {run.report} cannot be written: {reason(error)}", file=sys.stderr)
 
 
 def fit(

@@ -18,7 +18,6 @@ from keras_cifar.reporting.record import SCALARS, Record
 from keras_cifar.run import replacing
 
 NONE = "\N{EN DASH}"  # what is shown where there is no figure
-REPORT = "report.html"  # in a run directory
 MOST_RUNS = 8  # whose lines are told apart
 MOST_NUMBERED = 20  # classes of which a confusion matrix is a table of numbers
 MOST_DRAWN = 1000  # classes of which it is drawn; a browser takes long for more

@@ -1,6 +1,5 @@
 """What a run directory holds, as the report shows it. Files of older runs may lack any of it."""
 
-import csv
 import dataclasses
 import io
 import json
@@ -113,13 +112,14 @@ def load(run: Run) -> Record:
     split = next(iter(evaluations), None)
     disturbances = predictions = None
     if split:
-        beside = run.evaluation(split)
-        disturbances = _read(beside.with_name(f"{split}_disturbances.json"), _disturbances)
-        predictions = _read(beside.with_suffix(".npz"), _predictions)
+        disturbances = _read(run.disturbances(split), _disturbances)
+        predictions = _read(run.predictions(split), _predictions)
         shape = (evaluations[split]["count"], len(config["class_names"]))
         if predictions and predictions["probabilities"].shape != shape:
-            raise UserError(f"{beside.with_suffix('.npz')} is not of the figures in {beside}")
-    history = _read(run.history, _history) or []
+            raise UserError(
+                f"{run.predictions(split)} is not of the figures in {run.evaluation(split)}"
+            )
+    history = [{k: _finite(v) for k, v in row.items()} for row in run.read_history()]
     name = run.path.resolve().name or str(run.path)
     return Record(name, config, history, evaluations, split, disturbances, predictions)
 
@@ -153,14 +153,6 @@ def _read(path: pathlib.Path, parse):
         return parse(read(path, LARGEST_FILE))
     except Exception as error:  # Damage shows as anything.
         raise UserError(f"{path} is damaged: {reason(error)}") from None
-
-
-def _history(data: bytes) -> list[dict]:
-    rows = csv.DictReader(io.StringIO(data.decode()))
-    history = [{name: _finite(float(value)) for name, value in row.items()} for row in rows]
-    for row in history:
-        int(row["epoch"])
-    return history
 
 
 def _evaluation(data: bytes) -> dict:
