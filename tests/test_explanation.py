@@ -7,34 +7,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cifar import cli, explanation, models, predict
+from keras_cifar import cli, explanation, layers, models, predict
 from keras_cifar.models import lenet5
 from tests.conftest import colour_images
 
 SIDE = 16
 
 
-@keras.saving.register_keras_serializable("keras_cifar_tests")
-class WithMirrored(keras.layers.Layer):
-    def call(self, x):
-        return keras.ops.concatenate([x, x[:, :, ::-1]])
-
-
-@keras.saving.register_keras_serializable("keras_cifar_tests")
-class MeanOfHalves(keras.layers.Layer):
-    def call(self, x):
-        return sum(keras.ops.split(keras.ops.mean(x, (1, 2)), 2)) / 2
-
-
 def colour_network(mirrored: bool = False) -> keras.Model:
     """Class 0 is what is red, class 1 what is blue."""
     images = keras.Input((SIDE, SIDE, 3), dtype="uint8")
     x = keras.layers.Rescaling(1 / 255)(images)
-    x = WithMirrored()(x) if mirrored else x
+    x = layers.AddMirrored()(x) if mirrored else x
     x = keras.layers.Conv2D(2, 1, activation="relu", use_bias=False, name="conv")(x)
     x = keras.layers.MaxPooling2D(2)(x)
-    pool = MeanOfHalves if mirrored else keras.layers.GlobalAveragePooling2D
-    x = pool(name="features")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    x = layers.MeanOfMirrored()(x) if mirrored else x
     model = keras.Model(images, keras.layers.Dense(2, use_bias=False, name="logits")(x))
     model.get_layer("conv").set_weights([np.array([[[[1, 0], [0, 0], [0, 1]]]])])
     model.get_layer("logits").set_weights([np.array([[1, -1], [-1, 1]])])
@@ -87,6 +75,7 @@ def test_any_number_of_images_is_explained_alike(squares, monkeypatch, random):
         ("nin", "classes_1_relu"),
         ("vgg_bn_drop", "group5_3_relu"),
         ("googlenet", "inception5b_concat"),
+        ("airbench94", "group2_2_gelu"),
     ],
 )
 def test_the_maps_are_those_of_the_last_convolutions(name, layer):

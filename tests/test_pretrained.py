@@ -163,6 +163,13 @@ def test_what_is_too_large_or_changes_too_much_is_refused(installed, monkeypatch
 # ---- Loading
 
 
+def test_it_is_explained(installed, tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    out = tmp_path / "overlays"
+    assert classify("--model=pretrained:tiny", f"--explain={out}", tmp_path / "red.png") == 0
+    assert [path.name for path in out.iterdir()] == ["00001_red.png"]
+
+
 def test_unknown_name_lists_those_there_are(installed, tmp_path, monkeypatch):
     for name in ("big", "../tiny", ""):
         with pytest.raises(UsageError, match=r"unknown model 'pretrained:.*'; choose one of: tiny"):
