@@ -95,6 +95,8 @@ OTHER = {
     "optimizer": "sgd",
     "learning_rate": 0.5,
     "momentum": 0.5,
+    "nesterov": True,
+    "bias_rate": 2.0,
     "lr_schedule": "cosine",
     "warmup_epochs": 1.0,
     "weight_decay": 1e-4,

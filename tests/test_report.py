@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-import keras_cifar
 from keras_cifar import cli, gallery, report, trainer
 from keras_cifar.config import TrainConfig
 from keras_cifar.evaluation import load_data, predict
@@ -343,7 +342,7 @@ def test_a_disturbed_image_is_shown_at_each_strength(evaluated_run, monkeypatch)
         return np.full_like(images, 10 * strength)
 
     fake = types.SimpleNamespace(DISTURBANCES={"jpeg": None}, apply=apply)
-    monkeypatch.setattr(keras_cifar, "disturbances", fake, raising=False)
+    monkeypatch.setattr(gallery, "disturbances", fake)
     reports.disturb(evaluated_run)  # rotation, which is no more, and jpeg
     found = record.load(evaluated_run)
     pictures = gallery.load(evaluated_run, found)
