@@ -10,5 +10,6 @@ source "$root/scripts/environment.sh" dev
 cd "$root"
 ruff check .
 ruff format --check --quiet . || { echo "run 'ruff format .'" >&2; exit 1; }
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile
+# -rs says what was skipped and why, such as the pages where there is no Chromium.
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile -rs
 exec python -m pytest -q "$@"
