@@ -185,9 +185,9 @@ def prepare(config: TrainConfig, devices: Devices | None = None, begins: bool = 
     with devices.strategy.scope():
         model = models.build(config.model, dataset.image_shape, len(dataset.class_names))
         origin = ""
-        if begins:
+        if begins and not config.init_from:
             models.adapt(model, dataset.train)
-        if config.init_from and begins:
+        elif begins:
             origin = finetuning.take_weights(model, config.init_from, dataset.class_names)
         if config.freeze:
             finetuning.freeze(model, config.freeze)

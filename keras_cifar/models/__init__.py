@@ -88,11 +88,11 @@ def build(
 
 def adapt(model: Classifier, split: Split) -> None:
     """Has the layers that are made from images, such as `layers.Whitening`, be made from a split's."""
-    images = split.spread(ADAPTED_TO).images
     for layer in model.layers:
         if hasattr(layer, "adapt"):
-            before = keras.Model(model.inputs[0], layer.input)
-            layer.adapt(np.asarray(before(images, training=True), np.float32))
+            below = keras.Model(model.inputs[0], layer.input)
+            inputs = below(split.spread(ADAPTED_TO).images, training=True)
+            layer.adapt(np.asarray(inputs, np.float32))
 
 
 def load(path: pathlib.Path) -> keras.Model:
