@@ -50,7 +50,11 @@ def main(options: EvaluateOptions) -> None:
     run, split = Run(options.run), options.split
     source = run, split, options.data, options.data_dir, options.cache_dir
     if options.disturb:
-        record = robustness.disturb_run(*source, options.disturb_seed, options.max_images)
+        model, dataset, spec = evaluation.load_run(*source)
+        images = dataset.split(split)
+        record = robustness.disturb(
+            model, split, images, spec, run, options.disturb_seed, options.max_images
+        )
         print(f"{robustness.table(record)}\n\n{split} {robustness.words(record)}")
         print(f"figures   {run.disturbances(split)}\npictures  {run.gallery(split)}")
         return

@@ -84,20 +84,6 @@ def choose(split: Split, seed: int, most: int | None) -> Split:
     return spread.take(np.random.default_rng(seed).permutation(len(spread)))
 
 
-def disturb_run(
-    run: Run,
-    name: str,
-    spec: str | None = None,
-    data_dir: str | None = None,
-    cache_dir: str | None = None,
-    seed: int = 0,
-    most: int | None = None,
-) -> dict:
-    """`disturb` of a run's selected model; data and errors are as in `evaluation.evaluate_run`."""
-    model, dataset, spec = evaluation.load_run(run, name, spec, data_dir, cache_dir)
-    return disturb(model, name, dataset.split(name), spec, run, seed, most)
-
-
 def table(record: dict) -> str:
     """The accuracies as text: a line a disturbance, a column a strength."""
     rows = record["disturbances"]

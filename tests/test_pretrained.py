@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from keras_cifar import (
+    calibration,
     cli,
     evaluation,
     finetuning,
+    metrics,
     models,
     planning,
     predict,
@@ -40,12 +42,9 @@ def classify(*argv) -> int:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, trained_run):
-    """A directory with the trained run as `tiny`; its test figures have a calibration error."""
+    """A directory with the trained run as `tiny`."""
     directory = tmp_path_factory.mktemp("pretrained")
     run = Run(shutil.copytree(trained_run.path, directory / "run"))
-    figures = json.loads(run.evaluation("test").read_text())
-    figures["calibration"] = {"expected_calibration_error": 0.125}
-    run.evaluation("test").write_text(json.dumps(figures))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained, "DIRECTORY", directory)
         assert execute(run.path, "tiny", "--data=grey pictures", "--limits=colours") == 0
@@ -99,12 +98,14 @@ def test_card_says_what_is_to_be_known(installed, trained_run):
     config = trained_run.read_config()
     model, card = pretrained.load("tiny")
     test = evaluation.load_data(trained_run, "test").test
-    right = evaluation.predict(model, test).argmax(axis=1) == test.labels
+    probabilities = evaluation.predict(model, test)
+    right = probabilities.argmax(axis=1) == test.labels
     assert (card.accuracy, card.count) == (pytest.approx(right.mean()), 30)
     assert (card.model, card.image_shape) == ("lenet5", (16, 16, 3))
     assert card.class_names == ("class_0", "class_1", "class_2")
     assert (card.data, card.limits, card.recipe) == ("grey pictures", "colours", None)
-    assert card.calibration_error == 0.125
+    error = metrics.calibration(probabilities, test.labels)["expected_calibration_error"]
+    assert (card.temperature, card.calibration_error) == (None, pytest.approx(error))
     assert card.licence == "Apache-2.0"
     assert (config["git_revision"] or "unknown") in card.source
     # No directory of whoever trained it.
@@ -160,6 +161,48 @@ def test_what_is_too_large_or_changes_too_much_is_refused(installed, monkeypatch
     assert pretrained.names() == ["tiny"]
 
 
+def test_temperature_of_another_run_is_in_what_is_loaded(copied, trained_run):
+    assert execute(trained_run.path, "cool", "--data=x", f"--calibrated_by={trained_run.path}") == 0
+    validation = evaluation.load_data(trained_run, "val").split("val")
+    fitted = calibration.fit_model(models.load(trained_run.model), validation)
+    (plain, _), (model, card) = pretrained.load("tiny"), pretrained.load("cool")
+    assert card.temperature == pytest.approx(fitted["temperature"])
+    assert abs(card.temperature - 1) > 0.01
+    test = evaluation.load_data(trained_run, "test").test
+    before, after = (evaluation.predict(network, test) for network in (plain, model))
+    expected = before.astype(np.float64) ** (1 / card.temperature)
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(after, expected, atol=1e-5)
+    error = metrics.calibration(after, test.labels)["expected_calibration_error"]
+    assert card.calibration_error == pytest.approx(error)
+    # What classifies answers the same.
+    np.testing.assert_allclose(PretrainedPredictor("cool").classify(test.images), after, atol=1e-6)
+    assert f"temperature {card.temperature:.3f}" in pretrained.describe()
+    assert finetuning.take_weights(
+        models.build("lenet5", (16, 16, 3), 3), "pretrained:cool", card.class_names
+    ) == ("the weights of pretrained:cool")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("epochs", 4, "was trained with --epochs=4 and"),
+        ("val_fraction", 0.0, "there is no validation split: the run was made with --val_fraction"),
+        ("seed", 1, "the val images of .* have changed"),
+    ],
+)
+def test_temperature_of_a_run_of_other_flags_is_refused(
+    copied, trained_run, tmp_path, flag, value, words
+):
+    other = Run(shutil.copytree(trained_run.path, tmp_path / "other"))
+    config = other.read_config()
+    config["flags"][flag] = value
+    other.config.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        saving.save(trained_run, "x", "data", "limits", "licence", other)
+    assert not (copied / "x.json").exists()
+
+
 # ---- Loading
 
 
@@ -200,7 +243,7 @@ def test_cards_are_printed(installed, tmp_path, monkeypatch, capsys):
     for words in (
         "pretrained:tiny",
         f"{card.accuracy:.4f} on 30",
-        "0.1250",
+        f"expected error {card.calibration_error:.4f}\n",
         "colours",
         card.source,
     ):

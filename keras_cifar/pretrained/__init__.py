@@ -35,8 +35,9 @@ class Card:
         recipe: with which it was trained; None where there is none.
         accuracy: on the test images, of these very weights.
         count: of the test images.
-        calibration_error: expected calibration error on them (Guo et al. 2017, arXiv:1706.04599); None
-            where it was not measured.
+        temperature: what the logits are divided by (`calibration`); None where they are left.
+        calibration_error: expected calibration error on the test images, after that (Guo et al. 2017,
+            arXiv:1706.04599).
         limits: what it is not good for.
         licence: of the weights.
         source: who trained it, and from which revision of the code.
@@ -49,7 +50,8 @@ class Card:
     recipe: str | None
     accuracy: float
     count: int
-    calibration_error: float | None
+    temperature: float | None
+    calibration_error: float
     limits: str
     licence: str
     source: str
@@ -88,14 +90,14 @@ def describe() -> str:
     for name in names():
         mine = card(name)
         height, width, _ = mine.image_shape
-        error = mine.calibration_error
+        temperature = f", temperature {mine.temperature:.3f}" if mine.temperature else ""
         lines = {
             "model": f"{mine.model}, images of {width} x {height}",
             "classes": ", ".join(mine.class_names),
             "data": mine.data,
             "recipe": mine.recipe or "none",
             "accuracy": f"{mine.accuracy:.4f} on {mine.count:,} test images",
-            "calibration": "not measured" if error is None else f"expected error {error:.4f}",
+            "calibration": f"expected error {mine.calibration_error:.4f}{temperature}",
             "limits": mine.limits,
             "licence": mine.licence,
             "source": mine.source,
@@ -108,14 +110,14 @@ def describe() -> str:
 
 
 def load(name: str) -> tuple["keras.Model", Card]:
-    """(the plain functional model of a network, float32; its card).
+    """(the plain functional model of a network, float32, its temperature in it; its card).
 
     Raises:
         UsageError: there is none of this name.
         UserError: a file of it is damaged.
     """
     mine = card(name)
-    from keras_cifar import models, tensors
+    from keras_cifar import calibration, models, tensors
 
     model = models.build(mine.model, mine.image_shape, len(mine.class_names)).deployable
     path = DIRECTORY / f"{name}{WEIGHTS}"
@@ -124,7 +126,7 @@ def load(name: str) -> tuple["keras.Model", Card]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {reason(error)}") from None
     assign(model, stored)
-    return model, mine
+    return (calibration.scaled(model, mine.temperature) if mine.temperature else model), mine
 
 
 def rounded(model: "keras.Model") -> dict:

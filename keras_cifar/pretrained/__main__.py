@@ -3,7 +3,8 @@
 python -m keras_cifar.pretrained RUN NAME --data 'JPEG CIFAR-10'
 
 The weights are rounded to float16, which must not change the test accuracy by 0.001, and take at most
-4 MB.
+4 MB. With --calibrated_by, logits are divided by the temperature that fits the validation images of
+that other run, so that RUN itself may train on all images.
 """
 
 import dataclasses
@@ -18,6 +19,9 @@ class PretrainedOptions:
     """The command's flags."""
 
     data: str = option("", "what the run's images are, in words, for the card", "Card")
+    calibrated_by: str | None = option(
+        None, "a run with the same flags but for --seed and a --val_fraction above 0", "Card"
+    )
     limits: str = option(
         "pictures of other things than its classes, and other pictures than those of its data",
         "what the network is not good for",
@@ -37,7 +41,10 @@ def main(options: PretrainedOptions, arguments: list[str]) -> None:
     from keras_cifar.pretrained import saving
 
     run, name = arguments
-    card, before, size = saving.save(Run(run), name, options.data, options.limits, options.licence)
+    other = Run(options.calibrated_by) if options.calibrated_by else None
+    card, before, size = saving.save(
+        Run(run), name, options.data, options.limits, options.licence, other
+    )
     print(
         f"test accuracy {card.accuracy:.4f} on {card.count:,} images, {before:.4f} before rounding; "
         f"{size:,} bytes"

@@ -6,7 +6,9 @@ import re
 import numpy as np
 
 import keras_cifar
-from keras_cifar import evaluation, models, pretrained, tensors
+from keras_cifar import calibration, evaluation, metrics, models, pretrained, tensors
+from keras_cifar.config import NOT_COMPARED
+from keras_cifar.data import Split
 from keras_cifar.errors import UsageError, UserError
 from keras_cifar.pretrained import Card
 from keras_cifar.run import Run, replacing, write_json
@@ -14,21 +16,26 @@ from keras_cifar.run import Run, replacing, write_json
 TOLERANCE = 0.001  # by which float16 may change the test accuracy; less than this, either way
 
 
-def save(run: Run, name: str, data: str, limits: str, licence: str) -> tuple[Card, float, int]:
+def save(
+    run: Run, name: str, data: str, limits: str, licence: str, calibrated_by: Run | None = None
+) -> tuple[Card, float, int]:
     """Writes NAME.safetensors and NAME.json beside those that are there.
 
     Args:
         data: what the run's images are, in words; the card has no paths.
         limits: what the network is not good for, in words.
         licence: of the weights.
+        calibrated_by: a run with the same flags, but with validation images: the temperature that fits
+            them is this run's too. None leaves the logits as they are.
 
     Returns:
         (the card, the test accuracy before rounding, the bytes of the weights).
 
     Raises:
         UsageError: the name is none.
-        UserError: the run or its images are not there, the weights take too many bytes, float16 changes
-            the accuracy too much, or the model is not what its name in `models` makes.
+        UserError: a run or its images are not there, the weights take too many bytes, float16 changes
+            the accuracy too much, the model is not what its name in `models` makes, or `calibrated_by`
+            has other flags or no validation images.
     """
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise UsageError(f"the name {name!r} must consist of lower-case letters, digits and _")
@@ -42,20 +49,25 @@ def save(run: Run, name: str, data: str, limits: str, licence: str) -> tuple[Car
             f"the weights of {run.path} take {len(contents):,} bytes, more than "
             f"{pretrained.LARGEST:,}, which everybody who installs the package would get"
         )
+    temperature = _temperature(run, calibrated_by) if calibrated_by else None
     # As it will be loaded.
     small = models.build(flags["model"], shape, len(config["class_names"])).deployable
     try:
         pretrained.assign(small, tensors.unpack(contents, pretrained.rounded(small)))
     except ValueError:
         raise UserError(f"{run.model} is not what --model={flags['model']} makes now") from None
+    if temperature:
+        small = calibration.scaled(small, temperature)
     split = evaluation.load_data(run, "test").test
-    before, after = (_accuracy(network, split) for network in (model, small))
+    probabilities = evaluation.predict(small, split)
+    before = _accuracy(evaluation.predict(model, split), split)
+    after = _accuracy(probabilities, split)
     if abs(after - before) >= TOLERANCE:
         raise UserError(
             f"in float16 the test accuracy of {run.path} is {after:.4f}, and it was {before:.4f}: a "
             f"difference of {TOLERANCE} or more"
         )
-    figures = run.read_figures("test", flags["data"]) or {}
+    figures = metrics.calibration(probabilities, split.labels)
     card = Card(
         model=flags["model"],
         image_shape=shape,
@@ -64,7 +76,8 @@ def save(run: Run, name: str, data: str, limits: str, licence: str) -> tuple[Car
         recipe=flags.get("recipe"),
         accuracy=after,
         count=len(split),
-        calibration_error=figures.get("calibration", {}).get("expected_calibration_error"),
+        temperature=temperature,
+        calibration_error=figures["expected_calibration_error"],
         limits=limits,
         licence=licence,
         source=f"trained with keras_cifar {keras_cifar.__version__}, revision "
@@ -77,5 +90,19 @@ def save(run: Run, name: str, data: str, limits: str, licence: str) -> tuple[Car
     return card, before, len(contents)
 
 
-def _accuracy(model, split) -> float:
-    return float(np.mean(evaluation.predict(model, split).argmax(axis=1) == split.labels))
+def _temperature(run: Run, other: Run) -> float:
+    """What fits the other run's validation images."""
+    mine, theirs = (each.read_config()["flags"] for each in (run, other))
+    free = {*NOT_COMPARED, "seed", "val_fraction"}
+    for flag in sorted((mine.keys() | theirs.keys()) - free):
+        if mine.get(flag) != theirs.get(flag):
+            raise UserError(
+                f"{other.path} was trained with --{flag}={theirs.get(flag)} and {run.path} with "
+                f"{mine.get(flag)}: its temperature would be another"
+            )
+    split = evaluation.load_data(other, "val").split("val")
+    return calibration.fit_model(models.load(other.model), split)["temperature"]
+
+
+def _accuracy(probabilities: np.ndarray, split: Split) -> float:
+    return float(np.mean(probabilities.argmax(axis=1) == split.labels))
