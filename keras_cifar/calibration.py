@@ -9,8 +9,11 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from keras_cifar import evaluation, metrics
+from keras_cifar import evaluation, metrics, models
+from keras_cifar.config import NOT_COMPARED
 from keras_cifar.data import Split
+from keras_cifar.errors import UserError
+from keras_cifar.run import Run
 
 # T is searched for in this range: outside of it, probabilities are all but one-hot or all but equal.
 RANGE = (0.05, 20.0)
@@ -60,6 +63,35 @@ def words(fitted: dict) -> str:
         f"goes from {fitted['loss_before']:.4f} to {fitted['loss_after']:.4f}, the calibration error "
         f"from {fitted['ece_before']:.4f} to {fitted['ece_after']:.4f}"
     )
+
+
+def find(text: str, run: Run) -> dict:
+    """What --temperature stands for.
+
+    Args:
+        text: a number; `auto`, for what fits the run's validation images; or the directory of another
+            run, for what fits that one's model on its own, so that the run may have trained on all.
+
+    Returns:
+        {"temperature"} for a number, otherwise as `fit`.
+
+    Raises:
+        UserError: there are no such images, or the other run has other flags (any seed will do).
+    """
+    try:
+        return {"temperature": float(text)}
+    except ValueError:
+        other = run if text == "auto" else Run(text)
+    mine, theirs = (each.read_config()["flags"] for each in (run, other))
+    free = {*NOT_COMPARED, "seed", "val_fraction"}
+    for flag in sorted((mine.keys() | theirs.keys()) - free):
+        if mine.get(flag) != theirs.get(flag):
+            raise UserError(
+                f"{other.path} was trained with --{flag}={theirs.get(flag)} and {run.path} with "
+                f"{mine.get(flag)}: its temperature would be another"
+            )
+    split = evaluation.load_data(other, "val").split("val")
+    return fit_model(models.load(other.model), split)
 
 
 def fit_model(model: keras.Model, split: Split) -> dict:

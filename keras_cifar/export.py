@@ -16,6 +16,11 @@ from keras_cifar.exporters import FORMATS
 from keras_cifar.files import read
 from keras_cifar.run import Run
 
+TEMPERATURES = (
+    "a number; auto, which fits it on the run's validation images; or another run with the same flags, "
+    "which fits it on that one's, where this run was trained on all images"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
@@ -32,25 +37,24 @@ class ExportOptions:
     )
     temperature: str | None = option(
         None,
-        "divides the logits, so that probabilities are neither too sure nor too unsure; auto fits it "
-        "on the validation images (default: 1)",
+        "divides the logits, so that probabilities are neither too sure nor too unsure: "
+        f"{TEMPERATURES} (default: 1)",
         "Export",
     )
 
     def __post_init__(self):
         check(self.run, "--run=RUN is needed: the run directory")
         check(self.version is None or self.version > 0, f"--version={self.version} must be above 0")
-        check(
-            self.temperature in (None, "auto") or _positive(self.temperature),
-            f"--temperature={self.temperature} must be auto or a number above 0",
-        )
+        check_temperature(self.temperature)
 
 
-def _positive(text: str) -> bool:
+def check_temperature(text: str | None) -> None:
+    """Checks that a --temperature is one."""
     try:
-        return 0 < float(text) < math.inf
+        good = text in (None, "auto") or 0 < float(text) < math.inf
     except ValueError:
-        return False
+        good = pathlib.Path(text).expanduser().is_dir() if text else False
+    check(good, f"--temperature={text} must be auto, a number above 0, or a run directory")
 
 
 def main(options: ExportOptions) -> None:
@@ -68,24 +72,21 @@ def main(options: ExportOptions) -> None:
     exporter = importlib.import_module(f"keras_cifar.exporters.{options.format}")
     model = models.load(run.model)
 
-    samples, record, dataset = None, {}, None
+    record = {}
+    if options.temperature:
+        record = {"calibration": calibration.find(options.temperature, run)}
+        model = calibration.scaled(model, record["calibration"]["temperature"])
+    samples = None
     try:
-        split = "val" if options.temperature == "auto" or "val" in config["splits"] else "test"
-        dataset = evaluation.load_data(run, split)
-        samples = verification.of_dataset(dataset, config["flags"]["data"])
+        split = "val" if "val" in config["splits"] else "test"
+        samples = verification.of_dataset(evaluation.load_data(run, split), config["flags"]["data"])
     except UserError as error:
-        if options.temperature == "auto" or exporter.NEEDS_IMAGES:
+        if exporter.NEEDS_IMAGES:
             raise
         print(f"the run's images are not to be had ({one_line(str(error))})", file=sys.stderr)
-    if options.temperature == "auto":
-        record = {"calibration": calibration.fit_model(model, dataset.split("val"))}
-        model = calibration.scaled(model, record["calibration"]["temperature"])
-    elif options.temperature:
-        record = {"calibration": {"temperature": float(options.temperature)}}
-        model = calibration.scaled(model, float(options.temperature))
 
     path = exporter.export(model, base, class_names, options.version, samples, **record)
-    if options.temperature == "auto":
+    if "images" in record.get("calibration", ()):
         print(calibration.words(record["calibration"]))
     print(f"export    {path}\n{verification.words(path)}")
     if options.format == "saved_model":

@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import re
 import shlex
+import shutil
 import subprocess
 import urllib.request
 
@@ -15,11 +17,11 @@ import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
-from keras_cifar import bundle, calibration, cli, export, models, verification
+from keras_cifar import bundle, calibration, cli, evaluation, export, models, verification
 from keras_cifar.errors import UserError
 from keras_cifar.exporters import FORMATS, saved_model
 from keras_cifar.predictor import Predictor
-from keras_cifar.run import TEMPORARY, versions
+from keras_cifar.run import TEMPORARY, Run, versions
 
 
 def command(*argv) -> int:
@@ -231,7 +233,50 @@ def test_the_temperature_is_baked_into_the_probabilities(trained_run, tmp_path, 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "warm", ""])
 def test_no_temperature_is_status_2(capsys, value):
     assert command("--run=x", f"--temperature={value}") == 2
-    assert "must be auto or a number above 0" in capsys.readouterr().err
+    assert "must be auto, a number above 0, or a run directory" in capsys.readouterr().err
+
+
+def test_the_temperature_of_another_run_is_of_its_model_and_images(trained_run, tmp_path, capsys):
+    other = Run(shutil.copytree(trained_run.path, tmp_path / "other"))
+    model = models.load(other.model)
+    kernel, bias = model.get_layer("logits").get_weights()
+    # One class is preferred too much, which only a high temperature mends.
+    model.get_layer("logits").set_weights([kernel, np.add(bias, [50, 0, 0])])
+    model.save(other.model)
+    own, theirs = (calibration.find(text, trained_run) for text in ("auto", str(other.path)))
+    validation = evaluation.load_data(other, "val").split("val")
+    assert theirs == calibration.fit_model(model, validation)
+    assert theirs["temperature"] > 10 * own["temperature"]
+    out = tmp_path / "m"
+    assert command(f"--run={trained_run.path}", f"--out={out}", f"--temperature={other.path}") == 0
+    stored = json.loads((out / "1" / verification.FILE).read_text())["calibration"]
+    assert stored == theirs
+    assert f"temperature {theirs['temperature']:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("epochs", 4, "was trained with --epochs=4 and .* its temperature would be another"),
+        ("val_fraction", 0.0, "there is no validation split: the run was made with --val_fraction"),
+        ("seed", 1, "the val images of .* have changed"),
+        ("recipe", "x", None),
+    ],
+)
+def test_the_temperature_of_a_run_of_other_flags_is_refused(
+    trained_run, tmp_path, capsys, flag, value, words
+):
+    other = Run(shutil.copytree(trained_run.path, tmp_path / "other"))
+    config = other.read_config()
+    config["flags"][flag] = value
+    other.config.write_text(json.dumps(config))
+    out = tmp_path / "m"
+    status = command(f"--run={trained_run.path}", f"--out={out}", f"--temperature={other.path}")
+    assert status == (1 if words else 0)
+    if words:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(words, line)
+        assert not out.exists()
 
 
 def test_an_unknown_format_lists_the_formats(capsys):

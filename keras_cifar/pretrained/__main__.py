@@ -3,14 +3,14 @@
 python -m keras_cifar.pretrained RUN NAME --data 'JPEG CIFAR-10'
 
 The weights are rounded to float16, which must not change the test accuracy by 0.001, and take at most
-4 MB. With --calibrated_by, logits are divided by the temperature that fits the validation images of
-that other run, so that RUN itself may train on all images.
+4 MB.
 """
 
 import dataclasses
 
 from keras_cifar import cli, pretrained
 from keras_cifar.config import check, option
+from keras_cifar.export import TEMPERATURES, check_temperature
 from keras_cifar.run import Run
 
 
@@ -19,8 +19,8 @@ class PretrainedOptions:
     """The command's flags."""
 
     data: str = option("", "what the run's images are, in words, for the card", "Card")
-    calibrated_by: str | None = option(
-        None, "a run with the same flags but for --seed and a --val_fraction above 0", "Card"
+    temperature: str | None = option(
+        None, f"divides the logits: {TEMPERATURES} (default: 1)", "Card"
     )
     limits: str = option(
         "pictures of other things than its classes, and other pictures than those of its data",
@@ -33,6 +33,7 @@ class PretrainedOptions:
         check(
             self.data, "--data=WORDS is needed: what the run's images are, such as 'JPEG CIFAR-10'"
         )
+        check_temperature(self.temperature)
 
 
 def main(options: PretrainedOptions, arguments: list[str]) -> None:
@@ -41,9 +42,8 @@ def main(options: PretrainedOptions, arguments: list[str]) -> None:
     from keras_cifar.pretrained import saving
 
     run, name = arguments
-    other = Run(options.calibrated_by) if options.calibrated_by else None
     card, before, size = saving.save(
-        Run(run), name, options.data, options.limits, options.licence, other
+        Run(run), name, options.data, options.limits, options.licence, options.temperature
     )
     print(
         f"test accuracy {card.accuracy:.4f} on {card.count:,} images, {before:.4f} before rounding; "

@@ -7,7 +7,6 @@ import numpy as np
 
 import keras_cifar
 from keras_cifar import calibration, evaluation, metrics, models, pretrained, tensors
-from keras_cifar.config import NOT_COMPARED
 from keras_cifar.data import Split
 from keras_cifar.errors import UsageError, UserError
 from keras_cifar.pretrained import Card
@@ -17,7 +16,7 @@ TOLERANCE = 0.001  # by which float16 may change the test accuracy; less than th
 
 
 def save(
-    run: Run, name: str, data: str, limits: str, licence: str, calibrated_by: Run | None = None
+    run: Run, name: str, data: str, limits: str, licence: str, temperature: str | None = None
 ) -> tuple[Card, float, int]:
     """Writes NAME.safetensors and NAME.json beside those that are there.
 
@@ -25,8 +24,7 @@ def save(
         data: what the run's images are, in words; the card has no paths.
         limits: what the network is not good for, in words.
         licence: of the weights.
-        calibrated_by: a run with the same flags, but with validation images: the temperature that fits
-            them is this run's too. None leaves the logits as they are.
+        temperature: as `calibration.find` takes it; None leaves the logits as they are.
 
     Returns:
         (the card, the test accuracy before rounding, the bytes of the weights).
@@ -34,8 +32,8 @@ def save(
     Raises:
         UsageError: the name is none.
         UserError: a run or its images are not there, the weights take too many bytes, float16 changes
-            the accuracy too much, the model is not what its name in `models` makes, or `calibrated_by`
-            has other flags or no validation images.
+            the accuracy too much, the model is not what its name in `models` makes, or there is no such
+            temperature.
     """
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise UsageError(f"the name {name!r} must consist of lower-case letters, digits and _")
@@ -49,15 +47,15 @@ def save(
             f"the weights of {run.path} take {len(contents):,} bytes, more than "
             f"{pretrained.LARGEST:,}, which everybody who installs the package would get"
         )
-    temperature = _temperature(run, calibrated_by) if calibrated_by else None
+    divisor = calibration.find(temperature, run)["temperature"] if temperature else None
     # As it will be loaded.
     small = models.build(flags["model"], shape, len(config["class_names"])).deployable
     try:
         pretrained.assign(small, tensors.unpack(contents, pretrained.rounded(small)))
     except ValueError:
         raise UserError(f"{run.model} is not what --model={flags['model']} makes now") from None
-    if temperature:
-        small = calibration.scaled(small, temperature)
+    if divisor:
+        small = calibration.scaled(small, divisor)
     split = evaluation.load_data(run, "test").test
     probabilities = evaluation.predict(small, split)
     before = _accuracy(evaluation.predict(model, split), split)
@@ -76,7 +74,7 @@ def save(
         recipe=flags.get("recipe"),
         accuracy=after,
         count=len(split),
-        temperature=temperature,
+        temperature=divisor,
         calibration_error=figures["expected_calibration_error"],
         limits=limits,
         licence=licence,
@@ -88,20 +86,6 @@ def save(
     # The card last: without it the network is not there.
     write_json(pretrained.DIRECTORY / f"{name}{pretrained.CARD}", dataclasses.asdict(card))
     return card, before, len(contents)
-
-
-def _temperature(run: Run, other: Run) -> float:
-    """What fits the other run's validation images."""
-    mine, theirs = (each.read_config()["flags"] for each in (run, other))
-    free = {*NOT_COMPARED, "seed", "val_fraction"}
-    for flag in sorted((mine.keys() | theirs.keys()) - free):
-        if mine.get(flag) != theirs.get(flag):
-            raise UserError(
-                f"{other.path} was trained with --{flag}={theirs.get(flag)} and {run.path} with "
-                f"{mine.get(flag)}: its temperature would be another"
-            )
-    split = evaluation.load_data(other, "val").split("val")
-    return calibration.fit_model(models.load(other.model), split)["temperature"]
 
 
 def _accuracy(probabilities: np.ndarray, split: Split) -> float:
