@@ -10,6 +10,7 @@ another and writes arrays "CASE|what|name" to `DIRECTORY/STRATEGY-N.npz`, its ou
 
 import contextlib
 import dataclasses
+import faulthandler
 import functools
 import json
 import os
@@ -497,6 +498,7 @@ def start(flags: dict, names: list[str], path: pathlib.Path) -> int:
         log = os.open(path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
         for stream in (1, 2):
             os.dup2(log, stream)
+        faulthandler.enable()  # says where a signal found it
         compute(flags, names, path)
         status = 0
     except BaseException:
@@ -511,13 +513,20 @@ def main(directory: str, plan: str) -> int:
     register()
     # A fork has no other thread than the one that calls for it.
     assert len(os.listdir("/proc/self/task")) == 1
-    started = [
-        start(flags, names, pathlib.Path(directory, f"{strategy}-{index}.npz"))
+    started = {
+        f"{strategy}-{index}": start(
+            flags, names, pathlib.Path(directory, f"{strategy}-{index}.npz")
+        )
         for strategy, names in json.loads(plan).items()
         for index, flags in enumerate(STRATEGIES[strategy]())
-    ]
-    statuses = [os.waitpid(child, 0)[1] for child in started]
-    return int(any(statuses))
+    }
+    failed = 0
+    for process, child in started.items():
+        # -N of a process that signal N ended.
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            print(f"{process} ended with {status}", file=sys.stderr)
+            failed = 1
+    return failed
 
 
 if __name__ == "__main__":
