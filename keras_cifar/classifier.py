@@ -402,7 +402,7 @@ class Classifier(keras.Model):
         for epoch in range(initial_epoch, epochs):
             callbacks.on_epoch_begin(epoch)
             # An endless data set goes on; one that ends is begun anew.
-            batches = iter(pieces.dataset) if batches is None or pieces.steps is None else batches
+            batches = iter(pieces) if batches is None or pieces.steps is None else batches
             first = epoch == initial_epoch
             logs = self._run(
                 run,
@@ -445,7 +445,7 @@ class Classifier(keras.Model):
         callbacks.on_test_begin()
         logs = self._run(
             self.test_function,
-            iter(pieces.dataset),
+            iter(pieces),
             pieces.steps,
             callbacks.on_test_batch_begin,
             callbacks.on_test_batch_end,

@@ -1,12 +1,14 @@
 """Where a run computes: one device, replicas on several, or workers on several machines."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -55,7 +57,7 @@ def bounds(examples: int, replicas: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Batches that are cut into the replicas' pieces.
+    """Batches that are cut into the replicas' pieces; iterate over these, not over the data set.
 
     Attributes:
         dataset: yields (images, labels) for each replica of this process; endless where `steps` is
@@ -65,6 +67,38 @@ class Pieces:
 
     dataset: tf.data.Dataset | tf.distribute.DistributedDataset
     steps: int | None
+
+    def __iter__(self) -> Iterator:
+        iterator = iter(self.dataset)
+        _stop_reading_first(iterator)
+        return iterator
+
+
+def _stop_reading_first(iterator: Iterator) -> None:
+    """Has the thread that reads ahead for replicas end before what it reads is freed.
+
+    TensorFlow frees the data set first where no optimization has rewritten it, as `pipeline` has it:
+    a thread that was just then computing a batch reads freed memory, and the process dies (SIGSEGV).
+    To be initialized again, with no data, is the one way to end the thread by itself.
+    """
+    # This is private: a TensorFlow that has changed it ends its threads by itself.
+    try:
+        for worker in getattr(iterator, "_iterators", ()):
+            reader = worker._iterator._multi_device_iterator_resource
+            # Called when Python is about to free the iterator, and still has it.
+            weakref.finalize(worker, _stop_reading, reader, worker._dataset.take(0))
+    except AttributeError:
+        pass
+
+
+def _stop_reading(reader: tf.Tensor, nothing: tf.data.Dataset) -> None:
+    # Python may be anywhere when it frees the iterator: tracing a function, on another device.
+    with contextlib.suppress(tf.errors.OpError), tf.init_scope(), tf.device(reader.device):
+        tf.raw_ops.MultiDeviceIteratorInit(
+            dataset=tf.data.experimental.to_variant(nothing),
+            multi_device_iterator=reader,
+            max_buffer_size=1,
+        )
 
 
 def pieces(

@@ -48,7 +48,7 @@ class Recorder(keras.callbacks.Callback):
         self._norm = math.nan
         plan.learning_rate.factor.assign(ROLLBACK_FACTOR**position.rollbacks)
         batches = plan.batches(start_step=len(self.history) * plan.config.calibration_batches)
-        self._calibration = iter(batches.dataset)
+        self._calibration = iter(batches)
         self._validation = plan.validation()
         self._saved_at = time.perf_counter()
         self._scalars = None

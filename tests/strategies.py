@@ -180,7 +180,7 @@ def train(run: Run, config: TrainConfig, devices: distribution.Devices) -> dict:
     if not run.deployed:
         return found
     with model.averaged():
-        model.recalibrate(iter(plan.batches(3).dataset), config.calibration_batches)
+        model.recalibrate(iter(plan.batches(3)), config.calibration_batches)
         found |= copied("deployed", model.weights, devices)
         found["figures|deployed"] = np.array(model.evaluate(plan.validation(), verbose=0))
     return found

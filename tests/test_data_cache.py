@@ -786,7 +786,7 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
         import keras
         from keras_cifar import pipeline
         from keras_cifar.data.cache import Cache
-        from keras_cifar.distribution import Share
+        from keras_cifar.distribution import Pieces, Share
 
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -813,7 +813,7 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
         strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
         with Peak() as peak:
             batches = pipeline.training(train, augment="", seed=0, **arguments)
-            iterator = iter(strategy.experimental_distribute_dataset(batches))
+            iterator = iter(Pieces(strategy.experimental_distribute_dataset(batches), None))
             for _ in range(156):
                 next(iterator)
         result["replicas"] = peak.most
@@ -823,7 +823,7 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
                     train, augment="", seed=0, share=Share.of(context), parts=2, **arguments
                 )
             )
-            iterator = iter(batches)
+            iterator = iter(Pieces(batches, None))
             for _ in range(2 * 156):
                 next(iterator)
         result["shares"] = peak.most

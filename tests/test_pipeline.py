@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar import augmentation, pipeline
+from keras_cifar import augmentation, distribution, pipeline
 from keras_cifar.data import Split
 from keras_cifar.data.splits import allocate
 from keras_cifar.distribution import Share, bounds
@@ -293,8 +293,8 @@ def test_replicas_of_a_strategy_get_their_pieces():
     split, strategy = numbered(11), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     arguments = (split, 3, 5, AUGMENT, 0)
     batches = iter(
-        strategy.distribute_datasets_from_function(
-            lambda context: pipeline.training(*arguments, share=Share.of(context))
+        distribution.pieces(
+            strategy, lambda share: pipeline.training(*arguments, share=share), steps=None
         )
     )
     for images, labels in take(pipeline.training(*arguments), 4):

@@ -187,3 +187,49 @@ def test_layers_can_be_called_outside_of_the_replicas(found):
     np.testing.assert_allclose(found["outside|moving_mean"], 0.1 * mean, atol=1e-6)
     np.testing.assert_allclose(y, np.where(y == 0, 0, x * 2), atol=1e-6)
     assert (y == 0).mean() == pytest.approx(0.5, abs=0.2)
+
+
+LEFT = """
+import time
+from keras_cifar import environment
+environment.import_tensorflow()
+import tensorflow as tf
+from keras_cifar import distribution, pipeline
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+computed = []
+
+
+def slow(index):
+    time.sleep(0.01)
+    computed.append(index)
+    return index
+
+
+def numbers(share):
+    dataset = tf.data.Dataset.range(1_000_000)
+    dataset = dataset.map(lambda index: tf.numpy_function(slow, [index], tf.int64))
+    # As all of the package's data sets; it is what makes TensorFlow free the data set first.
+    return pipeline._in_place(dataset)
+
+
+pieces = distribution.pieces(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), numbers, None)
+for _ in range(30):
+    iterator = iter(pieces)
+    next(iterator)
+    del iterator
+    number = len(computed)
+    time.sleep(0.03)
+    assert len(computed) == number, "the thread reads on"
+# Left to Python's end.
+iterator = iter(pieces)
+next(iterator)
+print("left in peace")
+"""
+
+
+def test_iterator_may_be_left_while_a_batch_is_computed():
+    """Without its own end the process dies of SIGSEGV within the first few."""
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "left in peace\n"), done.stderr
