@@ -46,7 +46,11 @@ def computed(directory, plan: dict) -> dict:
     # The processes are forked, so nothing may start threads before.
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env)
-    logs = "\n".join(f"{p.name}\n{p.read_text()[-3000:]}" for p in directory.glob("*.log"))
+    logs = ""
+    for path in directory.glob("*.log"):
+        # After a signal the stacks are followed by kilobytes of modules' names.
+        log = path.read_text().partition("Extension modules:")[0]
+        logs += f"\n{path.name}\n{log[-3000:]}"
     assert done.returncode == 0, done.stderr + logs
     found = {}
     for path in directory.glob("*.npz"):
