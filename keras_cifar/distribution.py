@@ -81,7 +81,7 @@ def _stop_reading_first(iterator: Iterator) -> None:
     a thread that was just then computing a batch reads freed memory, and the process dies (SIGSEGV).
     To be initialized again, with no data, is the one way to end the thread by itself.
     """
-    # This is private: a TensorFlow that has changed it ends its threads by itself.
+    # This is private. Where TensorFlow has changed it the reading goes on as ever, and a test says so.
     try:
         for worker in getattr(iterator, "_iterators", ()):
             reader = worker._iterator._multi_device_iterator_resource
