@@ -52,7 +52,7 @@ setup(
     install_requires=REQUIRES,
     package_data={
         "keras_cifar.serving": ["page.html"],
-        "keras_cifar.recipes": ["*.flags"],
+        "keras_cifar.core.recipes": ["*.flags"],
         "keras_cifar.pretrained": ["*.safetensors", "*.json"],
         "keras_cifar.reporting": ["report.html", "report.css", "report.js"],
     },

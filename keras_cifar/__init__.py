@@ -1,6 +1,6 @@
 """Train image classifiers with Keras on TensorFlow and put them into service."""
 
-from keras_cifar import environment
+from keras_cifar.core import environment
 
 __version__ = "0.1.0"
 

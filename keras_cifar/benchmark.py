@@ -18,8 +18,8 @@ import sys
 import tempfile
 import time
 
-from keras_cifar import cli, environment
-from keras_cifar.config import DTYPE_POLICIES, check, option
+from keras_cifar.core import cli, environment
+from keras_cifar.core.config import DTYPE_POLICIES, check, option
 
 WORKERS = pathlib.Path(__file__).parent / "benchmarking"
 
@@ -73,7 +73,9 @@ class BenchmarkOptions:
 
 def main(options: BenchmarkOptions) -> None:
     """Runs the command."""
-    from keras_cifar import augmentation, models, run
+    from keras_cifar import models
+    from keras_cifar.core import files
+    from keras_cifar.data import augmentation
 
     augmentation.parse(options.augment)
     network = models.build(options.model).deployable
@@ -87,7 +89,7 @@ def main(options: BenchmarkOptions) -> None:
     result = {"flags": dataclasses.asdict(options), "machine": machine()} | result
     print(f"machine   {result['machine']}")
     if options.json:
-        run.write_json(pathlib.Path(options.json), result)
+        files.write_json(pathlib.Path(options.json), result)
         print(f"figures   {options.json}")
 
 

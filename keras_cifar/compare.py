@@ -8,9 +8,9 @@ A directory of --seeds counts as one run: mean and standard deviation, and a ban
 import dataclasses
 import pathlib
 
-from keras_cifar import cli
-from keras_cifar.config import check, option
-from keras_cifar.errors import one_line
+from keras_cifar.core import cli
+from keras_cifar.core.config import check, option
+from keras_cifar.core.errors import one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class CompareOptions:
 def main(options: CompareOptions, arguments: list[str]) -> None:
     """Runs the command."""
     check(arguments, "name at least one run directory")
-    from keras_cifar import comparison
+    from keras_cifar.reporting import comparison
 
     entries = [comparison.load(path) for path in arguments]
     texts = [comparison.table(entries), comparison.differences(entries)]

@@ -6,9 +6,9 @@ python -m keras_cifar.evaluate --run RUN --disturb
 
 import dataclasses
 
-from keras_cifar import cli
-from keras_cifar.config import SPLITS, check, option
-from keras_cifar.run import Run
+from keras_cifar.core import cli
+from keras_cifar.core.config import SPLITS, check, option
+from keras_cifar.core.run_directory import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,12 @@ class EvaluateOptions:
 
 def main(options: EvaluateOptions) -> None:
     """Runs the command."""
-    from keras_cifar import evaluation, metrics, robustness
+    from keras_cifar.evaluation import evaluator, metrics, robustness
 
     run, split = Run(options.run), options.split
     source = run, split, options.data, options.data_dir, options.cache_dir
     if options.disturb:
-        model, dataset, spec = evaluation.load_run(*source)
+        model, dataset, spec = evaluator.load_run(*source)
         images = dataset.split(split)
         record = robustness.disturb(
             model, split, images, spec, run, options.disturb_seed, options.max_images
@@ -58,7 +58,7 @@ def main(options: EvaluateOptions) -> None:
         print(f"{robustness.table(record)}\n\n{split} {robustness.words(record)}")
         print(f"figures   {run.disturbances(split)}\npictures  {run.gallery(split)}")
         return
-    figures = evaluation.evaluate_run(*source)
+    figures = evaluator.evaluate_run(*source)
     print(f"{metrics.table(figures)}\n\n{split} {metrics.words(figures)}")
     print(f"figures   {run.evaluation(split)}\nanswers   {run.predictions(split)}")
     print(f"confusion {run.confusion(split)}")

@@ -9,12 +9,12 @@ import math
 import pathlib
 import sys
 
-from keras_cifar import cli
-from keras_cifar.config import check, option
-from keras_cifar.errors import UserError, check_utf8, one_line, reason
+from keras_cifar.core import cli
+from keras_cifar.core.config import check, option
+from keras_cifar.core.errors import UserError, check_utf8, one_line, reason
+from keras_cifar.core.files import read
+from keras_cifar.core.run_directory import Run
 from keras_cifar.exporters import FORMATS
-from keras_cifar.files import read
-from keras_cifar.run import Run
 
 TEMPERATURES = (
     "a number; auto, which fits it on the run's validation images; or another run with the same flags, "
@@ -59,7 +59,10 @@ def check_temperature(text: str | None) -> None:
 
 def main(options: ExportOptions) -> None:
     """Runs the command."""
-    from keras_cifar import bundle, calibration, evaluation, models, verification
+    from keras_cifar import models
+    from keras_cifar.evaluation import evaluator
+    from keras_cifar.evaluation import temperature as calibration
+    from keras_cifar.exporters import bundle, verification
 
     run = Run(options.run)
     config = run.read_config()
@@ -79,7 +82,7 @@ def main(options: ExportOptions) -> None:
     samples = None
     try:
         split = "val" if "val" in config["splits"] else "test"
-        samples = verification.of_dataset(evaluation.load_data(run, split), config["flags"]["data"])
+        samples = verification.of_dataset(evaluator.load_data(run, split), config["flags"]["data"])
     except UserError as error:
         if exporter.NEEDS_IMAGES:
             raise
@@ -103,10 +106,10 @@ def read_labels(path: str, count: int) -> tuple[str, ...]:
         UserError: the file cannot be read, or has another number of names than there are classes.
     """
     from keras_cifar.data.splits import check_class_name
-    from keras_cifar.predictor import LARGEST_LABELS
+    from keras_cifar.inference.predictor import MAX_LABELS
 
     try:
-        names = tuple(read(pathlib.Path(path).expanduser(), LARGEST_LABELS).decode().splitlines())
+        names = tuple(read(pathlib.Path(path).expanduser(), MAX_LABELS).decode().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels={path} cannot be read: {reason(error)}") from None
     if len(names) != count:

@@ -19,10 +19,11 @@ import threading
 import time
 import typing
 
-from keras_cifar import cli, environment, train
-from keras_cifar.config import TrainConfig, check, option
-from keras_cifar.errors import UsageError, UserError
-from keras_cifar.group import PORTS
+from keras_cifar import train
+from keras_cifar.core import cli, environment
+from keras_cifar.core.config import TrainConfig, check, option
+from keras_cifar.core.errors import UsageError, UserError
+from keras_cifar.distributed.rendezvous import PORTS
 
 GRACE = 10.0  # seconds that workers have to end after SIGTERM
 OUTPUT_WAIT = 5.0  # seconds that the last output of ended workers has to be written

@@ -17,10 +17,12 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
-from keras_cifar import cli, environment, pretrained
-from keras_cifar.config import BATCH_SIZE, check, option
-from keras_cifar.errors import UserError, one_line, reason
-from keras_cifar.run import Run, replacing, to_json
+from keras_cifar import pretrained
+from keras_cifar.core import cli, environment
+from keras_cifar.core.config import BATCH_SIZE, check, option
+from keras_cifar.core.errors import UserError, one_line, reason
+from keras_cifar.core.files import replacing, to_json
+from keras_cifar.core.run_directory import Run
 
 AHEAD = 1  # batches that are decoded while one is classified
 THREADS = min(32, os.cpu_count() or 1)  # that decode
@@ -112,10 +114,10 @@ def _predictor(options: PredictOptions):
 
         return PretrainedPredictor(options.model.removeprefix(pretrained.PREFIX))
     if options.model.startswith(URLS):
-        from keras_cifar.remote import RemotePredictor
+        from keras_cifar.inference.remote import RemotePredictor
 
         return RemotePredictor(options.model, options.timeout, options.labels)
-    from keras_cifar.predictor import Predictor
+    from keras_cifar.inference.predictor import Predictor
 
     return Predictor(options.model)
 
@@ -126,7 +128,8 @@ def _explainer(options: PredictOptions, predictor) -> Callable[[list, list[dict]
     Raises:
         UserError: --model is no run with a model.keras, or that is of other images or classes.
     """
-    from keras_cifar import explanation, models
+    from keras_cifar import models
+    from keras_cifar.evaluation import grad_cam
 
     if options.model.startswith(pretrained.PREFIX):
         model, _ = pretrained.load(options.model.removeprefix(pretrained.PREFIX))
@@ -141,7 +144,7 @@ def _explainer(options: PredictOptions, predictor) -> Callable[[list, list[dict]
         shapes = (model.input_shape[1:3], model.output_shape[1])
         if shapes != (tuple(predictor.size), len(predictor.class_names)):
             raise UserError(f"{path} and {predictor.path} are of different images or classes")
-    grad_cam = explanation.GradCam(model)
+    grad_cam = grad_cam.GradCam(model)
     folder = pathlib.Path(options.explain).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -154,9 +157,9 @@ def _explainer(options: PredictOptions, predictor) -> Callable[[list, list[dict]
             return
         images = np.stack([batch[i][1] for i in good])
         heat = grad_cam.heat(images, np.array([rows[i]["top"][0]["index"] for i in good]))
-        overlays = explanation.enlarge(explanation.overlay(images, heat), OVERLAY_SIDE)
+        overlays = grad_cam.enlarge(grad_cam.overlay(images, heat), OVERLAY_SIDE)
         for i, pixels in zip(good, overlays, strict=True):
-            name = explanation.file_name(first + i, batch[i][0])
+            name = grad_cam.file_name(first + i, batch[i][0])
             with replacing(folder / name) as temporary:
                 Image.fromarray(pixels).save(temporary)
 
@@ -196,7 +199,7 @@ def find_files(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
 
 def _pictures(folder: str) -> list[tuple[str, str | None]]:
     """(file, None) of each picture below a folder, and (folder, reason) of those that are locked."""
-    from keras_cifar import image
+    from keras_cifar.data import images as image
 
     found = []
 
@@ -248,7 +251,7 @@ def _read(left: collections.deque, done: list, size: tuple[int, int]) -> None:
 
     Several threads do so at once; each takes what comes next.
     """
-    from keras_cifar import image
+    from keras_cifar.data import images as image
 
     while left:
         try:

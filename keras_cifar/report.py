@@ -7,9 +7,9 @@ python -m keras_cifar.report RUN RUN ... --out compared.html
 import dataclasses
 import pathlib
 
-from keras_cifar import cli
-from keras_cifar.config import check, option
-from keras_cifar.run import Run
+from keras_cifar.core import cli
+from keras_cifar.core.config import check, option
+from keras_cifar.core.run_directory import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +21,12 @@ class ReportOptions:
 
 def main(options: ReportOptions, arguments: list[str]) -> None:
     """Runs the command."""
-    from keras_cifar import gallery
-    from keras_cifar.reporting import page, record
+    from keras_cifar.reporting import gallery, page, record
 
     check(arguments, "name at least one run directory")
     check(
-        len(arguments) <= page.MOST_RUNS,
-        f"{len(arguments)} runs are too many for one report; name at most {page.MOST_RUNS}",
+        len(arguments) <= page.MAX_RUNS,
+        f"{len(arguments)} runs are too many for one report; name at most {page.MAX_RUNS}",
     )
     runs = [Run(argument) for argument in arguments]
     records = record.load_all(runs)

@@ -14,9 +14,9 @@ import re
 import signal
 import socket
 
-from keras_cifar import cli
-from keras_cifar.config import BATCH_SIZE, check, option
-from keras_cifar.errors import StoppedError, UserError, reason
+from keras_cifar.core import cli
+from keras_cifar.core.config import BATCH_SIZE, check, option
+from keras_cifar.core.errors import StoppedError, UserError, reason
 
 # Seconds that requests in flight have after the signal to stop: below the 30 s that Kubernetes and
 # more than the 10 s that Docker waits before it kills.

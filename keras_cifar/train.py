@@ -6,9 +6,9 @@ python -m keras_cifar.train --model resnet32 --data cifar10 --epochs 10
 import re
 import time
 
-from keras_cifar import cli, environment, recipes
-from keras_cifar.config import TrainConfig
-from keras_cifar.run import Run
+from keras_cifar.core import cli, environment, recipes
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.run_directory import Run
 
 
 def main(config: TrainConfig) -> None:
@@ -20,7 +20,8 @@ def main(config: TrainConfig) -> None:
     if config.list_models:
         print(list_models())
         return
-    from keras_cifar import planning, trainer
+    from keras_cifar.training import plan as planning
+    from keras_cifar.training import trainer
 
     if config.dry_run:
         print(planning.estimate(config))
@@ -55,7 +56,7 @@ def main(config: TrainConfig) -> None:
 
 def train_seeds(config: TrainConfig, run: Run) -> None:
     """Trains with several seeds and says what came of it."""
-    from keras_cifar import seeds
+    from keras_cifar.training import seeds
 
     summary = seeds.train(config, run)
     spread = "" if summary["std"] is None else f", standard deviation {summary['std']:.4f}"

@@ -25,7 +25,7 @@ python - "$run/pictures" <<'END'
 import pathlib
 import sys
 
-from keras_cifar import environment
+from keras_cifar.core import environment
 
 environment.import_tensorflow()
 from PIL import Image

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cifar import environment
+from keras_cifar.core import environment
 
 environment.import_tensorflow()
 
@@ -74,9 +74,9 @@ def image_folder(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory, image_folder):
     """A finished run of lenet5 on `image_folder`, with its export."""
-    from keras_cifar import trainer
-    from keras_cifar.config import TrainConfig
-    from keras_cifar.run import Run
+    from keras_cifar.core.config import TrainConfig
+    from keras_cifar.core.run_directory import Run
+    from keras_cifar.training import trainer
 
     run = Run(tmp_path_factory.mktemp("runs") / "run")
     config = TrainConfig(
@@ -96,7 +96,7 @@ def served_run(trained_run):
     """A server of `trained_run`, in a process of its own."""
     for package in ("starlette", "uvicorn", "prometheus_client"):
         pytest.importorskip(package, reason="the extra `serve` is not installed")
-    from tests.server import serving
+    from tests.serving.server import serving
 
     with serving(trained_run.path) as server:
         yield server

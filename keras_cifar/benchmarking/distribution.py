@@ -86,7 +86,7 @@ def measure(options, env: dict[str, str], say: Callable[[str], None]) -> dict[st
     All have as many threads in total. A round is a run of each; its figure is the median of its
     epochs but the first.
     """
-    train = ["--epochs", str(EPOCHS), "--val_fraction=0", "--calibration_batches=0", "--noexport"]
+    train = ["--epochs", str(EPOCHS), "--val_fraction=0", "--precise_bn_batches=0", "--noexport"]
     for name in ("model", "data", "augment", "batch_size", "dtype_policy"):
         train += [f"--{name}={getattr(options, name)}"]
     train += [f"--steps_per_epoch={options.steps}"]

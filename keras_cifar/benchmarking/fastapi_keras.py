@@ -14,7 +14,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from keras_cifar import environment
+from keras_cifar.core import environment
 
 environment.import_tensorflow()
 

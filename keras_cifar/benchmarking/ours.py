@@ -5,8 +5,8 @@ import pathlib
 import tempfile
 import time
 
-from keras_cifar import environment
 from keras_cifar.benchmarking.turns import Turns
+from keras_cifar.core import environment
 
 environment.import_tensorflow()
 
@@ -14,12 +14,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar import data, models, optimizers, pipeline, planning, trainer
-from keras_cifar.config import TrainConfig
+from keras_cifar import data, models
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.run_directory import Run
+from keras_cifar.data import batches as pipeline
 from keras_cifar.data.splits import allocate
 from keras_cifar.exporters import saved_model
-from keras_cifar.predictor import Predictor
-from keras_cifar.run import Run
+from keras_cifar.inference.predictor import Predictor
+from keras_cifar.training import optimizers, trainer
+from keras_cifar.training import plan as planning
 
 SHAPE = (32, 32, 3)
 CLASSES = 10

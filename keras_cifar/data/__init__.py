@@ -9,11 +9,13 @@ import importlib
 import pkgutil
 import sys
 
+from keras_cifar.core.errors import UsageError, one_line, unknown
 from keras_cifar.data.cache import Cache
 from keras_cifar.data.splits import BadImages, Dataset, Split, Splits, finish
-from keras_cifar.errors import UsageError, one_line, unknown
 
 __all__ = ["BadImages", "Dataset", "Split", "Splits", "load"]
+
+NO_SOURCES = {"augmentation", "batches", "cache", "images", "splits", "tfds"}
 
 SHOWN = 3  # of the pictures that were skipped
 
@@ -45,7 +47,7 @@ def load(
         UserError: the data cannot be had, or is damaged; the message names the file.
     """
     name, colon, argument = spec.partition(":")
-    sources = {m.name for m in pkgutil.iter_modules(__path__)} - {"cache", "splits", "tfds"}
+    sources = {m.name for m in pkgutil.iter_modules(__path__)} - NO_SOURCES
     if not spec or (colon and name not in sources):
         raise unknown("data source", spec, {"folder:PATH", "archive:PATH", "digits", "a TFDS name"})
     if name in sources and (bool(argument) != (name != "digits") or spec == "digits:"):

@@ -19,27 +19,27 @@ from typing import BinaryIO
 
 import numpy as np
 
-from keras_cifar import image
+from keras_cifar.core.errors import UserError, reason
+from keras_cifar.core.files import open_file
+from keras_cifar.data import images as image
 from keras_cifar.data.cache import Cache
 from keras_cifar.data.splits import BadImages, Split, Splits, allocate
-from keras_cifar.errors import UserError, reason
-from keras_cifar.files import open_file
 
 PIXELS = 32 * 32 * 3  # bytes of an image: all red, then all green, then all blue, row by row
 
 # Bytes of a member and of all that an archive holds, unpacked. The largest member is CIFAR-100's train
 # at 155 MB, the largest archive CIFAR-10's at 186 MB.
-LARGEST_MEMBER = 200_000_000
-LARGEST_ARCHIVE = 500_000_000
+MAX_MEMBER = 200_000_000
+MAX_ARCHIVE = 500_000_000
 
 # Members of an archive; the official ones have up to 9.
-MOST_MEMBERS = 1000
+MAX_MEMBERS = 1000
 
 # Operations in a pickle: 4 to 9 for each image of CIFAR-100's train, which has 50,000, as written by
 # Python 2 and by Python 3. Each takes up to some 100 bytes of memory. And tuples among them, of which a
 # batch has a handful: hashing a tuple in a tuple ... takes C's stack.
-MOST_OPERATIONS = 1_000_000
-MOST_TUPLES = 100
+MAX_OPERATIONS = 1_000_000
+MAX_TUPLES = 100
 TOO_MUCH = "it asks for more memory than a CIFAR file does"
 
 
@@ -122,7 +122,7 @@ def _folder_members(path: pathlib.Path) -> dict[str, bytes]:
         names = _WANTED & {p.name for p in folder.iterdir() if p.is_file()}
         if any({*layout.train, layout.test} & names for layout in LAYOUTS):
             for name in names:
-                if (folder / name).stat().st_size > LARGEST_MEMBER:
+                if (folder / name).stat().st_size > MAX_MEMBER:
                     raise UserError(f"{folder / name} is too large for a CIFAR file")
             return {name: (folder / name).read_bytes() for name in names}
     return {}
@@ -139,17 +139,17 @@ class _Bounded:
         self.tell = file.tell
 
     def read(self, size: int) -> bytes:
-        self._check(size <= LARGEST_MEMBER and self.tell() + size <= LARGEST_ARCHIVE)
+        self._check(size <= MAX_MEMBER and self.tell() + size <= MAX_ARCHIVE)
         return self._file.read(size)
 
     def seek(self, position: int) -> int:
-        self._check(position <= LARGEST_ARCHIVE)
+        self._check(position <= MAX_ARCHIVE)
         return self._file.seek(position)
 
     @staticmethod
     def _check(condition: bool) -> None:
         if not condition:
-            raise tarfile.ReadError(f"it unpacks to more than {LARGEST_ARCHIVE:,} bytes")
+            raise tarfile.ReadError(f"it unpacks to more than {MAX_ARCHIVE:,} bytes")
 
 
 @contextlib.contextmanager
@@ -179,8 +179,8 @@ def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
             for number, member in enumerate(tar):
                 where = pathlib.PurePosixPath(member.name)
                 name = where.name
-                if number >= MOST_MEMBERS:
-                    raise UserError(f"{path} has more than {MOST_MEMBERS} members; none was used")
+                if number >= MAX_MEMBERS:
+                    raise UserError(f"{path} has more than {MAX_MEMBERS} members; none was used")
                 if where.is_absolute() or ".." in where.parts:
                     raise UserError(
                         f"{path}: the member {member.name!r} would be written outside of the folder; "
@@ -191,7 +191,7 @@ def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
                         f"{path}: the member {member.name!r} is a link or a device; no CIFAR archive "
                         "has one, nothing was read from it"
                     )
-                if member.size > LARGEST_MEMBER:
+                if member.size > MAX_MEMBER:
                     raise UserError(f"{path}: {name} is too large for a CIFAR file")
                 if not member.isfile() or name not in _WANTED:
                     continue
@@ -378,7 +378,7 @@ class _Unpickler(pickle.Unpickler):
         if encoding != "latin1":
             raise pickle.UnpicklingError("it names an encoding that no CIFAR file does")
         self._encoded += len(text)  # A text can be named again and again.
-        if self._encoded > LARGEST_MEMBER:
+        if self._encoded > MAX_MEMBER:
             raise pickle.UnpicklingError(TOO_MUCH)
         return text.encode("latin1")
 
@@ -422,7 +422,7 @@ def _check_operations(contents: bytes) -> None:
         last = last if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE") else name
         # The places of a memo are allocated up to the highest.
         place = argument if name.endswith("BINPUT") else 0
-        if max(number, place) > MOST_OPERATIONS or tuples > MOST_TUPLES:
+        if max(number, place) > MAX_OPERATIONS or tuples > MAX_TUPLES:
             raise pickle.UnpicklingError(TOO_MUCH)
 
 

@@ -25,10 +25,10 @@ import PIL
 import tensorflow as tf
 import tqdm
 
-from keras_cifar import image
+from keras_cifar.core.errors import UserError, reason
+from keras_cifar.core.files import sync
+from keras_cifar.data import images as image
 from keras_cifar.data.splits import Split, pixel_digests
-from keras_cifar.errors import UserError, reason
-from keras_cifar.run import sync
 
 # Of the files of an entry. What decodes is part of the name too, so that no entry outlives it.
 LAYOUT = 2
@@ -54,17 +54,17 @@ class Cache:
         self._given = directory
         self._places = [pathlib.Path(directory).expanduser()] if directory else default_places()
 
-    def find(self, made_of: dict) -> Split | None:
+    def find(self, cache_key: dict) -> Split | None:
         """The entry of that description; None where there is none, or a damaged one."""
         for place in self._places:
-            split = _open(place / _name(made_of))
+            split = _open(place / _name(cache_key))
             if split is not None:
                 return split
         return None
 
     def make(
         self,
-        made_of: dict,
+        cache_key: dict,
         shape: tuple[int, int, int, int],
         what: str,
         fill: Callable[[Write], np.ndarray],
@@ -73,7 +73,7 @@ class Cache:
         """Makes an entry, unless another process does so at the same time, and opens it.
 
         Args:
-            made_of: all that decides the pixels and labels, for JSON; "source" names the kind.
+            cache_key: all that decides the pixels and labels, for JSON; "source" names the kind.
             shape: (N, H, W, 3).
             what: the split, for messages.
             fill: writes all images and returns the labels, int64 [N].
@@ -85,7 +85,7 @@ class Cache:
         """
         if not shape[0]:
             return Split(np.empty(shape, np.uint8), np.empty(0, np.int64))
-        name, place = _name(made_of), self._writable
+        name, place = _name(cache_key), self._writable
         with _lock(place / f"{name}.lock", what) as locked:
             split = locked and _open(place / name)
             if split:
@@ -96,7 +96,7 @@ class Cache:
             temporary = place / f"{name}.building-{secrets.token_hex(8)}"
             try:
                 temporary.mkdir()
-                _write(temporary, made_of, shape, what, fill, unusable)
+                _write(temporary, cache_key, shape, what, fill, unusable)
                 _install(temporary, place / name)
             except OSError as error:
                 raise UserError(
@@ -145,9 +145,9 @@ def default_places() -> list[pathlib.Path]:
     return [*places, pathlib.Path(tempfile.gettempdir(), f"keras_cifar-{os.getuid()}")]
 
 
-def _name(made_of: dict) -> str:
-    text = json.dumps({"made_of": made_of, "decoder": DECODER}, sort_keys=True)
-    return f"{made_of['source']}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+def _name(cache_key: dict) -> str:
+    text = json.dumps({"cache_key": cache_key, "decoder": DECODER}, sort_keys=True)
+    return f"{cache_key['source']}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 # ---- Reading
@@ -185,7 +185,7 @@ def _open(path: pathlib.Path) -> Split | None:
 
 def _write(
     path: pathlib.Path,
-    made_of: dict,
+    cache_key: dict,
     shape: tuple,
     what: str,
     fill: Callable,
@@ -219,7 +219,7 @@ def _write(
     np.save(path / "digests.npy", digests)
     about = {
         "what": what,
-        "made_of": made_of,
+        "cache_key": cache_key,
         "decoder": DECODER,
         "shape": shape,
         "unusable": sorted(unusable.items()),

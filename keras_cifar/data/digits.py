@@ -4,7 +4,7 @@
 
 import numpy as np
 
-from keras_cifar import image
+from keras_cifar.data import images as image
 from keras_cifar.data.cache import Cache
 from keras_cifar.data.splits import BadImages, Split, Splits, hold_out
 

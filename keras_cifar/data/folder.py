@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 import tqdm
 
-from keras_cifar import files, image
+from keras_cifar.core import files
+from keras_cifar.core.errors import UserError, check_directory, reason
+from keras_cifar.data import images as image
 from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
 from keras_cifar.data.splits import BadImages, Skipped, Split, Splits, check_class_name
-from keras_cifar.errors import UserError, check_directory, reason
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 TEST_SHARE = 10  # one file in so many, where there is no test folder
@@ -193,7 +194,7 @@ def _read(
     contents = hashlib.sha256()
     for label, path, digest in zip(labels, paths, digests, strict=True):
         contents.update(b"%d/%s/%s" % (label, os.fsencode(_relative(path)), digest))
-    made_of = {
+    cache_key = {
         "source": "folder",
         "contents": contents.hexdigest(),
         "image_size": size if given else None,
@@ -204,10 +205,10 @@ def _read(
         _decode(paths, digests, shape, given, workers, write, unusable)
         return np.array(labels, np.int64)
 
-    split = cache.find(made_of)
+    split = cache.find(cache_key)
     if split is None:
         shape = (len(paths), *(size or _first_size(paths, digests, unusable)), 3)
-        split = cache.make(made_of, shape, what, fill, unusable.found)
+        split = cache.make(cache_key, shape, what, fill, unusable.found)
     if size and split.image_shape[:2] != size:  # It was made beside another train.
         raise _other_size(paths[0], split.image_shape, size)
     if not split.unusable:
@@ -269,7 +270,7 @@ def _announce(paths: list[str]) -> None:
 def _contents(path: str) -> bytes:
     """All bytes of a file, or an ImageError."""
     try:
-        return files.read(path, image.LARGEST_FILE)
+        return files.read(path, image.MAX_FILE)
     except OSError as error:
         raise image.ImageError(reason(error)) from None
 

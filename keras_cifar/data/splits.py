@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import psutil
 
-from keras_cifar.errors import UserError
+from keras_cifar.core.errors import UserError
 
 ALIGNMENT = 64  # bytes, of TensorFlow's tensors
 

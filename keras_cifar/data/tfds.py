@@ -14,15 +14,15 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar import image
+from keras_cifar.core.errors import UsageError, UserError, reason
+from keras_cifar.core.files import read
+from keras_cifar.data import images as image
 from keras_cifar.data.cache import Cache, in_block
 from keras_cifar.data.splits import BadImages, Split, Splits, hold_out
-from keras_cifar.errors import UsageError, UserError, reason
-from keras_cifar.files import read
 
 CONNECT_TIMEOUT = 10  # seconds; TFDS itself tries again for more than 3 minutes
 ENDS = 2**16  # bytes at the beginning and at the end of a file
-LARGEST_FEATURES = 2**24  # bytes of features.json, which has a few hundred
+MAX_FEATURES = 2**24  # bytes of features.json, which has a few hundred
 TEST_FRACTION = 0.1  # held out of train where a data set has neither test nor validation
 
 OTHER_WAYS = (
@@ -99,7 +99,7 @@ def _check_features(data_dir: str, name: str) -> None:
     folder = pathlib.Path(data_dir).expanduser() / name.partition("/")[0]
     for path in sorted(folder.glob("**/features.json")):
         try:
-            for module in _modules(json.loads(read(path, LARGEST_FEATURES))):
+            for module in _modules(json.loads(read(path, MAX_FEATURES))):
                 if not module.startswith("tensorflow_datasets."):
                     raise ValueError(f"it names {module!r}, which is none of TFDS's features")
         except Exception as error:  # A damaged file can raise almost anything.
@@ -153,14 +153,14 @@ def _check_connection(builder) -> None:
 def _read(builder, split: str, size: tuple[int, int], where: str, cache: Cache) -> Split:
     """The images of a split, decoded unless `cache` has them."""
     info = builder.info.splits[split]
-    made_of = {
+    cache_key = {
         "source": "tfds",
         "name": builder.info.full_name,
         "split": split,
         "files": _files(info),
         "image_size": size,
     }
-    found = cache.find(made_of)
+    found = cache.find(cache_key)
     if found is not None:
         return found
 
@@ -186,7 +186,7 @@ def _read(builder, split: str, size: tuple[int, int], where: str, cache: Cache) 
             )
         return labels
 
-    return cache.make(made_of, (info.num_examples, *size, 3), where, fill)
+    return cache.make(cache_key, (info.num_examples, *size, 3), where, fill)
 
 
 def _files(info) -> str:

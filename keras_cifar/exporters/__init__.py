@@ -12,9 +12,11 @@ makes the network that is exported out of the one that was trained.
 import importlib
 import pkgutil
 
-from keras_cifar.errors import UserError
+from keras_cifar.core.errors import UserError
 
-FORMATS = tuple(sorted({m.name for m in pkgutil.iter_modules(__path__)} - {"folding"}))
+FORMATS = tuple(
+    sorted({m.name for m in pkgutil.iter_modules(__path__)} - {"bundle", "folding", "verification"})
+)
 
 LABELS = "labels.txt"  # a class name a line
 

@@ -5,11 +5,10 @@ import pathlib
 import keras
 import tensorflow as tf
 
-from keras_cifar import verification
-from keras_cifar.errors import UserError
-from keras_cifar.exporters import LABELS, folding, labels_text, needed
-from keras_cifar.run import new_version
-from keras_cifar.verification import Samples
+from keras_cifar.core.errors import UserError
+from keras_cifar.core.files import new_version
+from keras_cifar.exporters import LABELS, folding, labels_text, needed, verification
+from keras_cifar.exporters.verification import Samples
 
 NEEDS_IMAGES = True
 FLOAT = "model.tflite"

@@ -4,10 +4,9 @@ import pathlib
 
 import keras
 
-from keras_cifar import verification
-from keras_cifar.exporters import LABELS, folding, labels_text, needed
-from keras_cifar.run import new_version
-from keras_cifar.verification import Samples
+from keras_cifar.core.files import new_version
+from keras_cifar.exporters import LABELS, folding, labels_text, needed, verification
+from keras_cifar.exporters.verification import Samples
 
 NEEDS_IMAGES = False
 MODEL = "model.onnx"

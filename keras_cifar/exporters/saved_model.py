@@ -6,11 +6,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar import bundle, image, verification
-from keras_cifar.errors import unwritten
-from keras_cifar.exporters import LABELS, folding, labels_text
-from keras_cifar.run import new_version
-from keras_cifar.verification import Samples
+from keras_cifar.core.errors import unwritten
+from keras_cifar.core.files import new_version
+from keras_cifar.data import images as image
+from keras_cifar.exporters import LABELS, bundle, folding, labels_text, verification
+from keras_cifar.exporters.verification import Samples
 
 NEEDS_IMAGES = False
 

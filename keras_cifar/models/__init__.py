@@ -13,11 +13,11 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from keras_cifar import layers  # noqa: F401  A saved model may have our layers.
-from keras_cifar.classifier import Classifier
+from keras_cifar.core.errors import UserError, reason, unknown
+from keras_cifar.core.files import open_file, size_of
 from keras_cifar.data import Split
-from keras_cifar.errors import UserError, reason, unknown
-from keras_cifar.files import open_file, size_of
+from keras_cifar.models import layers  # noqa: F401  A saved model may have our layers.
+from keras_cifar.models.classifier import Classifier
 
 # What is in a `.keras` file of ours, whose objects are Keras's and ours. It is refused with anything
 # else, and with the layers of Keras that hold code or read other files; Keras, in its safe mode, has
@@ -30,7 +30,7 @@ _WITH_CODE = frozenset(
         *("StringLookup", "IntegerLookup", "TextVectorization"),
     )
 )
-LARGEST_CONFIG = 2**25
+MAX_CONFIG = 2**25
 
 # Training images that `adapt` looks at: 961,000 patches of 32 x 32 images, for 12 variances.
 ADAPTED_TO = 1000
@@ -61,7 +61,7 @@ def variants() -> dict[str, Variant]:
     """Every variant by name, family after family."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
-        found |= importlib.import_module(f"{__name__}.{module.name}").VARIANTS
+        found |= getattr(importlib.import_module(f"{__name__}.{module.name}"), "VARIANTS", {})
     return found
 
 
@@ -117,8 +117,8 @@ def _check_file(path: pathlib.Path) -> None:
             raise ValueError(f"it holds other files than {', '.join(_MEMBERS)}")
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
             raise ValueError("its files are compressed, which Keras does not do")
-        if archive.getinfo("config.json").file_size > LARGEST_CONFIG:
-            raise ValueError(f"its config.json has more than {LARGEST_CONFIG:,} bytes")
+        if archive.getinfo("config.json").file_size > MAX_CONFIG:
+            raise ValueError(f"its config.json has more than {MAX_CONFIG:,} bytes")
         config = json.loads(archive.read("config.json"))
         stored = size_of(file)
     _check_objects(config)

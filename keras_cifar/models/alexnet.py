@@ -15,8 +15,7 @@ al.'s; biases are zero, not one.
 
 import keras
 
-from keras_cifar import classifier, layers
-from keras_cifar.models import Variant, is_small
+from keras_cifar.models import Variant, classifier, is_small, layers
 
 DROPOUT = 0.5
 

@@ -22,8 +22,7 @@ import functools
 
 import keras
 
-from keras_cifar import classifier, layers
-from keras_cifar.models import Variant, is_small
+from keras_cifar.models import Variant, classifier, is_small, layers
 
 # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection; "pool" halves the resolution.
 BLOCKS = {

@@ -15,8 +15,7 @@ convolution then sees what two poolings leave, in the paper 5 x 5.
 
 import keras
 
-from keras_cifar import classifier
-from keras_cifar.models import Variant
+from keras_cifar.models import Variant, classifier
 
 
 def lenet5(

@@ -15,8 +15,7 @@ from 8 pixels; larger ones only grow the maps.
 
 import keras
 
-from keras_cifar import classifier, layers
-from keras_cifar.models import Variant
+from keras_cifar.models import Variant, classifier, layers
 
 DROPOUT = 0.5
 

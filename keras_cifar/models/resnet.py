@@ -20,8 +20,7 @@ import functools
 
 import keras
 
-from keras_cifar import classifier, layers
-from keras_cifar.models import Variant, is_small
+from keras_cifar.models import Variant, classifier, is_small, layers
 from keras_cifar.models.resnet_cifar import basic_block
 
 WIDTHS = (64, 128, 256, 512)

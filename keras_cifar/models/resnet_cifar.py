@@ -21,8 +21,7 @@ import functools
 
 import keras
 
-from keras_cifar import classifier, layers
-from keras_cifar.models import Variant
+from keras_cifar.models import Variant, classifier, layers
 
 WIDTHS = (16, 32, 64)
 

@@ -25,8 +25,7 @@ import functools
 
 import keras
 
-from keras_cifar import classifier, layers
-from keras_cifar.models import Variant
+from keras_cifar.models import Variant, classifier, layers
 
 WIDTHS = (64, 128, 256, 512, 512)
 GROUPS = {

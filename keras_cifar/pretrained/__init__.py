@@ -10,8 +10,8 @@ import json
 import pathlib
 import typing
 
-from keras_cifar.errors import UsageError, UserError, reason
-from keras_cifar.files import read
+from keras_cifar.core.errors import UsageError, UserError, reason
+from keras_cifar.core.files import read
 
 if typing.TYPE_CHECKING:
     import keras
@@ -117,7 +117,9 @@ def load(name: str) -> tuple["keras.Model", Card]:
         UserError: a file of it is damaged.
     """
     mine = card(name)
-    from keras_cifar import calibration, models, tensors
+    from keras_cifar import models
+    from keras_cifar.core import tensors
+    from keras_cifar.evaluation import temperature as calibration
 
     model = models.build(mine.model, mine.image_shape, len(mine.class_names)).deployable
     path = DIRECTORY / f"{name}{WEIGHTS}"

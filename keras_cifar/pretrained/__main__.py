@@ -8,10 +8,11 @@ The weights are rounded to float16, which must not change the test accuracy by 0
 
 import dataclasses
 
-from keras_cifar import cli, pretrained
-from keras_cifar.config import check, option
+from keras_cifar import pretrained
+from keras_cifar.core import cli
+from keras_cifar.core.config import check, option
+from keras_cifar.core.run_directory import Run
 from keras_cifar.export import TEMPERATURES, check_temperature
-from keras_cifar.run import Run
 
 
 @dataclasses.dataclass(frozen=True)

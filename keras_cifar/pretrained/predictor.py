@@ -2,7 +2,7 @@
 
 from keras_cifar import pretrained
 from keras_cifar.exporters import saved_model
-from keras_cifar.predictor import Predictor
+from keras_cifar.inference.predictor import Predictor
 
 
 class PretrainedPredictor(Predictor):

@@ -6,11 +6,15 @@ import re
 import numpy as np
 
 import keras_cifar
-from keras_cifar import calibration, evaluation, metrics, models, pretrained, tensors
+from keras_cifar import models, pretrained
+from keras_cifar.core import tensors
+from keras_cifar.core.errors import UsageError, UserError
+from keras_cifar.core.files import replacing, write_json
+from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
-from keras_cifar.errors import UsageError, UserError
+from keras_cifar.evaluation import evaluator, metrics
+from keras_cifar.evaluation import temperature as calibration
 from keras_cifar.pretrained import Card
-from keras_cifar.run import Run, replacing, write_json
 
 TOLERANCE = 0.001  # by which float16 may change the test accuracy; less than this, either way
 
@@ -56,9 +60,9 @@ def save(
         raise UserError(f"{run.model} is not what --model={flags['model']} makes now") from None
     if divisor:
         small = calibration.scaled(small, divisor)
-    split = evaluation.load_data(run, "test").test
-    probabilities = evaluation.predict(small, split)
-    before = _accuracy(evaluation.predict(model, split), split)
+    split = evaluator.load_data(run, "test").test
+    probabilities = evaluator.predict(small, split)
+    before = _accuracy(evaluator.predict(model, split), split)
     after = _accuracy(probabilities, split)
     if abs(after - before) >= TOLERANCE:
         raise UserError(

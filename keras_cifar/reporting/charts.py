@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 10, 12, 40  # around the axes
 
 # Of a confusion matrix: colours that are told apart, and classes above which names are left out.
 SHADES = 16
-MOST_NAMED = 120
+MAX_NAMED = 120
 
 
 class _Axes:
@@ -119,7 +119,7 @@ def matrix(title: str, shares: np.ndarray, names: Sequence[str]) -> Markup:
     Cells of one shade are one path, so that 100 x 100 of them take 100 KB and not a megabyte.
     """
     count, cell = len(names), 9
-    labelled = count <= MOST_NAMED
+    labelled = count <= MAX_NAMED
     longest = max(map(len, names)) if labelled else 0
     margin = 20 + min(longest, 20) * 4.8
     side = count * cell

@@ -11,16 +11,16 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from keras_cifar.config import TrainConfig
-from keras_cifar.errors import one_line
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import one_line
+from keras_cifar.core.files import replacing
 from keras_cifar.reporting import charts
 from keras_cifar.reporting.record import SCALARS, Record
-from keras_cifar.run import replacing
 
 NONE = "\N{EN DASH}"  # what is shown where there is no figure
-MOST_RUNS = 8  # whose lines are told apart
-MOST_NUMBERED = 20  # classes of which a confusion matrix is a table of numbers
-MOST_DRAWN = 1000  # classes of which it is drawn; a browser takes long for more
+MAX_RUNS = 8  # whose lines are told apart
+MAX_NUMBERED = 20  # classes of which a confusion matrix is a table of numbers
+MAX_DRAWN = 1000  # classes of which it is drawn; a browser takes long for more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,12 +174,12 @@ def _confusion(record: Record) -> dict:
     counts = np.array(record.figures["confusion"], np.int64)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     rows, drawing = [], None
-    if len(names) <= MOST_NUMBERED:
+    if len(names) <= MAX_NUMBERED:
         rows = [
             (name, list(zip(counts[i].tolist(), shares[i].tolist(), strict=True)))
             for i, name in enumerate(names)
         ]
-    elif len(names) <= MOST_DRAWN:
+    elif len(names) <= MAX_DRAWN:
         words = f"Confusion matrix of {len(names)} classes; the pairs that are confused most follow"
         drawing = charts.matrix(words, shares, names)
     return {"names": names, "rows": rows, "drawing": drawing}

@@ -9,12 +9,12 @@ import shlex
 
 import numpy as np
 
-from keras_cifar.config import SPLITS, TrainConfig
-from keras_cifar.errors import UserError, one_line, reason
-from keras_cifar.files import read
-from keras_cifar.run import Run
+from keras_cifar.core.config import SPLITS, TrainConfig
+from keras_cifar.core.errors import UserError, one_line, reason
+from keras_cifar.core.files import read
+from keras_cifar.core.run_directory import Run
 
-LARGEST_FILE = 2**30  # bytes; the predictions of ImageNet's 50,000 images take 200 MB
+MAX_FILE = 2**30  # bytes; the predictions of ImageNet's 50,000 images take 200 MB
 
 # Flags that say where things are and not what is computed; another machine has other places.
 PLACES = ("run_dir", "dry_run", "list_models", "cache_dir", "workers", "worker_index")
@@ -150,7 +150,7 @@ def _read(path: pathlib.Path, parse):
     if not path.exists():
         return None
     try:
-        return parse(read(path, LARGEST_FILE))
+        return parse(read(path, MAX_FILE))
     except Exception as error:  # Damage shows as anything.
         raise UserError(f"{path} is damaged: {reason(error)}") from None
 

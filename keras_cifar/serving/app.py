@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from keras_cifar.errors import one_line, reason
+from keras_cifar.core.errors import one_line, reason
 from keras_cifar.serving import rest
 from keras_cifar.serving.batching import Batcher
 from keras_cifar.serving.servable import Versions
@@ -27,7 +27,7 @@ from keras_cifar.serving.servable import Versions
 PAGE = pathlib.Path(__file__).parent / "page.html"
 
 # Requests that are answered at a time; each may hold a body of the largest size.
-MOST_REQUESTS = 256
+MAX_REQUESTS = 256
 
 # How long the rest of a body that is too large may come.
 DISCARD_SECONDS = 2
@@ -123,7 +123,7 @@ class App:
         start, kind = time.perf_counter(), "other"
         self._open += 1
         try:
-            if self._open > MOST_REQUESTS:
+            if self._open > MAX_REQUESTS:
                 raise rest.RequestError("too many requests at a time; try again", 503)
             kind, answer = self._route(request)
             response = await answer

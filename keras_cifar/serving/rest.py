@@ -10,7 +10,7 @@ import json
 
 import numpy as np
 
-from keras_cifar.errors import reason
+from keras_cifar.core.errors import reason
 
 DEFAULT_SIGNATURE = "serving_default"
 

@@ -12,9 +12,9 @@ from google.protobuf import json_format
 from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
 
-from keras_cifar.errors import UserError, reason
-from keras_cifar.predictor import Predictor, find
-from keras_cifar.run import versions
+from keras_cifar.core.errors import UserError, reason
+from keras_cifar.core.files import versions
+from keras_cifar.inference.predictor import Predictor, find
 from keras_cifar.serving import rest
 
 # Seconds until a version that could not be loaded is tried again: TensorFlow Serving's

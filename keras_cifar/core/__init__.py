@@ -1,0 +1,1 @@
+"""What every room stands on: configuration, command line, errors, files, environment, run directory."""

@@ -1,0 +1,183 @@
+"""Command lines: a frozen dataclass -> flags -> an instance of it; errors -> exit status.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
+"""
+
+import dataclasses
+import os
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable
+
+from absl import flags
+
+from keras_cifar.core import environment, recipes
+from keras_cifar.core.errors import (
+    LostWorkerError,
+    StoppedError,
+    UsageError,
+    UserError,
+    one_line,
+    reason,
+    unknown,
+)
+
+
+def run(
+    name: str,
+    main: Callable,
+    options_class: type,
+    doc: str,
+    arguments: str = "",
+    tensorflow: bool = True,
+) -> None:
+    """Parses sys.argv into `options_class`, calls `main(options[, positional])` and exits.
+
+    Args:
+        name: the command's module in this package.
+        main: takes the options and, where `arguments` is given, the list of positional
+            arguments. What it returns is the exit status; None is 0.
+        options_class: a frozen dataclass whose fields were made with `config.option`.
+        doc: the command's description for --help.
+        arguments: how the positional arguments are shown in --help; empty where there are none.
+        tensorflow: whether `main` needs TensorFlow, which is then imported without its messages.
+    """
+    argv = sys.argv[1:]
+    if {"--help", "-help", "-h"} & set(argv[: argv.index("--")] if "--" in argv else argv):
+        print(usage(options_class, doc, f"python -m keras_cifar.{name}", arguments))
+        sys.exit(0)
+    sys.exit(_execute(name, main, options_class, arguments, argv, tensorflow))
+
+
+def _execute(
+    name: str,
+    main: Callable,
+    options_class: type,
+    arguments: str,
+    argv: list,
+    tensorflow: bool = True,
+) -> int:
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text
+        options, positional = parse(options_class, argv)
+        if positional and not arguments:
+            raise UsageError(f"unexpected argument {positional[0]!r}; flags begin with --")
+        if tensorflow:
+            environment.import_tensorflow()
+        status = main(options, positional) if arguments else main(options)
+        sys.stdout.flush()
+        return status or 0
+    except (LostWorkerError, StoppedError) as error:
+        _fail(name, str(error), error.status)
+        sys.stdout.flush()
+        os._exit(error.status)
+    except UserError as error:
+        return _fail(name, str(error), error.status)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", 130)
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; nothing more can be written.
+        sys.stdout = None
+        return 1
+    except MemoryError:
+        return _fail(name, "out of memory; a smaller --batch_size or --image_size needs less", 1)
+    except OSError as error:
+        return _fail(
+            name, f"{reason(error)}: {error.filename}" if error.filename else str(error), 1
+        )
+    except Exception as error:
+        # By name, so that this module does not import TensorFlow.
+        if type(error).__name__ == "ResourceExhaustedError":
+            return _fail(
+                name, "out of memory; a smaller --batch_size or --image_size needs less", 1
+            )
+        raise
+
+
+def parse(options_class: type, argv: list) -> tuple:
+    """(an instance of `options_class`, positional arguments) from a command line.
+
+    --flagfile=FILE reads flags from a file, one a line. Where there is a flag `recipe`, its file is
+    read before all others, so that they override it wherever they stand.
+
+    Raises:
+        UsageError: an unknown flag, or a value that is out of range.
+    """
+    given, positional = _read(options_class, argv)
+    if recipe := given.get("recipe"):
+        given, positional = _read(options_class, [f"--flagfile={recipes.find(recipe)}", *argv])
+    for field in dataclasses.fields(options_class):
+        _check_choice(field, given[field.name])
+    return options_class(**given), positional
+
+
+def _read(options_class: type, argv: list) -> tuple[dict, list]:
+    """(the value of each flag, positional arguments) of a command line."""
+    values = flags.FlagValues()
+    for field in dataclasses.fields(options_class):
+        _define(field, values)
+    values.set_gnu_getopt(True)
+    try:
+        positional = values(["", *argv])[1:]
+    except (flags.Error, ValueError) as error:  # the latter of `--noexport=`
+        raise UsageError(f"{reason(error)} (--help lists the flags)") from None
+    return {f.name: values[f.name].value for f in dataclasses.fields(options_class)}, positional
+
+
+def _define(field: dataclasses.Field, values: flags.FlagValues) -> None:
+    define = {
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        bool: flags.DEFINE_boolean,
+    }[_kind(field)]
+    define(field.name, field.default, "", flag_values=values)
+
+
+def _check_choice(field: dataclasses.Field, value) -> None:
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        if value in field.metadata["refused"]:
+            raise UsageError(f"--{field.name}={value}: {field.metadata['refused'][value]}")
+        raise unknown(f"--{field.name}", value, choices)
+
+
+def _kind(field: dataclasses.Field) -> type:
+    """The type of a field: `int` for `int` and for `int | None`."""
+    if isinstance(field.type, types.UnionType):
+        return next(t for t in typing.get_args(field.type) if t is not type(None))
+    return field.type
+
+
+def usage(options_class: type, doc: str, command: str, arguments: str = "") -> str:
+    """The text of --help."""
+    lines = [f"usage: {' '.join(filter(None, [command, '[flags]', arguments]))}", "", doc.strip()]
+    group = None
+    for field in dataclasses.fields(options_class):
+        if field.metadata["group"] != group:
+            group = field.metadata["group"]
+            lines += ["", f"{group}:"]
+        kind, choices = _kind(field), field.metadata["choices"]
+        if kind is bool:
+            head = f"--[no]{field.name}"
+        else:
+            head = f"--{field.name} {'|'.join(choices) if choices else kind.__name__.upper()}"
+        default = "" if field.default in (None, "", False) else f" (default: {field.default})"
+        if kind is bool and field.default:
+            default = " (default: on)"
+        text = textwrap.wrap(field.metadata["help"] + default, 66)
+        if len(head) > 22:
+            lines.append(f"  {head}")
+        else:
+            lines.append(f"  {head:<24}{text.pop(0)}")
+        lines += [" " * 26 + line for line in text]
+    lines += ["", "  --flagfile FILE         reads flags from a file, one a line"]
+    return "\n".join(lines)
+
+
+def _fail(name: str, message: str, status: int) -> int:
+    print(f"{name}: error: {one_line(message)}", file=sys.stderr)
+    return status

@@ -1,0 +1,200 @@
+"""The switches of TensorFlow and Keras that this package sets, all of them, and why.
+
+| switch | where nothing else is asked for | why |
+|---|---|---|
+| `TF_ENABLE_ONEDNN_OPTS` | 1 | TensorFlow turns oneDNN on by itself only on CPUs with AVX-512 VNNI \
+or newer; on others it is 1.7 to 3 times faster too |
+| `TF_CPP_MIN_LOG_LEVEL` | 3 | start-up noise; import_tensorflow silences the rest of it |
+| `KERAS_BACKEND` | tensorflow | the only one whose graphs we write |
+| `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS` | the CPU quota, where a container has one \
+that is less than its cores | TensorFlow counts cores, and more threads than quota are throttled |
+| `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS`, `CUDA_VISIBLE_DEVICES` of the workers that \
+`launch` starts on one machine | equal shares of its CPUs and visible GPUs | each would take all |
+| XLA | one GPU: on; otherwise off | on a CPU it makes convolutions slower (ResNet-32: 0.4 of the \
+speed), and Keras 3 fails with it under a strategy |
+| `tf.config.experimental.enable_op_determinism` | off | on GPUs `--deterministic` turns it on; on \
+a CPU our steps have the same bits without it, and with it tf.data copies all images |
+| `--dtype_policy=auto` | mixed_bfloat16 on GPUs with tensor cores for it, else float32 | twice the \
+speed and half the memory there; slow on CPUs without bfloat16 instructions |
+
+The first five are environment variables: they are set before TensorFlow is imported, and one that
+the user has set stays as it is. Threads are otherwise TensorFlow's own choice, one for each core;
+one inter-op thread, and larger malloc thresholds, were tried and were not faster.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+from keras_cifar.core.errors import UsageError
+
+DEFAULTS = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_ENABLE_ONEDNN_OPTS": "1",
+    "KERAS_BACKEND": "tensorflow",
+}
+THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+
+# Where Linux says how many microseconds of CPU a container may use in each period.
+CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
+
+BFLOAT16_CAPABILITY = (8, 0)  # of GPUs: NVIDIA's Ampere, the first with bfloat16 tensor cores
+
+
+# The variables that `configure` has set in this process.
+changed: set[str] = set()
+
+
+def configure() -> None:
+    """Sets the defaults of the environment that the user has not set."""
+    defaults, quota = dict(DEFAULTS), cpu_quota()
+    if quota and quota < len(os.sched_getaffinity(0)):
+        defaults |= dict.fromkeys(THREADS, str(quota))
+    for name in defaults.keys() - os.environ.keys():
+        os.environ[name] = defaults[name]
+        changed.add(name)
+
+
+def cpu_quota() -> int | None:
+    """The CPUs that this process's container may use, rounded up; None where there is no limit."""
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def shares(count: int) -> list[dict[str, str]]:
+    """The environment variables of `count` workers on this machine, each with its share of it.
+
+    Raises:
+        UsageError: there are GPUs, but fewer than workers.
+    """
+    # A cluster that TF_CONFIG describes is not the one of these workers.
+    common = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
+    cpus = len(os.sched_getaffinity(0))
+    threads = max(1, min(cpus, cpu_quota() or cpus) // count)
+    for name in THREADS:
+        if name not in common or name in changed:
+            common[name] = str(threads)
+    gpus = visible_gpus()
+    if not gpus:
+        return [common] * count
+    if len(gpus) < count:
+        raise UsageError(
+            f"{count} workers need a GPU each, and this machine shows {len(gpus)}; "
+            "CUDA_VISIBLE_DEVICES= before the command hides them all"
+        )
+    size = len(gpus) // count  # all get the same number, as the strategy demands
+    parts = [gpus[index * size : (index + 1) * size] for index in range(count)]
+    return [common | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+
+
+def visible_gpus() -> list[str]:
+    """CUDA's names of the GPUs that a process would see; empty where there are none or nobody knows."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        # CUDA ignores the first invalid name and all after it, which is how GPUs are hidden.
+        valid = re.compile(r"\d+|(GPU|MIG)-.+").fullmatch
+        return list(itertools.takewhile(valid, map(str.strip, visible.split(","))))
+    import subprocess  # only here, as every command imports this module
+
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.M) if listed.returncode == 0 else []
+
+
+def use_xla(strategy: str) -> tuple[bool, str]:
+    """(whether to compile the training step with XLA, why), under the strategy of that name."""
+    import tensorflow as tf
+
+    if strategy != "none":
+        return False, "several replicas"
+    if tf.config.list_physical_devices("GPU"):
+        return True, "one GPU"
+    return False, "it makes convolutions slower on a CPU"
+
+
+def make_deterministic(wanted: bool) -> bool:
+    """Has TensorFlow compute the same bits each time on GPUs too, where wanted.
+
+    Returns:
+        Whether it does.
+    """
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):
+        # What we use of it is deterministic on a CPU. The switch would have tf.data copy all images.
+        return True
+    if wanted:
+        tf.config.experimental.enable_op_determinism()
+    return wanted
+
+
+def dtype_policy(name: str) -> tuple[str, str]:
+    """(the Keras dtype policy that `--dtype_policy=name` stands for on this machine, why)."""
+    import tensorflow as tf
+
+    if name != "auto":
+        return name, "by --dtype_policy"
+    gpus = tf.config.list_physical_devices("GPU")
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    capable = [d.get("compute_capability", (0, 0)) >= BFLOAT16_CAPABILITY for d in details]
+    if gpus and all(capable):
+        return "mixed_bfloat16", "all GPUs are made for bfloat16"
+    return "float32", "a GPU is not made for bfloat16" if gpus else "no GPU"
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow, without its start-up messages unless TF_CPP_MIN_LOG_LEVEL is below 3.
+
+    TensorFlow 2.21 writes some lines (oneDNN, missing CUDA) before its log level is in force, so
+    the level alone does not silence them.
+    """
+    if "tensorflow" in sys.modules:
+        return
+    quiet = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == DEFAULTS["TF_CPP_MIN_LOG_LEVEL"]
+    with _silent_stderr() if quiet else contextlib.nullcontext():
+        import tensorflow as tf
+
+        # The first look for GPUs is where a machine without a driver is reported.
+        tf.config.list_physical_devices()
+    if quiet:
+        tf.get_logger().setLevel("ERROR")
+
+
+@contextlib.contextmanager
+def _silent_stderr():
+    """Keeps what is written to the process's stderr; shows it only if the body raises."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(saved, held.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def machine() -> str:
+    """The processors that this process may use, in words."""
+    import tensorflow as tf
+
+    model = "unknown CPU"
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, {gpus} GPUs"

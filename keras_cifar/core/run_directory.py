@@ -1,0 +1,204 @@
+"""The run directory: where everything of a run lies, and how files get there. Standard library only."""
+
+import contextlib
+import csv
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Iterator
+
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import UsageError, UserError, check_directory, check_utf8, reason
+from keras_cifar.core.files import TEMPORARY, read
+
+MAX_CONFIG = 2**26  # bytes of config.json; a class name takes some 20, ImageNet-21k has 21,841
+
+
+MAX_HISTORY = 2**26  # bytes of history.csv; an epoch takes some 150
+
+
+MAX_FIGURES = 2**28  # bytes of test.json; the confusion matrix of 5,000 classes has 100 MB
+
+
+LOCK = ".lock"
+
+
+class Run:
+    """The paths of a run directory; nothing is created until something is written.
+
+    Args:
+        path: the directory.
+        restart: the --run_dir with which the command that trains here goes on; None is the same.
+    """
+
+    def __init__(self, path: str | pathlib.Path, restart: pathlib.Path | None = None):
+        self.path = pathlib.Path(path).expanduser()
+        self.restart = restart or self.path
+        self.config = self.path / "config.json"
+        self.checkpoint = self.path / "checkpoint"
+        self.model = self.path / "model.keras"
+        self.skipped = self.path / "skipped.csv"
+        self.history = self.path / "history.csv"
+        self.curves = self.path / "curves.png"
+        self.tensorboard = self.path / "tensorboard"
+        self.export = self.path / "export"
+        self.report = self.path / "report.html"
+        self.seeds = self.path / "seeds.json"
+
+    def read_figures(self, split: str, data: str) -> dict | None:
+        """What was found on a split of `data`, as `evaluation` wrote it.
+
+        None where nothing was, or `evaluate --data` has put the figures of other images there since.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.evaluation(split)
+        if not path.exists():
+            return None
+        try:
+            figures = json.loads(read(path, MAX_FIGURES))
+            float(figures["accuracy"]), figures["data"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: {reason(error)}") from None
+        return figures if figures["data"] == data else None
+
+    def read_history(self) -> list[dict[str, float]]:
+        """A dict an epoch, as history.csv has them; none before the first.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.history.exists():
+            return []
+        try:
+            lines = read(self.history, MAX_HISTORY).decode("utf-8").splitlines()
+            history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
+            for row in history:
+                int(row["epoch"]), row["seconds"], row["images_per_second"], row["accuracy"]
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"{self.history} is damaged: {reason(error)}") from None
+        return history
+
+    def of_seed(self, seed: int) -> "Run":
+        """The run of a seed, in a directory of several."""
+        return Run(self.path / f"seed_{seed}", restart=self.path)
+
+    def evaluation(self, split: str) -> pathlib.Path:
+        """The file with the figures of a split."""
+        return self.path / "eval" / f"{split}.json"
+
+    def predictions(self, split: str) -> pathlib.Path:
+        """The file with the labels and probabilities that the figures of a split are made of."""
+        return self.path / "eval" / f"{split}.npz"
+
+    def confusion(self, split: str) -> pathlib.Path:
+        """The picture of a split's confusion matrix."""
+        return self.path / "eval" / f"{split}_confusion.png"
+
+    def disturbances(self, split: str) -> pathlib.Path:
+        """The file with the figures of a split's images under disturbances."""
+        return self.path / "eval" / f"{split}_disturbances.json"
+
+    def gallery(self, split: str) -> pathlib.Path:
+        """The picture of an image of a split under all disturbances."""
+        return self.path / "eval" / f"{split}_disturbances.png"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training here; the lock ends with the process, however that ends.
+
+        What a killed process was writing is removed.
+
+        Raises:
+            UserError: another process trains here, or the directory cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / LOCK, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"{self.path} is in use: {file.read().strip() or 'another process'} trains there; "
+                    "wait for its end or choose another --run_dir"
+                ) from None
+            except OSError:
+                pass  # The file system has no locks.
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            for pattern in (f"{TEMPORARY}*", f"*/{TEMPORARY}*"):
+                for left in self.path.glob(pattern):
+                    shutil.rmtree(left, ignore_errors=True)
+            try:
+                yield
+            finally:
+                if self.is_empty():  # A wrong flag or missing data leaves nothing.
+                    shutil.rmtree(self.path, ignore_errors=True)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is there but what a process leaves that is killed at its start."""
+        if not self.path.is_dir():
+            return not self.path.exists()
+        names = [path.name for path in self.path.iterdir()]
+        return all(name == LOCK or name.startswith(TEMPORARY) for name in names)
+
+    def read_config(self) -> dict:
+        """The contents of config.json.
+
+        Raises:
+            UserError: there is no such run, or the file is damaged.
+        """
+        check_directory(self.path, "run directory")
+        if not self.config.exists():
+            raise UserError(f"{self.path} is not a run directory: it has no config.json")
+        try:
+            config = json.loads(read(self.config, MAX_CONFIG).decode("utf-8"))
+            _check_config(config)
+        except Exception as error:  # A damaged file can raise almost anything.
+            raise UserError(f"{self.config} is damaged: {reason(error)}") from None
+        return config
+
+
+def previous_config(config: TrainConfig, run: Run) -> dict | None:
+    """config.json of an earlier call on this run directory, None where there was none.
+
+    Raises:
+        UsageError: its flags were others, or the directory holds something else.
+    """
+    check_utf8("run_dir", run.path)
+    if not run.config.exists():
+        if not run.is_empty():
+            raise UsageError(f"--run_dir={run.path} exists and is no run directory; choose another")
+        return None
+    previous = run.read_config()
+    differences = config.differences(previous["flags"])
+    if differences:
+        raise UsageError(
+            f"{run.path} holds a run with other flags: {'; '.join(differences)}; "
+            "choose another --run_dir or the same flags"
+        )
+    return previous
+
+
+def _check_config(config: dict) -> None:
+    """Raises unless what is used of config.json has the types and ranges with which it was written."""
+    flags = config["flags"]
+    TrainConfig.from_json(flags)
+    for name in ("data", "data_dir", "image_size", "val_fraction", "seed"):
+        flags[name]
+    names, shape = config["class_names"], config["image_shape"]
+    if type(names) is not list or not names or any(type(name) is not str for name in names):
+        raise TypeError("class_names is no list of names")
+    # A model at 16,384 pixels takes more memory than there is, and larger sides no format has.
+    if type(shape) is not list or len(shape) != 3 or shape[2] != 3:
+        raise TypeError("image_shape is not [height, width, 3]")
+    if any(type(side) is not int or not 0 < side <= 2**14 for side in shape):
+        raise TypeError("image_shape is not [height, width, 3]")
+    for split in config["splits"].values():
+        if type(split["count"]) is not int or type(split["fingerprint"]) is not str:
+            raise TypeError("splits has no count and fingerprint of each")

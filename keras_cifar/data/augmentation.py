@@ -1,0 +1,433 @@
+"""Stateless augmentation of batches, chosen by a string such as `crop(4)|flip|mixup(0.2)`.
+
+Each public function below that has `random` as its third parameter is an augmentation of its own
+name: (images, labels, random, *numbers) -> (images, labels), with images uint8 or float32
+[n, H, W, 3] in [0, 255], labels float32 [n, K] and `random` a `Random`. One that mixes examples has
+`partners` as its fourth parameter: (images, labels) of other examples of the batch, one for each. A
+new augmentation is one new function.
+
+The n examples are all of a batch or some of it: what becomes of an example depends on the seed and
+on its position in the batch, and not on which others are computed with it, so that processes can
+share the work. For that, all chance comes from `random`.
+"""
+
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from keras_cifar.core.errors import UsageError, unknown
+
+MAX_PADDING = 1024  # pixels, of `crop`; more would be a slip of the finger
+MAX_OPERATIONS = 14  # of `randaugment`: as many as there are
+
+Batch = tuple[tf.Tensor, tf.Tensor]
+# Positions int32 [n] in the batch, or None for all -> images uint8 [n, H, W, 3], labels [n, K].
+Read = Callable[[tf.Tensor | None], Batch]
+
+
+class Random:
+    """Random numbers of the examples at some positions of a batch; each call draws others.
+
+    Those of an example are the same whichever positions are asked for. They are drawn, and what is
+    not exact is computed, for the whole batch: the last bit of a logarithm depends on where TensorFlow
+    cuts a tensor into vectors.
+
+    Args:
+        seed: int32 [2].
+        batch: the number of examples in the whole batch.
+        positions: int32 [n]; None is the whole batch.
+        alternating: bool [batch]: for each example, other in each pass over the data than in the one
+            before; None draws it.
+    """
+
+    def __init__(self, seed, batch, positions=None, alternating=None):
+        self._seed, self._batch, self._positions = seed, batch, positions
+        self._alternating = alternating
+        self._draws = 0
+
+    def alternating(self):
+        """bool [n]: for each example, other than in the pass before."""
+        if self._alternating is None:
+            return self.uniform() < 0.5
+        return self._own(self._alternating)
+
+    def uniform(self, shape=(), low=0.0, high=1.0, dtype=tf.float32):
+        """[n, *shape] of [low, high)."""
+        shape = (self._batch, *shape)
+        return self._own(tf.random.stateless_uniform(shape, self._next(), low, high, dtype))
+
+    def beta(self, alpha: float):
+        """float32 [n] of the distribution Beta(alpha, alpha)."""
+        _require(0 < alpha <= 1e6, "alpha must be above 0 and at most 1e6")
+        # It is the share of one of two gamma variates. With a small alpha both underflow, so they
+        # are drawn as logarithms: Gamma(a) is Gamma(a + 1) U^(1/a).
+        shape = (2, self._batch)
+        log_gamma = tf.math.log(tf.random.stateless_gamma(shape, self._next(), alpha + 1.0))
+        uniform = tf.random.stateless_uniform(shape, self._next(), 1e-38, 1.0)
+        log_gamma += tf.math.log(uniform) / alpha
+        return self._own(tf.sigmoid(log_gamma[0] - log_gamma[1]))
+
+    def permutation(self):
+        """int32 [n]: the positions that a permutation of the batch has in place of these."""
+        order = tf.range(self._batch)
+        return self._own(tf.random.experimental.stateless_shuffle(order, self._next()))
+
+    def _next(self):
+        self._draws += 1
+        return tf.random.experimental.stateless_fold_in(self._seed, self._draws)
+
+    def _own(self, drawn):
+        return drawn if self._positions is None else tf.gather(drawn, self._positions)
+
+
+def parse(text: str) -> Callable[..., Batch]:
+    """The augmentation that a string such as `crop(4)|flip` describes; "" changes nothing.
+
+    Returns:
+        (read: Read, batch: int, seed: int32 [2], positions: int32 [n] = None, alternating: bool
+        [batch] = None) -> (images uint8 [n, H, W, 3], labels float32 [n, K]): the examples at these
+        positions of a batch of that many, all of them by default, augmented. It reads these, and the
+        partners of those that are mixed. `alternating` is as of `Random`.
+
+    Raises:
+        UsageError: an unknown name, or numbers out of range.
+    """
+    steps = [_parse_step(part.strip(), text) for part in text.split("|")] if text.strip() else []
+
+    def augment(read, batch, seed, positions=None, alternating=None):
+        for index, step in enumerate(steps):
+            drawn = tf.random.experimental.stateless_fold_in(seed, index)
+            read = functools.partial(step, read, batch, drawn, alternating=alternating)
+        images, labels = read(positions)
+        return _to_uint8(images), labels
+
+    return augment
+
+
+def _parse_step(part: str, text: str) -> Callable[..., Batch]:
+    """One augmentation: (what is read before it, batch, seed, positions) -> what is read after."""
+    match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", part)
+    if not match:
+        raise UsageError(
+            f"--augment={text!r}: {part!r} is not of the form name or name(number, ...)"
+        )
+    name, numbers = match[1], match[2]
+    choices = _functions()
+    if name not in choices:
+        raise unknown("augmentation", name, choices)
+    try:
+        arguments = [float(n) for n in numbers.split(",")] if numbers and numbers.strip() else []
+        if not all(map(math.isfinite, arguments)):
+            raise ValueError("numbers must be finite")
+        step = functools.partial(_step, choices[name], arguments)
+        # On a small batch, so that a wrong number is refused before training, and by name.
+        first = [None] * (4 if _mixes(choices[name]) else 3)
+        inspect.signature(choices[name]).bind(*first, *arguments)
+        step(lambda _: (tf.zeros((2, 4, 4, 3), tf.uint8), tf.eye(2)), 2, tf.constant([0, 0]), None)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--augment={text!r}: {part}: {error}") from None
+    return step
+
+
+def _step(function, arguments, read, batch, seed, positions, alternating=None):
+    random = Random(seed, batch, positions, alternating)
+    if not _mixes(function):
+        return function(*read(positions), random, *arguments)
+    own, partners = _with_partners(read, batch, random.permutation(), positions)
+    return function(*own, random, partners, *arguments)
+
+
+def _with_partners(read: Read, batch, partners, positions) -> tuple[Batch, Batch]:
+    """The examples at `positions` and those at `partners`; no more than the whole batch is read."""
+    if positions is None:
+        everything = read(None)
+        return everything, _rows(everything, partners)
+    if 2 * positions.shape[0] < batch:
+        both = read(tf.concat([positions, partners], axis=0))
+        return tuple(zip(*(tf.split(part, 2) for part in both), strict=True))
+    everything = read(None)
+    return _rows(everything, positions), _rows(everything, partners)
+
+
+def _rows(examples: Batch, positions) -> Batch:
+    return tuple(tf.gather(part, positions) for part in examples)
+
+
+def _mixes(function: Callable) -> bool:
+    return "partners" in inspect.signature(function).parameters
+
+
+def _functions() -> dict[str, Callable]:
+    return {
+        name: value
+        for name, value in globals().items()
+        if inspect.isfunction(value)
+        and not name.startswith("_")
+        and list(inspect.signature(value).parameters)[:3] == ["images", "labels", "random"]
+    }
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# ---- Geometry
+
+
+def crop(images, labels, random, padding: float):
+    """Pads by `padding` black pixels on each side and crops at random to the size before.
+
+    He et al. 2015, arXiv:1512.03385, section 4.2, with 4 pixels on CIFAR-10.
+    """
+    _require(
+        1 <= padding <= MAX_PADDING and padding == int(padding),
+        f"the padding must be a whole number of pixels, at most {MAX_PADDING}",
+    )
+    padding = int(padding)
+    _, height, width = _sizes(images)
+    padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
+    top, left = tf.unstack(random.uniform((2, 1), 0, 2 * padding + 1, tf.int32), axis=1)
+    # Rows first: they are contiguous, and then only the columns that stay are moved.
+    rows = tf.gather(padded, top + tf.range(height), axis=1, batch_dims=1)
+    return tf.gather(rows, left + tf.range(width), axis=2, batch_dims=1), labels
+
+
+def flip(images, labels, random):
+    """Mirrors each image left to right with probability one half."""
+    mirrored = random.uniform((1, 1, 1)) < 0.5
+    return tf.where(mirrored, tf.reverse(images, [2]), images), labels
+
+
+def altflip(images, labels, random):
+    """Mirrors each image left to right in every second pass over the data.
+
+    So that two passes show both forms of each image, which chance would do for half of them. Which
+    images begin mirrored is drawn. Jordan 2024, arXiv:2404.00498, section 3.6.
+    """
+    mirrored = random.alternating()[:, None, None, None]
+    return tf.where(mirrored, tf.reverse(images, [2]), images), labels
+
+
+def cutout(images, labels, random, size: float):
+    """Blackens a square of `size` pixels around a random point; it may reach over the edge.
+
+    DeVries and Taylor 2017, arXiv:1708.04552 (16 pixels on CIFAR-10, 8 on CIFAR-100).
+    """
+    _require(size >= 1 and size == int(size), "the size must be a whole number of pixels")
+    _, height, width = _sizes(images)
+    top, left = _random_boxes(random, height, width)
+    inside = _box_mask(
+        top - int(size) // 2, left - int(size) // 2, int(size), int(size), height, width
+    )
+    return tf.where(inside, tf.zeros_like(images), images), labels
+
+
+# ---- Colour
+
+
+def color(images, labels, random, strength: float):
+    """Changes brightness, contrast and saturation, each by a factor in 1 +- `strength`.
+
+    As in Krizhevsky's successors' ImageNet training (0.4); the order is fixed.
+    """
+    _require(0 < strength <= 1, "the strength must be above 0 and at most 1")
+    factors = random.uniform((3, 1, 1, 1), 1 - strength, 1 + strength)
+    images = tf.cast(images, tf.float32)
+    images = _clip(images * factors[:, 0])
+    images = _blend(_mean_grey(images), images, factors[:, 1])
+    return _blend(_grey(images), images, factors[:, 2]), labels
+
+
+# ---- Mixing labels
+
+
+def mixup(images, labels, random, partners, alpha: float):
+    """Mixes each image and its label with another's: shares from Beta(alpha, alpha).
+
+    Zhang et al. 2017, arXiv:1710.09412 (alpha 1.0 on CIFAR-10, 0.2 on ImageNet).
+    """
+    share = random.beta(alpha)[:, None]
+    pixels = share[:, None, None]
+    images, others = (tf.cast(x, tf.float32) for x in (images, partners[0]))
+    return images * pixels + others * (1 - pixels), labels * share + partners[1] * (1 - share)
+
+
+def cutmix(images, labels, random, partners, alpha: float):
+    """Pastes a random box of another image; labels are mixed by the areas that are seen.
+
+    Yun et al. 2019, arXiv:1905.04899 (alpha 1.0 on CIFAR-10 and ImageNet).
+    """
+    _, height, width = _sizes(images)
+    side = tf.sqrt(1.0 - random.beta(alpha))[:, None, None, None]
+    box_height = tf.cast(tf.round(side * tf.cast(height, tf.float32)), tf.int32)
+    box_width = tf.cast(tf.round(side * tf.cast(width, tf.float32)), tf.int32)
+    y, x = _random_boxes(random, height, width)
+    inside = _box_mask(
+        y - box_height // 2, x - box_width // 2, box_height, box_width, height, width
+    )
+    seen = 1.0 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=[1, 2])
+    return tf.where(inside, partners[0], images), labels * seen + partners[1] * (1 - seen)
+
+
+# ---- RandAugment
+
+
+def randaugment(images, labels, random, operations: float, magnitude: float):
+    """Applies `operations` of 14 transformations, chosen anew for each image, at one magnitude.
+
+    Cubuk et al. 2019, arXiv:1909.13719: the operations and ranges of its reference
+    implementation, magnitude 0 to 10 (N=2, M=9 on ImageNet; N=3, M=4 and more on CIFAR-10);
+    translation is up to a third of the side. Areas that come in from outside are grey.
+
+    All images go through each operation's formula together and keep the one they drew: on small
+    images that is far faster than choosing a branch for each image.
+    """
+    _require(
+        1 <= operations <= MAX_OPERATIONS and operations == int(operations),
+        f"the number of operations must be whole and at most {MAX_OPERATIONS}",
+    )
+    _require(0 <= magnitude <= 10, "the magnitude must be from 0 to 10")
+    images = tf.cast(images, tf.float32)
+    for _ in range(int(operations)):
+        images = _one_randaugment(images, random, magnitude / 10.0)
+    return images, labels
+
+
+def _one_randaugment(images, random, level):
+    """`level` is the magnitude in [0, 1]."""
+    _, height, width = _sizes(images)
+    choice = random.uniform((1, 1, 1), 0, 14, tf.int32)
+    sign = tf.where(random.uniform() < 0.5, -1.0, 1.0)
+
+    def chosen(operation):
+        return tf.cast(tf.equal(choice[:, 0, 0, 0], operation), tf.float32) * sign
+
+    moved = _affine(
+        images,
+        # Of the angle as it is, since those of a tensor are not exact: see `Random`.
+        cos=tf.where(chosen(0) == 0.0, 1.0, math.cos(level * math.pi / 6)),
+        sin=chosen(0) * math.sin(level * math.pi / 6),
+        shear_x=chosen(1) * (level * 0.3),
+        shear_y=chosen(2) * (level * 0.3),
+        shift_x=chosen(3) * (level * tf.cast(width, tf.float32) / 3),
+        shift_y=chosen(4) * (level * tf.cast(height, tf.float32) / 3),
+    )
+    factor = 1.0 + sign[:, None, None, None] * 0.9 * level
+    result = tf.where(choice <= 4, moved, images)
+    result = tf.where(choice == 5, _clip(images * factor), result)  # brightness
+    result = tf.where(choice == 6, _blend(_mean_grey(images), images, factor), result)  # contrast
+    result = tf.where(choice == 7, _blend(_grey(images), images, factor), result)  # colour
+    result = tf.where(choice == 8, _blend(_smooth(images), images, factor), result)  # sharpness
+    bits = 8 - round(level * 4)
+    result = tf.where(choice == 9, tf.floor(images / 2 ** (8 - bits)) * 2 ** (8 - bits), result)
+    threshold = 256.0 * (1.0 - level)
+    result = tf.where(choice == 10, tf.where(images < threshold, images, 255.0 - images), result)
+    result = tf.where(choice == 11, _autocontrast(images), result)
+    result = tf.where(choice == 12, _equalize(images), result)
+    return result  # 13 is the identity
+
+
+def _affine(images, cos, sin, shear_x, shear_y, shift_x, shift_y):
+    """Each image rotated, sheared and shifted about its centre; all parameters float32 [B]."""
+    batch, height, width = _sizes(images)
+    x = (tf.cast(width, tf.float32) - 1) / 2
+    y = (tf.cast(height, tf.float32) - 1) / 2
+    a, b = cos, shear_x - sin
+    c, d = shear_y + sin, cos
+    zero = tf.zeros((batch,))
+    # Output (i, j) takes the input at (a i + b j + e, c i + d j + f).
+    transforms = tf.stack(
+        [a, b, x - a * x - b * y + shift_x, c, d, y - c * x - d * y + shift_y, zero, zero], axis=1
+    )
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=images,
+        transforms=transforms,
+        output_shape=tf.stack([height, width]),
+        fill_value=128.0,
+        interpolation="BILINEAR",
+        fill_mode="CONSTANT",
+    )
+
+
+def _smooth(images):
+    """PIL's SMOOTH filter; the border stays."""
+    kernel = tf.constant([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13.0
+    kernel = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
+    inner = tf.nn.depthwise_conv2d(images, kernel, [1, 1, 1, 1], "VALID")
+    ones = tf.pad(tf.ones_like(inner), [[0, 0], [1, 1], [1, 1], [0, 0]])
+    return tf.where(ones > 0, tf.pad(inner, [[0, 0], [1, 1], [1, 1], [0, 0]]), images)
+
+
+def _autocontrast(images):
+    low = tf.reduce_min(images, axis=[1, 2], keepdims=True)
+    high = tf.reduce_max(images, axis=[1, 2], keepdims=True)
+    stretched = (images - low) * 255.0 / tf.maximum(high - low, 1.0)
+    return tf.where(high > low, stretched, images)
+
+
+def _equalize(images):
+    """Each channel's histogram made flat, as PIL's ImageOps.equalize."""
+    batch, height, width = _sizes(images)
+    values = tf.reshape(
+        tf.transpose(tf.cast(images, tf.int32), [0, 3, 1, 2]), [batch * 3, height * width]
+    )
+    histogram = tf.math.bincount(values, minlength=256, maxlength=256, axis=-1)
+    histogram = tf.reshape(histogram, [batch * 3, 256])
+    last = tf.argmax(tf.where(histogram > 0, tf.range(256), -1), axis=1)
+    step = (height * width - tf.gather(histogram, last, batch_dims=1)) // 255
+    before = tf.cumsum(histogram, axis=1, exclusive=True) + step[:, None] // 2
+    table = tf.minimum(before // tf.maximum(step[:, None], 1), 255)
+    table = tf.where(step[:, None] > 0, table, tf.range(256))
+    equal = tf.reshape(tf.gather(table, values, batch_dims=1), [batch, 3, height, width])
+    return tf.cast(tf.transpose(equal, [0, 2, 3, 1]), tf.float32)
+
+
+# ---- Helpers
+
+
+def _sizes(images):
+    """(batch, height, width): Python integers where they are known, else tensors."""
+    static, dynamic = images.shape, tf.shape(images)
+    return tuple(static[i] if static[i] is not None else dynamic[i] for i in range(3))
+
+
+def _random_boxes(random, height, width):
+    """(row, column), each int32 [n, 1, 1, 1], of a random pixel of each image."""
+    sides = tf.cast(tf.reshape(tf.stack([height, width]), (2, 1, 1, 1)), tf.float32)
+    point = tf.cast(random.uniform((2, 1, 1, 1)) * sides, tf.int32)
+    return tf.unstack(point, axis=1)
+
+
+def _box_mask(top, left, box_height, box_width, height, width):
+    """bool [B, H, W, 1]: the pixels inside each image's box."""
+    rows = tf.reshape(tf.range(height), (1, -1, 1, 1))
+    columns = tf.reshape(tf.range(width), (1, 1, -1, 1))
+    vertical = (rows >= top) & (rows < top + box_height)
+    return vertical & (columns >= left) & (columns < left + box_width)
+
+
+def _grey(images):
+    """Luma (ITU-R BT.601) as [B, H, W, 1]."""
+    return tf.reduce_sum(images * [0.299, 0.587, 0.114], axis=-1, keepdims=True)
+
+
+def _mean_grey(images):
+    return tf.reduce_mean(_grey(images), axis=[1, 2], keepdims=True)
+
+
+def _blend(degenerate, images, factor):
+    """`degenerate` at factor 0, the images at 1, beyond them above 1."""
+    return _clip(degenerate + factor * (images - degenerate))
+
+
+def _clip(images):
+    return tf.clip_by_value(images, 0.0, 255.0)
+
+
+def _to_uint8(images):
+    return images if images.dtype == tf.uint8 else tf.cast(tf.round(_clip(images)), tf.uint8)

@@ -1,0 +1,355 @@
+"""The one definition of preprocessing: encoded image -> uint8 RGB pixels at the model's size.
+
+`load` reads files with Pillow, which knows all of `FORMATS` and EXIF; `decode` does the same inside a
+TensorFlow graph for the formats TensorFlow knows. Both end in the same `on_white` and `resize`, and
+give equal pixels for JPEG, PNG, BMP and GIF. They differ where TensorFlow has no way: EXIF
+orientation, CMYK colours and palette transparency are Pillow's alone.
+"""
+
+import contextlib
+import io
+import pathlib
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image, ImageOps
+
+from keras_cifar.core.errors import UserError, reason
+from keras_cifar.core.files import open_file, size_of
+
+# Of everything below: another number makes all decoded images on disk be made again.
+VERSION = 1
+
+# The formats that are read, by Pillow's names, and the endings (lower case) by which a folder is
+# searched for them. Pillow knows more, of which EPS starts a PostScript interpreter.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe"),
+    "PNG": (".png",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "ICO": (".ico",),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2",),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+# Pixels of a picture. Pillow refuses more, before it decodes any, also inside of others (ICO); it is
+# more than the largest camera sensor in use has (151 megapixels, Phase One IQ4). Bytes of a file:
+# three for each of these pixels.
+MAX_PICTURE = 2 * Image.MAX_IMAGE_PIXELS
+MAX_FILE = 3 * MAX_PICTURE
+
+# Passes over its pixels that the largest picture may ask for; a smaller one may ask for more. A JPEG
+# has one for each of its scans, 10 in a progressive one as they are made, which can have 31 bytes.
+MAX_PASSES = 20
+
+_TOO_MUCH = f"an animated WebP, or more than {MAX_PICTURE:,} pixels (a decompression bomb?)"
+
+# Pixels of the rows that are converted at a time where that takes many bytes for each of them.
+BAND = 2**20
+
+# Sides at least this many times the target are first averaged in whole blocks, so that a
+# 100-megapixel photograph does not become 1.2 GB of float32 on its way to 32 x 32.
+BLOCK_REDUCTION = 16
+
+# Pillow warns of large pictures and damaged metadata; what cannot be read is an error of its own.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class ImageError(UserError):
+    """A file is not an image that can be read; the message is the reason alone."""
+
+
+class _Budget:
+    """Lets threads decode at the same time what has no more than so many pixels together.
+
+    One picture may take a gigabyte. As many at once as there are threads, no machine has memory for.
+    """
+
+    def __init__(self, pixels: int):
+        self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: pixels <= self._free)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_BUDGET = _Budget(MAX_PICTURE)
+
+
+def load(
+    source: str | pathlib.Path | bytes, size: tuple[int, int] | None = None, *, exact: bool = True
+) -> np.ndarray:
+    """Reads an image file as a person would see it.
+
+    The first frame of an animation; EXIF orientation applied; transparency composited on white;
+    grey, palette, CMYK and 16-bit pictures converted.
+
+    Args:
+        source: the file, or its contents.
+        size: (height, width) in pixels, or None for the picture's own.
+        exact: False leaves the last step to `resize_all`, which is cheaper for many pictures.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        ImageError: the file is empty, truncated, too large, missing or no image.
+    """
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
+            length = len(source) if isinstance(source, bytes) else size_of(file)
+            if length == 0:
+                raise ImageError("the file is empty")
+            if length > MAX_FILE:
+                raise ImageError(f"it has more than {MAX_FILE:,} bytes")
+            with (
+                Image.open(file, formats=tuple(FORMATS)) as picture,
+                _BUDGET.take(picture.width * picture.height),
+            ):
+                passes = _scans(file) if picture.format in ("JPEG", "MPO") else 1
+                if passes * picture.width * picture.height > MAX_PASSES * MAX_PICTURE:
+                    raise ImageError(f"it has {passes:,} scans, too many for a picture of its size")
+                pixels = _pixels(picture, size)
+                if pixels.shape[-1] == 4:
+                    pixels = _opaque(pixels)
+                return resize_all([pixels], size)[0] if exact and size is not None else pixels
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ImageError("not an image in a format that can be read") from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"the picture has more than {MAX_PICTURE:,} pixels (a decompression bomb?)"
+        ) from None
+    except MemoryError:
+        raise ImageError("the picture is too large for the memory") from None
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError and more.
+        raise ImageError(reason(error)) from None
+
+
+def resize_all(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Resizes uint8 [height, width, 3] each to uint8 [N, *size, 3]; those of one size at once.
+
+    A call costs 0.5 ms and an image in it 0.05 ms (64 x 64 to 32 x 32).
+    """
+    resized = np.empty((len(pictures), *size, 3), np.uint8)
+    shapes = np.array([picture.shape[:2] for picture in pictures])
+    for shape in np.unique(shapes, axis=0):
+        rows = np.flatnonzero((shapes == shape).all(1))
+        stack = np.stack([pictures[row] for row in rows])
+        resized[rows] = stack if tuple(shape) == tuple(size) else resize(stack, size).numpy()
+    return resized
+
+
+def _scans(file: BinaryIO) -> int:
+    """How many scans a JPEG file has."""
+    position = file.tell()
+    file.seek(0)
+    found = file.read().count(b"\xff\xda")
+    file.seek(position)
+    return found
+
+
+def _pixels(picture: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [height, width, 3 or 4] of the first frame, upright."""
+    picture.load()
+    ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = Image.fromarray(_eight_bit(np.asarray(picture)))
+    transparent = (
+        picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
+    )
+    mode = "RGBA" if transparent else "RGB"
+    if picture.mode != mode or "transparency" in picture.info:
+        picture = picture.convert(mode)
+    if size is not None:
+        factor = min(picture.height // size[0], picture.width // size[1])
+        if factor >= 2 * BLOCK_REDUCTION:
+            picture = picture.reduce(factor // BLOCK_REDUCTION)
+    return np.asarray(picture)
+
+
+def _opaque(pixels: np.ndarray) -> np.ndarray:
+    """`on_white` of uint8 [height, width, 4], in bands of rows: it computes in float32."""
+    opaque = np.empty((*pixels.shape[:2], 3), np.uint8)
+    rows = max(1, BAND // pixels.shape[1])
+    for start in range(0, len(pixels), rows):
+        opaque[start : start + rows] = on_white(pixels[start : start + rows]).numpy()
+    return opaque
+
+
+def _eight_bit(values: np.ndarray) -> np.ndarray:
+    """uint8 from the integers or floats of a grey picture of more than 8 bits a pixel."""
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values)
+        scale = 255.0 if values.max(initial=0) <= 1.0 else 1.0
+        return np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)
+    if values.dtype == np.uint16 or values.max(initial=0) > 255:
+        values = values >> 8  # as TensorFlow's PNG decoder does
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """Decodes one JPEG, PNG, BMP, GIF (first frame) or WebP image inside a graph.
+
+    Args:
+        encoded: string [], the bytes of a file.
+
+    Returns:
+        uint8 [height, width, 3], RGB, transparency composited on white.
+
+    Raises:
+        tf.errors.InvalidArgumentError: the bytes are no image, one of more pixels than
+            MAX_PICTURE (of all frames of a GIF), or an animated WebP.
+    """
+
+    def jpeg():
+        # The default DCT differs from libjpeg's (and Pillow's) by up to 9 levels.
+        return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+
+    def other():
+        pixels = tf.io.decode_image(encoded, channels=0, expand_animations=False)
+        pixels = tf.cond(
+            tf.shape(pixels)[2] < 3,
+            lambda: tf.concat([pixels[..., :1]] * 3 + [pixels[..., 1:]], axis=2),
+            lambda: pixels,
+        )
+        # The fourth channel of a BMP is padding.
+        opaque = tf.logical_or(tf.shape(pixels)[2] == 3, tf.strings.substr(encoded, 0, 2) == b"BM")
+        return tf.cond(opaque, lambda: pixels[..., :3], lambda: _opaque_in_graph(pixels))
+
+    is_jpeg = tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff"
+    small = _work(encoded, is_jpeg) <= MAX_PICTURE
+    with tf.control_dependencies([tf.debugging.Assert(small, [_TOO_MUCH])]):
+        pixels = tf.cond(is_jpeg, jpeg, other)
+    return tf.ensure_shape(pixels, (None, None, 3))
+
+
+def _work(encoded: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
+    """int64 []: height times width by a file's header; more where the decoder does more with them.
+
+    TensorFlow's decoders have limits of their own, which are higher, read every frame of a GIF and
+    every scan of a JPEG, and fail on an animated WebP. 0 for what is no picture.
+    """
+    start = tf.strings.substr(encoded, 0, 30)
+    header = tf.cast(tf.io.decode_raw(start, tf.uint8, fixed_length=30), tf.int64)
+
+    def number(*places):  # the lowest byte first
+        return sum(header[place] * 2 ** (8 * i) for i, place in enumerate(places))
+
+    def pieces(separator):
+        return tf.size(tf.strings.split(encoded, separator), tf.int64)
+
+    def jpeg():  # begin of a scan
+        area = tf.reduce_prod(tf.image.extract_jpeg_shape(encoded, tf.int64)[:2])
+        return tf.maximum(area, area * (pieces(b"\xff\xda") - 1) // MAX_PASSES)
+
+    def png():  # IHDR is the first chunk; sides of 2**31 and more are none
+        return number(19, 18, 17, 16) * tf.minimum(number(23, 22, 21, 20), 2**31)
+
+    def gif():  # the logical screen; what is before a frame ends in 0, but for some first ones
+        return number(6, 7) * number(8, 9) * tf.maximum(pieces(b"\0,") - 1, 1)
+
+    def bmp():  # a negative height says that the first row is the top
+        rows = number(22, 23, 24, 25)
+        return number(18, 19, 20, 21) * tf.where(header[25] > 127, 2**32 - rows, rows)
+
+    def webp():  # RFC 9649: lossy, lossless, and what has more than a picture
+        packed = number(21, 22, 23, 24)
+        lossless = (packed % 2**14 + 1) * (packed // 2**14 % 2**14 + 1)
+        lossy = number(26, 27) % 2**14 * (number(28, 29) % 2**14)
+        extended = (number(24, 25, 26) + 1) * (number(27, 28, 29) + 1)
+        # TensorFlow 2.21 writes animations beyond the end of what it allocated: the process dies.
+        extended = tf.where(header[20] & 2 == 0, extended, MAX_PICTURE + 1)
+        return tf.where(
+            header[15] == ord("L"), lossless, tf.where(header[15] == ord("X"), extended, lossy)
+        )
+
+    kinds = [
+        (is_jpeg, jpeg),
+        (header[0] == 0x89, png),
+        (header[0] == ord("G"), gif),
+        (header[0] == ord("R"), webp),
+        (header[0] == ord("B"), bmp),
+    ]
+    return tf.case(kinds, lambda: tf.constant(0, tf.int64))
+
+
+def _opaque_in_graph(pixels: tf.Tensor) -> tf.Tensor:
+    """`_opaque` inside a graph."""
+    height, width = tf.unstack(tf.shape(pixels)[:2])
+    rows = tf.maximum(1, BAND // width)
+    count = (height + rows - 1) // rows
+    bands = tf.TensorArray(tf.uint8, count, infer_shape=False, element_shape=(None, None, 3))
+
+    def composite(i, bands):
+        return i + 1, bands.write(i, on_white(pixels[i * rows : (i + 1) * rows]))
+
+    # One at a time, or the memory would be that of all.
+    _, bands = tf.while_loop(lambda i, _: i < count, composite, (0, bands), parallel_iterations=1)
+    return bands.concat()
+
+
+def decode_all(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf.Tensor]:
+    """`decode` and `resize` of many images inside a graph, in parallel; bad ones stop no others.
+
+    A graph cannot catch an error, but a tf.data pipeline can leave out what has one.
+
+    Args:
+        encoded: string [N].
+        size: (height, width) in pixels.
+
+    Returns:
+        (uint8 [N, *size, 3], bool [N]): the pixels, and whether they are those of the image; where
+        it could not be decoded they have no meaning.
+    """
+
+    def finished(number, contents):
+        return number, resize(decode(contents), size)
+
+    count = tf.size(encoded, tf.int64)
+    numbers = tf.range(count)
+    images = tf.data.Dataset.from_tensor_slices((numbers, encoded))
+    images = images.map(finished, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
+    # One more than there are, so that there is always an element, and a next one after each.
+    last = tf.data.Dataset.from_tensors((count, tf.zeros((*size, 3), tf.uint8)))
+    options = tf.data.Options()
+    options.autotune.enabled = False  # a thread a core from the start, and none that measures
+    options.experimental_optimization.apply_default_optimizations = False
+    batch = images.concatenate(last).batch(count + 1).with_options(options)
+    decoded, pixels = batch.get_single_element()
+    places = tf.searchsorted(decoded, numbers)
+    return tf.gather(pixels, places), tf.gather(decoded, places) == numbers
+
+
+def on_white(pixels: tf.Tensor) -> tf.Tensor:
+    """Composites uint8 [height, width, 4] RGBA on white: uint8 [height, width, 3]."""
+    pixels = tf.cast(pixels, tf.float32)
+    colour, alpha = pixels[..., :3], pixels[..., 3:] / 255.0
+    return tf.cast(tf.round(colour * alpha + 255.0 * (1.0 - alpha)), tf.uint8)
+
+
+def resize(pixels: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+    """Resizes uint8 [..., height, width, 3] to `size` (height, width): bilinear, antialiased.
+
+    The whole picture is kept, so its proportions change where they differ from those of `size`.
+    """
+    resized = tf.image.resize(pixels, size, method="bilinear", antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)

@@ -1,0 +1,1 @@
+"""Which devices and machines a run computes on, and which replica reads what."""

@@ -1,0 +1,109 @@
+"""Temperature scaling: one number that makes probabilities mean what they say.
+
+Guo et al. 2017, arXiv:1706.04599, section 4.2: softmax(logits / T), with the T that minimises the
+negative log-likelihood of validation. No label changes, as the order of the logits does not.
+"""
+
+import keras
+import numpy as np
+import scipy.optimize
+import scipy.special
+
+from keras_cifar import models
+from keras_cifar.core.config import NOT_COMPARED
+from keras_cifar.core.errors import UserError
+from keras_cifar.core.run_directory import Run
+from keras_cifar.data import Split
+from keras_cifar.evaluation import evaluator, metrics
+
+# T is searched for in this range: outside of it, probabilities are all but one-hot or all but equal.
+RANGE = (0.05, 20.0)
+
+
+def fit(logits: np.ndarray, labels: np.ndarray) -> dict:
+    """The temperature that fits best.
+
+    Args:
+        logits: float [N, K].
+        labels: int [N].
+
+    Returns:
+        {"temperature", "loss_before", "loss_after", "ece_before", "ece_after", "images"}: the mean
+        negative log-likelihood in nats, and the expected calibration error.
+    """
+    logits = np.asarray(logits, np.float64)
+
+    # Convex in 1 / T, so it has one minimum, and Brent's method in the bounds finds it.
+    def loss(log_t: float) -> float:
+        scores = scipy.special.log_softmax(logits / np.exp(log_t), axis=1)
+        return float(-scores[np.arange(len(labels)), labels].mean())
+
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-4}
+    )
+    temperature = float(np.exp(found.x))
+
+    def error(logits: np.ndarray) -> float:
+        figures = metrics.calibration(scipy.special.softmax(logits, 1), labels)
+        return figures["expected_calibration_error"]
+
+    return {
+        "temperature": temperature,
+        "loss_before": loss(0.0),
+        "loss_after": loss(found.x),
+        "ece_before": error(logits),
+        "ece_after": error(logits / temperature),
+        "images": len(labels),
+    }
+
+
+def words(fitted: dict) -> str:
+    """What `fit` found, as a line."""
+    return (
+        f"temperature {fitted['temperature']:.3f}: on {fitted['images']:,} validation images the loss "
+        f"goes from {fitted['loss_before']:.4f} to {fitted['loss_after']:.4f}, the calibration error "
+        f"from {fitted['ece_before']:.4f} to {fitted['ece_after']:.4f}"
+    )
+
+
+def find(text: str, run: Run) -> dict:
+    """What --temperature stands for.
+
+    Args:
+        text: a number; `auto`, for what fits the run's validation images; or the directory of another
+            run, for what fits that one's model on its own, so that the run may have trained on all.
+
+    Returns:
+        {"temperature"} for a number, otherwise as `fit`.
+
+    Raises:
+        UserError: there are no such images, or the other run has other flags (any seed will do).
+    """
+    try:
+        return {"temperature": float(text)}
+    except ValueError:
+        other = run if text == "auto" else Run(text)
+    mine, theirs = (each.read_config()["flags"] for each in (run, other))
+    free = {*NOT_COMPARED, "seed", "val_fraction"}
+    for flag in sorted((mine.keys() | theirs.keys()) - free):
+        if mine.get(flag) != theirs.get(flag):
+            raise UserError(
+                f"{other.path} was trained with --{flag}={theirs.get(flag)} and {run.path} with "
+                f"{mine.get(flag)}: its temperature would be another"
+            )
+    split = evaluator.load_data(other, "val").split("val")
+    return fit_model(models.load(other.model), split)
+
+
+def fit_model(model: keras.Model, split: Split) -> dict:
+    """`fit` of a model with a layer called `logits`, on the images of a split."""
+    logits = keras.Model(model.inputs[0], model.get_layer("logits").output)
+    return fit(evaluator.predict(logits, split), split.labels)
+
+
+def scaled(model: keras.Model, temperature: float) -> keras.Model:
+    """The model with its logits divided by a temperature, on the same weights."""
+    logits = model.get_layer("logits").output
+    cooled = keras.layers.Rescaling(1 / temperature, dtype="float32", name="temperature")(logits)
+    output = keras.layers.Activation("softmax", dtype="float32", name="probabilities")(cooled)
+    return keras.Model(model.inputs[0], output, name=model.name)

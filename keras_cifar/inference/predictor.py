@@ -1,0 +1,91 @@
+"""Inference with an exported SavedModel and nothing else: no Keras, no training code, no run."""
+
+import pathlib
+
+import numpy as np
+import tensorflow as tf
+
+from keras_cifar.core.config import BATCH_SIZE
+from keras_cifar.core.errors import UserError, reason
+from keras_cifar.core.files import read, versions
+
+MAX_LABELS = 2**26  # bytes of labels.txt; ImageNet-21k's have under a megabyte
+
+
+def find(path: str) -> pathlib.Path:
+    """The SavedModel at `path`: the directory itself, its newest version, or a run's newest export.
+
+    Raises:
+        UserError: there is none.
+    """
+    root = pathlib.Path(path).expanduser()
+    if "://" in path:
+        raise UserError(f"--model={path}: only directories and http:// can be read")
+    if not root.exists():
+        raise UserError(f"--model={path} does not exist")
+    for base in (root, root / "export"):
+        numbers = versions(base)
+        candidate = base / str(numbers[-1]) if numbers else base
+        if (candidate / "saved_model.pb").is_file():
+            return candidate
+    raise UserError(
+        f"--model={path} holds no SavedModel; expected saved_model.pb, <version>/saved_model.pb or "
+        "a run with export/<version>/ (python -m keras_cifar.export --run RUN makes one)"
+    )
+
+
+class Predictor:
+    """A loaded SavedModel.
+
+    Attributes:
+        path: its directory.
+        size: (height, width) of the images it takes, in pixels.
+        class_names: in the order of the probabilities.
+        signatures: its functions, by name.
+    """
+
+    def __init__(self, path: str):
+        """Loads the model.
+
+        Args:
+            path: as in `find`.
+
+        Raises:
+            UserError: there is none, or it is damaged or not one of ours.
+        """
+        self.path = find(path)
+        try:
+            # Kept, since the signatures do not keep the variables alive.
+            self._loaded = tf.saved_model.load(str(self.path))
+            self._take(dict(self._loaded.signatures))
+            self.size = tuple(self._classify.structured_input_signature[1]["images"].shape[1:3])
+            labels = self.path / "assets" / "labels.txt"
+            self.class_names = tuple(read(labels, MAX_LABELS).decode("utf-8").splitlines())
+            if len(self.class_names) != self._classify.structured_outputs["probabilities"].shape[1]:
+                raise ValueError(f"{labels.name} does not name its classes")
+        except Exception as error:  # Damage shows as any of a dozen classes.
+            raise UserError(
+                f"{self.path} is not a model that can be used: {reason(error)}"
+            ) from None
+
+    def _take(self, signatures: dict) -> None:
+        self.signatures = signatures
+        self._classify, self._features = signatures["serving_default"], signatures["features"]
+
+    def classify(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities float32 [N, K] of uint8 [N, H, W, 3], N of any size."""
+        return self._run(self._classify, "probabilities", images)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Feature vectors float32 [N, D] of uint8 [N, H, W, 3]: what the last layer classifies."""
+        return self._run(self._features, "features", images)
+
+    @staticmethod
+    def _run(signature, output: str, images: np.ndarray) -> np.ndarray:
+        """One output of a signature, batch after batch, so that memory does not grow with N."""
+        # Of no images too: oneDNN's kernels fail on an empty batch.
+        rows = [np.empty((0, signature.structured_outputs[output].shape[1]), np.float32)]
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = tf.constant(images[start : start + BATCH_SIZE])
+            rows.append(signature(images=batch)[output].numpy())
+        return np.concatenate(rows)

@@ -1,0 +1,208 @@
+"""Optimizers and learning-rate schedules, from flags."""
+
+import math
+import re
+
+import keras
+import tensorflow as tf
+
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import UsageError, unknown
+from keras_cifar.models.classifier import Classifier, is_kernel
+
+# Smith and Topin 2017, arXiv:1708.07120, in the usual form: up in three tenths of the run from a
+# 25th of the peak, then down along a cosine.
+ONECYCLE_RISE = 0.3
+ONECYCLE_START = 1 / 25
+
+STEP_FACTOR = 0.1  # of each step; He et al. 2015 at half and three quarters of the run
+
+SCHEDULES = ("constant", "linear", "cosine", "step", "onecycle")
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+    """The learning rate of each step.
+
+    Args:
+        kind: one of SCHEDULES.
+        peak: the highest rate.
+        total_steps: of the run; `linear`, `cosine` and `onecycle` end at 0 there.
+        warmup_steps: of linear warm-up from 0; with `onecycle`, the rise's length, 0 is its default.
+        milestones: with `step`, the shares of the run after which the rate falls to a tenth.
+
+    Attributes:
+        factor: a variable that all rates are multiplied by, 1 at first.
+    """
+
+    def __init__(self, kind, peak, total_steps, warmup_steps=0, milestones=()):
+        self.kind, self.peak, self.milestones = kind, peak, tuple(milestones)
+        self.total_steps, self.warmup_steps = total_steps, warmup_steps
+        self.factor = tf.Variable(1.0, trainable=False)
+
+    def __call__(self, step):
+        step = tf.cast(step, tf.float32)
+        total, start, warmup = self.total_steps, 0.0, self.warmup_steps
+        if self.kind == "onecycle":
+            warmup, start = warmup or ONECYCLE_RISE * total, ONECYCLE_START
+        # With no start of its own, the first step already moves.
+        done = step if start else step + 1
+        rising = start + (1 - start) * tf.minimum(done / warmup, 1.0) if warmup else 1.0
+        if self.kind == "constant":
+            falling = 1.0
+        elif self.kind == "step":
+            passed = [tf.cast(step >= share * total, tf.float32) for share in self.milestones]
+            falling = STEP_FACTOR ** tf.add_n(passed)
+        else:
+            share = tf.clip_by_value((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+            falling = 1 - share if self.kind == "linear" else (1 + tf.cos(math.pi * share)) / 2
+        return self.factor * (self.peak * rising * falling)
+
+    def get_config(self):
+        names = ("kind", "peak", "total_steps", "warmup_steps", "milestones")
+        return {name: getattr(self, name) for name in names}
+
+
+class _Replicated:
+    """What an optimizer needs for gradients that the replicas have added up already."""
+
+    def apply_reduced(self, gradients, variables) -> None:
+        """`apply`, for gradients that are the same on every replica.
+
+        Keras's adds the replicas' gradients up, which would be once more.
+        """
+        if self.loss_scale_factor:
+            gradients = [gradient / self.loss_scale_factor for gradient in gradients]
+        self._apply_weight_decay(variables)
+        rate = self.learning_rate
+        for gradient, variable in zip(gradients, variables, strict=True):
+            self.update_step(gradient, variable.value, rate)
+            if variable.constraint is not None:
+                variable.assign(variable.constraint(variable))
+        self.iterations.assign_add(1)
+
+
+class _OneKernel(_Replicated):
+    """Adam's update as one kernel a variable (ResourceApplyAdam); Keras's takes about 14."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self.amsgrad or isinstance(gradient, tf.IndexedSlices):
+            return super().update_step(gradient, variable, learning_rate)
+        index, dtype = self._get_variable_index(variable), variable.dtype
+        rate = tf.cast(learning_rate, dtype)
+        step = tf.cast(self.iterations + 1, dtype)
+        beta_1, beta_2 = (tf.constant(beta, dtype) for beta in (self.beta_1, self.beta_2))
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=tf.pow(beta_1, step),
+            beta2_power=tf.pow(beta_2, step),
+            lr=rate,
+            beta1=beta_1,
+            beta2=beta_2,
+            epsilon=tf.constant(self.epsilon, dtype),
+            grad=tf.cast(gradient, dtype),
+        )
+        return None
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class Adam(_OneKernel, keras.optimizers.Adam):
+    """keras.optimizers.Adam (Kingma and Ba 2014, arXiv:1412.6980), with fewer kernels a step."""
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class AdamW(_OneKernel, keras.optimizers.AdamW):
+    """keras.optimizers.AdamW (Loshchilov and Hutter 2017), with fewer kernels a step."""
+
+
+@keras.saving.register_keras_serializable("keras_cifar")
+class SGD(_Replicated, keras.optimizers.SGD):
+    """keras.optimizers.SGD, which under several replicas adds their gradients up only once.
+
+    Args:
+        bias_rate: a factor of the learning rate of all that is no kernel.
+        *args, **kwargs: Keras's.
+    """
+
+    def __init__(self, *args, bias_rate=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bias_rate = bias_rate
+
+    def update_step(self, gradient, variable, learning_rate):
+        if not is_kernel(variable):
+            learning_rate = learning_rate * self.bias_rate
+        super().update_step(gradient, variable, learning_rate)
+
+    def get_config(self):
+        return super().get_config() | {"bias_rate": self.bias_rate}
+
+
+def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
+    """(kind, milestones) of --lr_schedule, such as `step(0.5,0.75)`.
+
+    Raises:
+        UsageError: an unknown schedule, or milestones that are no increasing shares.
+    """
+    match = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
+    if not match or match[1] not in SCHEDULES:
+        raise unknown(
+            "schedule", text, ("constant", "linear", "cosine", "step(0.5,0.75)", "onecycle")
+        )
+    kind, inside = match[1], match[2]
+    try:
+        milestones = tuple(float(share) for share in inside.split(",")) if inside else ()
+    except ValueError:
+        milestones = (math.nan,)
+    ordered = all(a < b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
+    if (kind == "step") != bool(milestones) or not ordered:
+        raise UsageError(
+            f"--lr_schedule={text}: step takes increasing shares of the run between 0 and 1, as in "
+            "step(0.5,0.75); the others take none"
+        )
+    return kind, milestones
+
+
+def schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
+    """The schedule that the flags describe."""
+    kind, milestones = parse_schedule(config.lr_schedule)
+    total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
+    if warmup >= total:
+        raise UsageError(
+            f"--warmup_epochs={config.warmup_epochs} must be below --epochs={config.epochs}"
+        )
+    return Schedule(kind, config.learning_rate, total, warmup, milestones)
+
+
+def compile_model(
+    model: Classifier, config: TrainConfig, steps_per_epoch: int, **kwargs
+) -> Schedule:
+    """Compiles `model` with the optimizer and the loss that the flags describe; the learning rate.
+
+    Weight decay is on kernels alone: decoupled with adamw (Loshchilov and Hutter 2017,
+    arXiv:1711.05101), L2 in the gradient with the others.
+    """
+    rate = schedule(config, steps_per_epoch)
+    l2, clipping = config.weight_decay, {"global_clipnorm": config.global_clipnorm or None}
+    if config.optimizer == "adam":
+        optimizer = Adam(rate, **clipping)
+    elif config.optimizer == "sgd":
+        optimizer = SGD(
+            rate, config.momentum, config.nesterov, bias_rate=config.bias_rate, **clipping
+        )
+    else:
+        optimizer, l2 = AdamW(rate, config.weight_decay, **clipping), 0.0
+        optimizer.exclude_from_weight_decay(
+            [v for v in model.trainable_variables if not is_kernel(v)]
+        )
+    model.compile(
+        optimizer,
+        label_smoothing=config.label_smoothing,
+        weight_decay=l2,
+        ema=config.ema,
+        accumulate_steps=config.accumulate_steps,
+        steps_per_execution=config.steps_per_execution,
+        **kwargs,
+    )
+    return rate

@@ -1,0 +1,72 @@
+"""A configuration with several seeds: a run for each, and what they say together."""
+
+import dataclasses
+import gc
+import statistics
+
+import keras
+
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import UsageError
+from keras_cifar.core.files import versions, write_json
+from keras_cifar.core.run_directory import Run, previous_config
+from keras_cifar.distributed import strategy
+from keras_cifar.training import trainer
+
+
+def train(config: TrainConfig, run: Run) -> dict:
+    """Trains `config.seeds` runs, one after another; those that are done stay as they are.
+
+    All are trained in this process: order, augmentation, dropout and initial weights are functions of
+    the seed and the step, so each is to the bit the run that it would be alone, and signals and locks
+    are those of one run.
+
+    Args:
+        config: its `seed` is that of the first; the others count on from there.
+        run: whose directory has theirs, seed_N.
+
+    Returns:
+        What `RUN/seeds.json` has: {"seeds": {seed: test accuracy}, "mean", "std"}, the sample standard
+        deviation, None of one seed.
+
+    Raises:
+        UsageError, UserError, StoppedError: as `trainer.train`; also of a later seed before the first
+            begins, and of several workers.
+    """
+    if strategy.choose(config).cluster:
+        raise UsageError("--seeds is for one worker; with several, start a run for each --seed")
+    if run.config.exists():
+        raise UsageError(
+            f"--run_dir={run.path} holds one run and not those of --seeds; choose another"
+        )
+    seeds = range(config.seed, config.seed + config.seeds)
+    configs = {seed: dataclasses.replace(config, seed=seed, seeds=0) for seed in seeds}
+    for seed in seeds:
+        previous_config(configs[seed], run.of_seed(seed))
+    accuracies = {}
+    for number, seed in enumerate(seeds, start=1):
+        print(f"seed {seed} ({number} of {len(seeds)})", flush=True)
+        one = run.of_seed(seed)
+        figures = _figures(one, configs[seed])
+        if figures is None:
+            figures = trainer.train(configs[seed], one)
+            # A model and its functions refer to each other, so nothing else would free them now.
+            keras.utils.clear_session()
+            gc.collect()
+        accuracies[seed] = figures["accuracy"]
+        print(f"seed {seed}: test accuracy {accuracies[seed]:.4f}\n", flush=True)
+    values = list(accuracies.values())
+    summary = {
+        "seeds": {str(seed): value for seed, value in accuracies.items()},
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+    write_json(run.seeds, summary)
+    return summary
+
+
+def _figures(run: Run, config: TrainConfig) -> dict | None:
+    """The test figures of a run that has come to its end; None of one that has not."""
+    if config.export and not versions(run.export):
+        return None
+    return run.read_figures("test", config.data)

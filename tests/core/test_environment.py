@@ -1,0 +1,138 @@
+"""The switches are what the table in environment.py says."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import tensorflow as tf
+
+from keras_cifar.core import config, environment
+from keras_cifar.training import plan as planning
+
+# Prints how many threads a process has in which TensorFlow has worked, by their name.
+COUNT_THREADS = """
+from keras_cifar.core import environment
+environment.import_tensorflow()
+import pathlib
+import tensorflow as tf
+tf.function(lambda x: x @ x + 1, autograph=False)(tf.random.normal((256, 256)))
+names = [p.read_text().strip() for p in pathlib.Path("/proc/self/task").glob("*/comm")]
+print(names.count("tf_Compute"), names.count("python"))
+"""
+
+
+def set_quota(monkeypatch, tmp_path, text: str, cores: int = 4) -> None:
+    for name in environment.THREADS:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(environment, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"),
+    [
+        ("200000 100000\n", "2"),
+        ("150000 100000\n", "2"),
+        ("10000 100000\n", "1"),
+        ("400000 100000\n", None),
+        ("max 100000\n", None),
+        ("nonsense", None),
+    ],
+)
+def test_threads_follow_the_containers_quota(monkeypatch, tmp_path, text, threads):
+    set_quota(monkeypatch, tmp_path, text)
+    environment.configure()
+    assert [os.environ.get(name) for name in environment.THREADS] == [threads, threads]
+
+
+def test_threads_that_the_user_has_set_stay(monkeypatch, tmp_path):
+    set_quota(monkeypatch, tmp_path, "200000 100000\n")
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
+    environment.configure()
+    assert os.environ["TF_NUM_INTRAOP_THREADS"] == "3"
+    assert os.environ["TF_NUM_INTEROP_THREADS"] == "2"
+
+
+def test_what_was_set_is_known(monkeypatch):
+    monkeypatch.setattr(environment, "changed", set())
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
+    monkeypatch.delenv("KERAS_BACKEND")
+    environment.configure()
+    assert "KERAS_BACKEND" in environment.changed
+    assert "TF_ENABLE_ONEDNN_OPTS" not in environment.changed
+
+
+def test_tensorflow_makes_as_many_threads_as_the_variables_say():
+    counts = []
+    for threads in ("1", "6"):
+        env = os.environ | dict.fromkeys(environment.THREADS, threads)
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT_THREADS],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        counts.append([int(word) for word in done.stdout.split()])
+    (inter_1, intra_1), (inter_6, intra_6) = counts
+    assert (inter_6, intra_6 - intra_1) == (6, 5)
+    assert inter_1 <= 1
+
+
+def fake_gpus(monkeypatch, *capabilities: tuple) -> None:
+    """Makes TensorFlow say that there are GPUs of these compute capabilities."""
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list(capabilities))
+    monkeypatch.setattr(
+        tf.config.experimental, "get_device_details", lambda c: {"compute_capability": c}
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "policy"),
+    [
+        ([], "float32"),
+        ([(8, 0)], "mixed_bfloat16"),
+        ([(9, 0), (9, 0)], "mixed_bfloat16"),
+        ([(7, 5)], "float32"),
+        ([(9, 0), (7, 0)], "float32"),
+    ],
+)
+def test_precision_by_device(monkeypatch, gpus, policy):
+    fake_gpus(monkeypatch, *gpus)
+    assert environment.dtype_policy("auto")[0] == policy
+    assert environment.dtype_policy("float64")[0] == "float64"
+
+
+def test_xla_is_for_one_gpu_alone(monkeypatch):
+    fake_gpus(monkeypatch)
+    assert environment.use_xla("none") == (False, "it makes convolutions slower on a CPU")
+    fake_gpus(monkeypatch, (8, 0))
+    assert environment.use_xla("none") == (True, "one GPU")
+    assert environment.use_xla("mirrored") == (False, "several replicas")
+
+
+@pytest.mark.parametrize("xla", [False, True])
+def test_training_asks_for_precision_and_xla(monkeypatch, image_folder, xla):
+    monkeypatch.setattr(environment, "use_xla", lambda strategy: (xla, f"as {strategy}"))
+    monkeypatch.setattr(environment, "dtype_policy", {"auto": ("mixed_bfloat16", "so")}.get)
+    flags = config.TrainConfig(model="lenet5", data=f"folder:{image_folder}", batch_size=16)
+    plan = planning.prepare(flags)
+    assert plan.model.jit_compile is xla
+    assert plan.model.get_layer("logits").compute_dtype == "bfloat16"
+    described = planning.describe_run(plan)
+    assert (described["dtype_policy"], described["xla"]) == ("mixed_bfloat16", xla)
+    assert f"mixed_bfloat16 (so), XLA {'on' if xla else 'off'} (as none)" in plan.describe()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "is_on"),
+    [(False, [], True), (True, [], True), (False, ["GPU:0"], False), (True, ["GPU:0"], True)],
+)
+def test_deterministic_is_always_so_on_cpus(monkeypatch, wanted, gpus, is_on):
+    calls = []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: calls.append(0))
+    assert environment.make_deterministic(wanted) == is_on
+    assert bool(calls) == (wanted and bool(gpus))

@@ -1,0 +1,140 @@
+"""The run directory's files: whole or not there."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import UserError
+from keras_cifar.core.files import next_version, replacing, versions, write_json
+from keras_cifar.core.run_directory import Run
+
+
+def test_replacing_keeps_the_old_file_when_the_body_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_replacing_makes_folders_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "x" / "y.json"
+    write_json(path, {"a": 1})
+    assert path.read_text() == '{\n "a": 1\n}\n'
+    assert [p.name for p in path.parent.iterdir()] == ["y.json"]
+
+
+def test_the_file_keeps_its_suffix_while_it_is_written(tmp_path):
+    with replacing(tmp_path / "m.keras") as temporary:
+        assert temporary.name == "m.keras"
+        temporary.write_text("")
+
+
+def test_versions_are_integers_in_order(tmp_path):
+    for name in ("10", "9", "tmp", ".export-x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "11").write_text("a file")
+    assert versions(tmp_path) == [9, 10]
+    assert next_version(tmp_path) == 11
+    assert next_version(tmp_path / "none") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"flags": {}}'])
+def test_a_damaged_config_is_one_line_with_its_name(tmp_path, text):
+    run = Run(tmp_path)
+    run.config.write_text(text)
+    with pytest.raises(UserError) as caught:
+        run.read_config()
+    assert str(run.config) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def config() -> dict:
+    """As much of a config.json as is read."""
+    return {
+        "flags": dataclasses.asdict(TrainConfig()),
+        "class_names": ["a", "b"],
+        "image_shape": [32, 32, 3],
+        "splits": {"train": {"count": 5, "fingerprint": "f"}},
+    }
+
+
+def refusal(run: Run) -> str:
+    with pytest.raises(UserError) as caught:
+        run.read_config()
+    message = str(caught.value)
+    assert message.startswith(f"{run.config} is damaged: ")
+    assert message.isprintable()
+    return message
+
+
+def test_a_config_with_flags_of_later_versions_is_read(tmp_path):
+    run, value = Run(tmp_path), config()
+    value["flags"]["later"] = 1
+    del value["flags"]["ema"]
+    value["flags"]["learning_rate"] = 1  # as `TrainConfig(learning_rate=1)` is written
+    write_json(run.config, value)
+    assert run.read_config() == value
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *(("flags", value) for value in ([], "data", None, {})),
+        *(("class_names", value) for value in ({}, [], "ab", [1], None)),
+        *(("image_shape", value) for value in ({}, [32, 32], [32, 32, 1], [0, 32, 3], "abc")),
+        *(("image_shape", value) for value in ([True, 32, 3], [10**6, 32, 3], [32.0, 32, 3])),
+        *(("splits", value) for value in ([], [1], "x", {"train": 5}, {"train": {"count": 5}})),
+        *(("flags/seed", value) for value in ("1", None, True, 1.5, -1, [1])),
+        *(("flags/data", value) for value in (1, None, ["digits"], {"a": 1})),
+        *(("flags/data_dir", value) for value in (1, ["/"], False)),
+        *(("flags/image_size", value) for value in ("32", 0, True, 1.5)),
+        *(("flags/val_fraction", value) for value in ("0.1", 2, float("nan"), None)),
+        *(("flags/export", value) for value in (1, "yes", None)),
+    ],
+)
+def test_what_is_used_of_a_config_has_its_types(tmp_path, place, value):
+    run, whole = Run(tmp_path), config()
+    inner = whole
+    *above, last = place.split("/")
+    for name in above:
+        inner = inner[name]
+    inner[last] = value
+    run.config.write_text(json.dumps(whole))
+    refusal(run)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 10_000, "\0", '"\\ud800'])
+def test_a_config_that_is_made_to_do_harm_is_refused(tmp_path, text):
+    run = Run(tmp_path)
+    run.config.write_text(text)
+    refusal(run)
+
+
+def test_a_config_that_is_too_large_or_a_pipe_is_refused(tmp_path):
+    run = Run(tmp_path)
+    run.config.touch()
+    os.truncate(run.config, 2**40)
+    assert "more than" in refusal(run)
+    run.config.unlink()
+    os.mkfifo(run.config)
+    assert "a pipe or a device" in refusal(run)
+
+
+def test_json_keeps_names_that_are_no_text(tmp_path):
+    value = {"x": os.fsdecode(b"caf\xe9"), "y": "日本\n"}
+    write_json(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == value
+    assert "日本" in (tmp_path / "a.json").read_text("utf-8")
+
+
+def test_a_folder_that_is_no_run_is_said(tmp_path):
+    with pytest.raises(UserError, match="not a run directory"):
+        Run(tmp_path).read_config()
+    with pytest.raises(UserError, match="does not exist"):
+        Run(tmp_path / "none").read_config()

@@ -1,0 +1,877 @@
+"""Decoded images on disk: made once, keyed by content, whole or not there, and never in memory."""
+
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from keras_cifar import data
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import UserError
+from keras_cifar.core.run_directory import Run
+from keras_cifar.data import batches as pipeline
+from keras_cifar.data import cache as cache_module
+from keras_cifar.data import folder, splits
+from keras_cifar.data import images as image
+from keras_cifar.data.cache import Cache
+from keras_cifar.data.splits import Split
+from keras_cifar.evaluation import evaluator
+from keras_cifar.training import trainer
+from tests.conftest import write_folder
+
+MADE_OF = {"source": "test", "contents": "abc"}
+SHAPE = (20, 4, 5, 3)
+
+
+def pixels(shape=SHAPE, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def labels(count: int = SHAPE[0]) -> np.ndarray:
+    return np.arange(count) % 3
+
+
+def fill(write) -> np.ndarray:
+    """Writes `pixels` in two blocks, the second first, as threads may."""
+    write(12, pixels()[12:])
+    write(0, pixels()[:12])
+    return labels()
+
+
+def must_not_fill(write):
+    raise AssertionError("what was there is made again")
+
+
+def make(directory: pathlib.Path, fill=fill, cache_key=MADE_OF) -> Split:
+    return Cache(str(directory)).make(cache_key, SHAPE, "my pictures", fill)
+
+
+def assert_right(split: Split) -> None:
+    np.testing.assert_array_equal(split.images, pixels())
+    np.testing.assert_array_equal(split.labels, labels())
+    assert split.images.dtype == np.uint8
+    assert split.labels.dtype == np.int64
+
+
+def entry(directory: pathlib.Path) -> pathlib.Path:
+    """The only entry of a cache."""
+    (only,) = directory.glob("*/entry.json")
+    return only.parent
+
+
+def left(directory: pathlib.Path) -> list[str]:
+    """All that is in a cache but the locks."""
+    return [p.name for p in directory.glob("*") if p.suffix != ".lock"]
+
+
+def in_new_process(code: str, **options) -> subprocess.Popen:
+    code = "from keras_cifar.core import environment\nenvironment.import_tensorflow()\n" + code
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, **options)
+
+
+needs_proc = pytest.mark.skipif(
+    not pathlib.Path("/proc/self/status").exists(), reason="Linux says it in /proc"
+)
+
+
+# ---- Entries
+
+
+def test_what_is_made_is_found_again_as_it_was(tmp_path):
+    assert Cache(str(tmp_path)).find(MADE_OF) is None
+    assert_right(make(tmp_path))
+    found = Cache(str(tmp_path)).find(MADE_OF)
+    assert_right(found)
+    assert_right(make(tmp_path, must_not_fill))
+    assert found.fingerprint == Split(pixels(), labels()).fingerprint
+
+
+def test_images_are_mapped_where_tensors_take_them_without_a_copy(tmp_path):
+    make(tmp_path)
+    stored = Cache(str(tmp_path)).find(MADE_OF).stored
+    assert isinstance(stored.base, np.memmap)
+    assert stored.ctypes.data % 64 == 0
+    with pytest.raises(ValueError, match="read-only"):
+        stored[0] = 0
+
+
+@pytest.mark.parametrize(
+    "other", [{"contents": "abd"}, {"source": "other"}, {"image_size": [4, 5]}]
+)
+def test_another_description_is_another_entry(tmp_path, other):
+    make(tmp_path)
+    assert Cache(str(tmp_path)).find(MADE_OF | other) is None
+
+
+def test_another_decoder_is_another_entry(tmp_path, monkeypatch):
+    make(tmp_path)
+    monkeypatch.setattr(cache_module, "DECODER", [*cache_module.DECODER[:-1], "another"])
+    assert Cache(str(tmp_path)).find(MADE_OF) is None
+
+
+def test_the_decoder_s_version_is_part_of_the_name():
+    assert image.VERSION in cache_module.DECODER
+    assert {Image.__version__} <= set(cache_module.DECODER)
+
+
+def test_an_empty_split_needs_no_entry(tmp_path):
+    split = Cache(str(tmp_path)).make(MADE_OF, (0, 4, 5, 3), "x", must_not_fill)
+    assert split.images.shape == (0, 4, 5, 3)
+    assert left(tmp_path) == []
+
+
+def test_more_than_the_memory_holds_is_mapped_and_read(tmp_path):
+    small = make(tmp_path, lambda write: write(0, np.zeros(SHAPE, np.uint8)) or labels())
+    assert len(small) == SHAPE[0]
+    shape = (2 * psutil.virtual_memory().total // (3 * 2**20), 1024, 1024, 3)
+    path, about = entry(tmp_path), json.loads((entry(tmp_path) / "entry.json").read_text())
+    with open(path / "images.npy", "wb") as file:  # a file of holes, which read as zeros
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
+        size = file.tell() + int(np.prod(shape))
+        file.truncate(size)
+    digests = np.tile(splits.pixel_digests(np.zeros((1, *shape[1:]), np.uint8)), (shape[0], 1))
+    numbers = np.arange(shape[0]) % 3
+    np.save(path / "labels.npy", numbers)
+    np.save(path / "digests.npy", digests)
+    # Of the shape and the digests, without the pixels.
+    fingerprint = Split(np.empty((0, *shape[1:]), np.uint8), numbers, None, digests).fingerprint
+    about |= {"shape": shape, "bytes": size, "fingerprint": fingerprint}
+    (path / "entry.json").write_text(json.dumps(about))
+    split = Cache(str(tmp_path)).find(MADE_OF)
+    assert len(split) == shape[0]
+    for batches in (
+        pipeline.training(split, 3, 4, "flip", seed=0),
+        pipeline.evaluation(split.take(np.arange(shape[0])[::-1]), 3, 4),
+    ):
+        images, _ = next(iter(batches))
+        assert images.shape == (4, 1024, 1024, 3)
+        assert not np.any(images)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path):
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def spoil_beginning(path):
+    path.write_bytes(b"garbage" + path.read_bytes()[7:])
+
+
+def spoil_end(path):
+    contents = path.read_bytes()
+    path.write_bytes(contents[:-3] + bytes(255 - b for b in contents[-3:]))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zeros(path):
+    path.write_bytes(bytes(len(path.read_bytes())))
+
+
+def remove(path):
+    path.unlink()
+
+
+def replace_by_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "digests.npy", "entry.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [shorten, lengthen, spoil_beginning, spoil_end, empty, zeros, remove, replace_by_directory],
+)
+def test_a_damaged_entry_is_made_again(tmp_path, name, damage):
+    make(tmp_path)
+    damage(entry(tmp_path) / name)
+    found = Cache(str(tmp_path)).find(MADE_OF)
+    if found is not None:  # Bytes after the end of an array, or of JSON's last line, mean nothing.
+        assert (name, damage) in [
+            ("labels.npy", lengthen),
+            ("digests.npy", lengthen),
+            ("entry.json", shorten),
+        ]
+        assert_right(found)
+        return
+    assert_right(make(tmp_path))
+    assert_right(Cache(str(tmp_path)).find(MADE_OF))
+    assert len(left(tmp_path)) == 1
+
+
+def test_a_file_in_place_of_an_entry_is_replaced(tmp_path):
+    make(tmp_path)
+    path = entry(tmp_path)
+    shutil.rmtree(path)
+    path.write_text("x")
+    assert_right(make(tmp_path))
+
+
+def test_an_entry_of_another_size_than_its_description_is_damaged(tmp_path):
+    make(tmp_path)
+    path = entry(tmp_path) / "entry.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"shape": [20, 5, 4, 3]}))
+    assert Cache(str(tmp_path)).find(MADE_OF) is None
+
+
+def test_who_has_an_entry_keeps_it_when_it_is_deleted(tmp_path):
+    split = make(tmp_path)
+    shutil.rmtree(tmp_path)
+    assert_right(split)
+    assert_right(make(tmp_path))
+
+
+# ---- Nothing half-written
+
+
+@pytest.mark.parametrize("error", [UserError("a bad picture"), KeyboardInterrupt()])
+def test_what_fails_leaves_nothing(tmp_path, error):
+    def stop(write):
+        write(0, pixels()[:12])
+        raise error
+
+    with pytest.raises(type(error)):
+        make(tmp_path, stop)
+    assert left(tmp_path) == []
+    assert Cache(str(tmp_path)).find(MADE_OF) is None
+    assert_right(make(tmp_path))
+
+
+def test_labels_of_another_number_are_not_accepted(tmp_path):
+    def forget(write):
+        write(0, pixels())
+        return labels()[:-1]
+
+    with pytest.raises(UserError, match=r"my pictures: .* damaged"):
+        make(tmp_path, forget)
+    assert Cache(str(tmp_path)).find(MADE_OF) is None
+
+
+def test_a_disk_that_gets_full_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda file, contents, offset: len(contents) - 1)
+    with pytest.raises(UserError, match=r"No space left on device.*--cache_dir") as caught:
+        make(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert left(tmp_path) == []
+
+
+@needs_proc
+def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def record_sync(descriptor):
+        events.append(("sync", pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def record_rename(old, new):
+        if pathlib.Path(old).exists():
+            events.append(("rename", pathlib.Path(new).name))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    make(tmp_path)
+    names = [name for _, name in events]
+    assert {"images.npy", "labels.npy", "digests.npy", "entry.json"} <= set(names[:5])
+    assert events[5:] == [("rename", entry(tmp_path).name), ("sync", tmp_path.name)]
+
+
+HALF = """
+    import sys, time
+    import numpy as np
+    from keras_cifar.data.cache import Cache
+
+    def fill(write):
+        write(0, np.zeros((12, 4, 5, 3), np.uint8))
+        print("half", flush=True)
+        time.sleep(60)
+
+    Cache(sys.argv[1]).make({cache_key}, {shape}, "my pictures", fill)
+"""
+
+
+def test_kill_in_the_middle_leaves_nothing_that_is_used(tmp_path):
+    code = textwrap.dedent(HALF).format(cache_key=MADE_OF, shape=SHAPE)
+    code = code.replace("sys.argv[1]", repr(str(tmp_path)))
+    with in_new_process(code) as process:
+        assert process.stdout.readline() == "half\n"
+        assert len(left(tmp_path)) == 1
+        # Another entry is made meanwhile, and leaves what the living process writes alone.
+        other = MADE_OF | {"contents": "other"}
+        make(tmp_path, cache_key=other)
+        assert len(left(tmp_path)) == 2
+        process.send_signal(signal.SIGKILL)
+    assert Cache(str(tmp_path)).find(MADE_OF) is None
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    # Whoever makes the same entry next, or another, removes the half.
+    assert_right(make(tmp_path))
+    assert len([name for name in left(tmp_path) if name != "copy"]) == 2
+    make(tmp_path / "copy", cache_key=MADE_OF | {"contents": "third"})
+    assert not list((tmp_path / "copy").glob("*.building-*"))
+
+
+# ---- Several at once
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_at_once_both_get_it(tmp_path, monkeypatch, locks, capsys):
+    if not locks:  # as on some network file systems
+
+        def refuse(*arguments):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(cache_module.fcntl, "flock", refuse)
+    begun, go_on, results, filled = threading.Event(), threading.Event(), [], []
+
+    def slow(write):
+        filled.append(1)
+        begun.set()
+        assert go_on.wait(20)
+        return fill(write)
+
+    threads = [
+        threading.Thread(target=lambda: results.append(make(tmp_path, slow))) for _ in range(2)
+    ]
+    threads[0].start()
+    assert begun.wait(20)
+    threads[1].start()
+    while len(filled) < 2 and "waiting for another process" not in capsys.readouterr().err:
+        threads[1].join(0.01)
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert len(results) == 2
+    for split in results:
+        assert_right(split)
+    assert len(filled) == (1 if locks else 2)  # With locks, the second waits for the first.
+    assert len(left(tmp_path)) == 1
+
+
+def test_two_processes_that_load_the_same_folder_at_once_both_succeed(tmp_path, image_folder):
+    code = f"""
+from keras_cifar import data
+split = data.load("folder:{image_folder}", cache_dir={str(tmp_path)!r}).train
+print(split.fingerprint)
+"""
+    processes = [in_new_process(code) for _ in range(2)]
+    fingerprints = {process.communicate(timeout=60)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    expected = data.load(f"folder:{image_folder}", cache_dir=str(tmp_path)).train.fingerprint
+    assert fingerprints == {expected + "\n"}
+    assert len(left(tmp_path)) == 2
+
+
+# ---- Where
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cache_module.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    return tmp_path / "home"
+
+
+def make_by_default() -> Split:
+    return Cache().make(MADE_OF, SHAPE, "my pictures", fill)
+
+
+@pytest.mark.parametrize("value", [None, "", "relative"])
+def test_the_default_is_below_home(home, monkeypatch, value, capsys):
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    make_by_default()
+    assert len(left(home / ".cache" / "keras_cifar")) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_xdg_cache_home_is_the_default(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    make_by_default()
+    assert len(left(tmp_path / "xdg" / "keras_cifar")) == 1
+    assert not home.exists()
+
+
+def test_a_directory_that_is_given_may_be_below_home(home):
+    Cache("~/here").make(MADE_OF, SHAPE, "x", fill)
+    assert len(left(home / "here")) == 1
+
+
+def test_where_the_default_cannot_be_written_temporary_files_are_and_one_line_says_so(
+    home, tmp_path, capsys
+):
+    home.write_text("a file")
+    make_by_default()
+    lines = capsys.readouterr().err.splitlines()
+    place = tmp_path / "temporary" / f"keras_cifar-{os.getuid()}"
+    assert len(lines) == 1
+    assert f"{home / '.cache' / 'keras_cifar'} cannot be written" in lines[0]
+    assert f"{place} is used" in lines[0]
+    assert len(left(place)) == 1
+    assert_right(Cache().find(MADE_OF))
+
+
+def test_where_nothing_can_be_written_one_line_says_so(home, tmp_path):
+    home.write_text("a file")
+    (tmp_path / "temporary").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be written.*choose another --cache_dir") as caught:
+        make_by_default()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("below", ["file", "file/below"])
+def test_a_directory_that_is_given_and_cannot_be_written_is_refused(tmp_path, below, image_folder):
+    (tmp_path / "file").write_text("x")
+    place = tmp_path / below
+    with pytest.raises(UserError, match=f"--cache_dir={place}: .*cannot be written") as caught:
+        data.load(f"folder:{image_folder}", cache_dir=str(place))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_there_is_read_where_nothing_can_be_written(tmp_path, image_folder, monkeypatch):
+    first = data.load(f"folder:{image_folder}", cache_dir=str(tmp_path))
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(cache_module.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
+    second = data.load(f"folder:{image_folder}", cache_dir=str(tmp_path))
+    assert second.describe() == first.describe()
+
+
+def test_a_disk_with_too_little_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    shape = (10**5, 224, 224, 3)
+    with pytest.raises(UserError) as caught:
+        Cache(str(tmp_path)).make(MADE_OF, shape, "my pictures", must_not_fill)
+    message = str(caught.value)
+    assert message.startswith("my pictures: 100000 images of 224 x 224 pixels need 15.1 GB of disk")
+    assert "1.0 GB are free" in message
+    assert str(tmp_path) in message
+    assert "--cache_dir" in message
+    assert "\n" not in message
+    assert left(tmp_path) == []
+
+
+# ---- Folders
+
+
+def load(root: pathlib.Path, cache: pathlib.Path, **options):
+    return data.load(f"folder:{root}", cache_dir=str(cache), **options)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> pathlib.Path:
+    root = tmp_path / "pictures"
+    write_folder(root, {"train": 30, "test": 6})
+    return root
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list:
+    """What `image.load` was called with since the list was emptied."""
+    calls, real = [], image.load
+
+    def count(contents, *args, **kwargs):
+        calls.append(contents)
+        return real(contents, *args, **kwargs)
+
+    monkeypatch.setattr(image, "load", count)
+    return calls
+
+
+def test_a_second_load_decodes_nothing(tmp_path, pictures, decoded):
+    first = load(pictures, tmp_path / "cache")
+    assert len(decoded) == 36 + 1  # The first is looked at for the size of all.
+    decoded.clear()
+    second = load(pictures, tmp_path / "cache")
+    assert decoded == []
+    assert second.describe() == first.describe()
+    for name in ("train", "val", "test"):
+        np.testing.assert_array_equal(second.split(name).images, first.split(name).images)
+        np.testing.assert_array_equal(second.split(name).labels, first.split(name).labels)
+
+
+def test_the_same_pictures_elsewhere_are_not_decoded_again(tmp_path, pictures, decoded):
+    first = load(pictures, tmp_path / "cache")
+    shutil.copytree(pictures, tmp_path / "copy")
+    decoded.clear()
+    assert load(tmp_path / "copy", tmp_path / "cache").describe() == first.describe()
+    assert decoded == []
+
+
+def test_cache_dir_is_where_the_images_are(tmp_path, pictures, decoded):
+    load(pictures, tmp_path / "cache")
+    assert len(left(tmp_path / "cache")) == 2
+    decoded.clear()
+    load(pictures, tmp_path / "other")
+    assert len(decoded) == 37
+
+
+def change_pixels(root):
+    """Another picture in a file of the same length and the same time."""
+    path = root / "train" / "class_1" / "001.png"
+    before, times = path.read_bytes(), path.stat()
+    noise = np.asarray(Image.open(path))[::-1]
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes().ljust(len(before), b"\0"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def rename_file(root):
+    path = root / "train" / "class_1" / "001.png"
+    path.rename(path.with_name("zzz.png"))
+
+
+def rename_in_order(root):
+    path = root / "train" / "class_1" / "001.png"
+    path.rename(path.with_name("001a.png"))
+
+
+def rename_class(root):
+    for split in ("train", "test"):
+        (root / split / "class_1").rename(root / split / "other")
+
+
+def move_to_another_class(root):
+    path = root / "train" / "class_1" / "001.png"
+    path.rename(root / "train" / "class_2" / "001.png")
+
+
+def add_file(root):
+    folder = root / "train" / "class_1"
+    shutil.copy(folder / "001.png", folder / "new.png")
+
+
+def remove_file(root):
+    (root / "train" / "class_1" / "001.png").unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_pixels,
+        rename_file,
+        rename_in_order,
+        rename_class,
+        move_to_another_class,
+        add_file,
+        remove_file,
+    ],
+)
+def test_a_changed_folder_is_decoded_again(tmp_path, pictures, decoded, change):
+    before = load(pictures, tmp_path / "cache", val_fraction=0)
+    change(pictures)
+    decoded.clear()
+    dataset = load(pictures, tmp_path / "cache", val_fraction=0)
+    assert len(decoded) >= 29
+    assert_decoded(dataset.train, pictures / "train", dataset.class_names)
+    if change not in (rename_class, rename_in_order):
+        assert dataset.train.fingerprint != before.train.fingerprint
+
+
+def assert_decoded(split: Split, root: pathlib.Path, names: tuple) -> None:
+    """A split is what decoding a folder's files into memory gives."""
+    files = [path for name in names for path in sorted((root / name).iterdir())]
+    expected = Split(
+        np.stack([image.load(path) for path in files]),
+        np.array([names.index(path.parent.name) for path in files]),
+    )
+    np.testing.assert_array_equal(split.images, expected.images)
+    np.testing.assert_array_equal(split.labels, expected.labels)
+    assert split.fingerprint == expected.fingerprint
+
+
+def test_splits_from_the_cache_are_those_of_images_in_memory(tmp_path, pictures):
+    whole = load(pictures, tmp_path / "cache", val_fraction=0)
+    memory = Split(np.array(whole.train.images), whole.train.labels)
+    dataset = load(pictures, tmp_path / "cache", val_fraction=0.3, seed=5)
+    expected = splits.finish(
+        data.Splits(memory, None, whole.test, whole.class_names, "x"), 0.3, seed=5
+    )
+    assert dataset.describe() == expected.describe()
+    for name in ("train", "val"):
+        np.testing.assert_array_equal(dataset.split(name).images, expected.split(name).images)
+        np.testing.assert_array_equal(dataset.split(name).labels, expected.split(name).labels)
+        in_memory = Split(np.array(dataset.split(name).images), dataset.split(name).labels)
+        assert dataset.split(name).fingerprint == in_memory.fingerprint
+
+
+def test_held_out_images_are_not_copied(tmp_path, pictures):
+    dataset = load(pictures, tmp_path / "cache", val_fraction=0.3)
+    assert dataset.train.stored is dataset.val.stored
+    assert isinstance(dataset.train.stored.base, np.memmap)
+
+
+def test_another_image_size_is_another_entry(tmp_path, pictures, decoded):
+    sizes = {}
+    for image_size in (None, 8, 16):
+        decoded.clear()
+        dataset = load(pictures, tmp_path / "cache", image_size=image_size)
+        assert len(decoded) >= 36
+        sizes[image_size] = dataset.image_shape
+    assert sizes == {None: (16, 16, 3), 8: (8, 8, 3), 16: (16, 16, 3)}
+    assert len(left(tmp_path / "cache")) == 6
+
+
+def test_resized_images_do_not_hide_that_sizes_differ(tmp_path, pictures):
+    Image.new("RGB", (20, 20)).save(pictures / "train" / "class_1" / "odd.png")
+    load(pictures, tmp_path / "cache", image_size=16)
+    with pytest.raises(UserError, match=r"odd\.png has 20 x 20 pixels and others have 16 x 16"):
+        load(pictures, tmp_path / "cache")
+
+
+def test_a_test_split_of_another_size_is_refused_when_it_is_in_the_cache(tmp_path):
+    for side in (16, 20):
+        write_folder(tmp_path / str(side), {"train": 6, "test": 6}, side=side)
+        load(tmp_path / str(side), tmp_path / "cache", val_fraction=0)
+    shutil.rmtree(tmp_path / "16" / "test")
+    shutil.copytree(tmp_path / "20" / "test", tmp_path / "16" / "test")
+    with pytest.raises(UserError, match=r"20 x 20 pixels and others have 16 x 16.*--image_size"):
+        load(tmp_path / "16", tmp_path / "cache", val_fraction=0)
+
+
+def test_a_bad_picture_leaves_nothing(tmp_path, pictures):
+    bad = pictures / "train" / "class_2" / "bad.png"
+    bad.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=f"{bad} cannot be used: not an image"):
+        load(pictures, tmp_path / "cache")
+    assert left(tmp_path / "cache") == []
+    bad.unlink()
+    load(pictures, tmp_path / "cache")
+
+
+def test_a_picture_that_changes_while_it_is_read_is_named(tmp_path, pictures, monkeypatch):
+    path = pictures / "train" / "class_2" / "002.png"
+    real = folder._digest
+
+    def change_afterwards(*arguments):
+        result = real(*arguments)
+        Image.new("RGB", (16, 16)).save(path)
+        return result
+
+    monkeypatch.setattr(folder, "_digest", change_afterwards)
+    with pytest.raises(UserError, match=f"{path} was changed"):
+        load(pictures, tmp_path / "cache")
+    assert left(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize(("side", "workers"), [(16, 1), (64, 3)])
+def test_large_files_are_decoded_by_several_threads(tmp_path, monkeypatch, side, workers):
+    write_folder(tmp_path / "pictures", {"train": 9, "test": 6}, side=side)
+    used, real = [], folder.concurrent.futures.ThreadPoolExecutor
+
+    def count(workers):
+        used.append(workers)
+        return real(workers)
+
+    monkeypatch.setattr(folder.concurrent.futures, "ThreadPoolExecutor", count)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    dataset = load(tmp_path / "pictures", tmp_path / "cache", val_fraction=0)
+    assert used == [workers, workers]
+    assert_decoded(dataset.train, tmp_path / "pictures" / "train", dataset.class_names)
+
+
+def test_blocks_are_as_small_as_their_limit(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(cache_module, "BLOCK", 5 * 16 * 16 * 3 + 1)
+    written, real = [], os.pwrite
+
+    def count(file, contents, offset):
+        written.append(len(contents))
+        return real(file, contents, offset)
+
+    monkeypatch.setattr(os, "pwrite", count)
+    dataset = load(pictures, tmp_path / "cache", val_fraction=0)
+    assert written == [5] * 6 + [5, 1]
+    assert_decoded(dataset.train, pictures / "train", dataset.class_names)
+
+
+# ---- Commands
+
+
+def config_of(pictures: pathlib.Path, tmp_path: pathlib.Path, **options) -> TrainConfig:
+    return TrainConfig(
+        model="lenet5", data=f"folder:{pictures}", image_size=32, batch_size=8, epochs=1, **options
+    )
+
+
+def test_training_and_evaluation_use_the_cache_of_the_run(tmp_path, pictures, decoded):
+    run = Run(tmp_path / "run")
+    config = config_of(pictures, tmp_path, cache_dir=str(tmp_path / "cache"), export=False)
+    trainer.train(config, run)
+    assert len(left(tmp_path / "cache")) == 2
+    decoded.clear()
+    evaluator.evaluate_run(run, "val")
+    assert decoded == []
+    evaluator.evaluate_run(run, "val", cache_dir=str(tmp_path / "other"))
+    assert len(decoded) == 36
+    assert len(left(tmp_path / "other")) == 2
+    # Going on with another --cache_dir is the same run.
+    moved = dataclasses.replace(config, cache_dir=str(tmp_path / "other"))
+    assert trainer.previous_config(moved, run)["flags"]["cache_dir"] == str(tmp_path / "cache")
+
+
+def test_a_run_of_the_first_version_is_evaluated(trained_run, tmp_path):
+    shutil.copytree(trained_run.path, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    config = run.read_config()
+    del config["flags"]["cache_dir"]
+    run.config.write_text(json.dumps(config))
+    assert evaluator.evaluate_run(run, "test")["count"] == 30
+
+
+def test_evaluation_finds_images_that_were_not_resized(trained_run, decoded):
+    evaluator.evaluate_run(trained_run, "test")
+    assert decoded == []
+
+
+# ---- Memory
+
+PEAK = """
+    import threading, time
+
+    def anonymous():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1e3
+
+    class Peak:
+        # The most anonymous memory (MB) above that at the beginning, looked at every 5 ms.
+        def __enter__(self):
+            self.start, self.most, self.done = anonymous(), 0, threading.Event()
+            self.thread = threading.Thread(target=self.watch)
+            self.thread.start()
+            return self
+        def watch(self):
+            while not self.done.wait(0.005):
+                self.most = max(self.most, anonymous() - self.start)
+        def __exit__(self, *error):
+            self.done.set()
+            self.thread.join()
+"""
+
+
+def peaks(code: str) -> dict[str, float]:
+    """What a program prints as JSON in a process of its own."""
+    process = in_new_process(textwrap.dedent(PEAK) + textwrap.dedent(code))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return json.loads(output.splitlines()[-1])
+
+
+@needs_proc
+def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
+    result = peaks(f"""
+        import json
+        import numpy as np
+        import tensorflow as tf
+        import keras
+        from keras_cifar.data import batches as pipeline
+        from keras_cifar.data.cache import Cache
+        from keras_cifar.distributed.sharding import ShardedBatches, ReplicaRange
+
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        block = np.random.default_rng(0).integers(0, 256, (100, 64, 64, 3), np.uint8)
+
+        def fill(write):
+            for start in range(0, 25_000, 100):
+                write(start, block)
+            return np.arange(25_000) % 10
+
+        result = {{}}
+        with Peak() as peak:
+            split = Cache({str(tmp_path)!r}).make({{"source": "x"}}, (25_000, 64, 64, 3), "x", fill)
+        result["make"] = peak.most
+        train, val = split.take(np.arange(20_000)), split.take(np.arange(20_000, 25_000))
+        arguments = dict(classes=10, batch_size=128)
+        with Peak() as peak:
+            batches = pipeline.training(train, augment="flip", seed=0, **arguments)
+            for images, labels in batches.take(2 * 156):
+                pass
+            for images, labels in pipeline.evaluation(val, **arguments):
+                pass
+        result["pipeline"] = peak.most
+        strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+        with Peak() as peak:
+            batches = pipeline.training(train, augment="", seed=0, **arguments)
+            iterator = iter(ShardedBatches(strategy.experimental_distribute_dataset(batches), None))
+            for _ in range(156):
+                next(iterator)
+        result["replicas"] = peak.most
+        with Peak() as peak:
+            batches = strategy.distribute_datasets_from_function(
+                lambda context: pipeline.training(
+                    train, augment="", seed=0, share=ReplicaRange.of(context), parts=2, **arguments
+                )
+            )
+            iterator = iter(ShardedBatches(batches, None))
+            for _ in range(2 * 156):
+                next(iterator)
+        result["shares"] = peak.most
+        for name, scope in (("fit", tf.distribute.get_strategy()), ("fit with replicas", strategy)):
+            with scope.scope():
+                model = keras.Sequential([keras.Input((64, 64, 3)), keras.layers.Lambda(
+                    lambda x: tf.reduce_mean(tf.cast(x, tf.float32), (1, 2)), output_shape=(3,)
+                ), keras.layers.Dense(10, "softmax")])
+                model.compile("sgd", "categorical_crossentropy")
+            with Peak() as peak:
+                batches = pipeline.training(train, augment="", seed=0, **arguments)
+                model.fit(batches, steps_per_epoch=100, verbose=0, shuffle=False)
+                model.evaluate(pipeline.evaluation(val, **arguments), verbose=0)
+            result[name] = peak.most
+        print(json.dumps(result))
+    """)
+    shutil.rmtree(tmp_path)  # 307 MB
+    assert set(result) == {"make", "pipeline", "replicas", "shares", "fit", "fit with replicas"}
+    assert max(result.values()) < 100, result
+
+
+@needs_proc
+def test_reading_a_folder_takes_no_memory_for_all_of_it(tmp_path):
+    root = tmp_path / "pictures"
+    for split, count in (("train", 1000), ("test", 4)):
+        (root / split / "a").mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (2, 2), (index % 256, 0, 0)).save(
+                root / split / "a" / f"{index:04}.bmp"
+            )
+    result = peaks(f"""
+        import json
+        from keras_cifar import data
+
+        data.load("digits")  # what TensorFlow needs for anything
+        arguments = dict(image_size=288, cache_dir={str(tmp_path / "cache")!r})
+        result = {{}}
+        for name in ("first", "second"):
+            with Peak() as peak:
+                dataset = data.load("folder:{root}", **arguments)
+                dataset.describe()
+            result[name] = peak.most
+        print(json.dumps(result))
+    """)
+    shutil.rmtree(tmp_path)  # 249 MB
+    assert result["first"] < 100, result
+    assert result["second"] < 30, result

@@ -1,0 +1,536 @@
+"""What test_strategies.py compares: the same cases of training, computed by several strategies.
+
+    python -m tests.distributed.strategies DIRECTORY '{"mirrored 2": ["sgd", ...], ...}'
+
+Each replica group and each worker is a process: workers are so anyway, and a second MirroredStrategy
+after one with float64 aborts. They are forked from one that has imported TensorFlow and not started
+it, which takes as long as some of the cases. Process N of a strategy computes its cases one after
+another and writes arrays "CASE|what|name" to `DIRECTORY/STRATEGY-N.npz`, its output beside it.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import json
+import os
+import pathlib
+import sys
+import time
+import traceback
+
+from keras_cifar.core import environment
+
+environment.import_tensorflow()
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_cifar import models
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.distributed import strategy
+from keras_cifar.models import classifier, layers, lenet5
+from keras_cifar.training import optimizers
+from keras_cifar.training import plan as planning
+from tests.distributed.test_rendezvous import free_addresses
+
+
+def workers(count: int) -> list[dict]:
+    addresses = ",".join(free_addresses(count))
+    flags = {"strategy": "multiworker", "workers": addresses, "peer_timeout": 300.0}
+    return [flags | {"worker_index": index} for index in range(count)]
+
+
+# Flags of each process.
+STRATEGIES = {
+    "one device": lambda: [{"strategy": "none"}],
+    "mirrored 2": lambda: [{"strategy": "mirrored", "replicas": 2}],
+    "mirrored 3": lambda: [{"strategy": "mirrored", "replicas": 3}],
+    "2 workers": lambda: workers(2),
+    "3 workers": lambda: workers(3),
+}
+
+# ---- Runs, as trainer.train makes them
+
+BASE = {
+    "model": "tiny",
+    "data": "digits",
+    "image_size": 8,
+    "batch_size": 96,
+    "epochs": 2,
+    "steps_per_epoch": 4,
+    "learning_rate": 0.02,
+    "augment": "crop(1)|flip",
+    "dtype_policy": "float64",
+    "val_fraction": 0.1,
+    "precise_bn_batches": 2,
+}
+SGD = {"optimizer": "sgd", "learning_rate": 0.1}
+# An activation may be on the other side of ReLU's kink by rounding alone; that costs the learning
+# rate times the gradient of one pixel.
+FLOAT32 = {"dtype_policy": "float32", "learning_rate": 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Training by flags.
+
+    Attributes:
+        flags: beside BASE.
+        without: the case that this one's flags must change the weights of, "" for none.
+        deployed: whether to put averages in place, recompute_statistics and evaluate at the end.
+        dropout: False sets the rates of all dropout to 0, as replicas drop others than one device.
+    """
+
+    flags: dict
+    without: str = ""
+    deployed: bool = False
+    dropout: bool = True
+
+
+RUNS = {
+    "adam": Run({}, deployed=True),
+    "sgd": Run(SGD),
+    "sgd float32": Run(SGD | FLOAT32),
+    "uneven batches": Run(SGD | {"batch_size": 97}, "sgd"),
+    "global_clipnorm": Run(SGD | {"global_clipnorm": 0.05}, "sgd"),
+    "accumulate_steps": Run(SGD | {"batch_size": 98, "accumulate_steps": 2}, "sgd"),
+    "ema": Run(SGD | {"ema": 0.5}, deployed=True),
+    "label_smoothing": Run(SGD | {"label_smoothing": 0.1}, "sgd"),
+    "mixup": Run(SGD | {"augment": "crop(1)|flip|mixup(0.5)"}, "sgd"),
+    "cutmix": Run(SGD | {"augment": "crop(1)|flip|cutmix(1.0)"}, "sgd"),
+    "auxiliary heads": Run(SGD | {"model": "tiny_heads"}),
+    "steps_per_execution": Run(SGD | {"steps_per_execution": 3}),
+    "adamw": Run({"optimizer": "adamw", "weight_decay": 0.1}, "adam"),
+    "l2": Run(SGD | {"weight_decay": 0.01}, "sgd"),
+    "all at once": Run(
+        SGD
+        | {
+            "model": "tiny_heads",
+            "batch_size": 98,
+            "global_clipnorm": 0.05,
+            "accumulate_steps": 2,
+            "ema": 0.5,
+            "label_smoothing": 0.1,
+            "augment": "crop(1)|flip|mixup(0.5)",
+            "steps_per_execution": 3,
+            "weight_decay": 0.01,
+        },
+        "accumulate_steps",
+        deployed=True,
+    ),
+    "dropout": Run({"model": "tiny_drop"}),
+}
+RESNET = {"model": "resnet20", "steps_per_epoch": 10}
+RUNS |= {
+    "resnet20 adam": Run(RESNET | {"learning_rate": 1e-3}),
+}
+# Networks whole, for a few steps. With SGD, as Adam makes steps of the rounding of a gradient of 0,
+# which that of a bias before normalization is.
+WHOLE = SGD | {"learning_rate": 0.01, "batch_size": 13, "steps_per_epoch": 2}
+GOOGLENET = WHOLE | {"model": "googlenet", "image_size": 16}
+VGG = WHOLE | {"model": "vgg_bn_drop", "image_size": 32}
+LARGE = {
+    "googlenet": Run(GOOGLENET, dropout=False),
+    "vgg_bn_drop": Run(VGG, dropout=False),
+    "vgg_bn_drop dropout": Run(VGG),
+}
+
+
+def tiny(input_shape=(8, 8, 3), num_classes=3, name="tiny", heads=0, dropout=0.0):
+    """Two convolutions with batch normalization, one of which has a bias that does nothing."""
+    images, x = classifier.pixels(input_shape)
+    auxiliary = []
+    for stage in range(2):
+        x = layers.conv_norm(x, 6, 3, 1 + stage, name=f"stage{stage}", bias=stage == 1)
+        if stage < heads:
+            y = keras.layers.GlobalAveragePooling2D(name=f"head{stage}_features")(x)
+            auxiliary.append(keras.layers.Dense(num_classes, name=f"head{stage}")(y))
+    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+    if dropout:
+        x = layers.Dropout(dropout, name="drop")(x)
+    logits = keras.layers.Dense(num_classes, name="logits")(x)
+    return classifier.Classifier.build_from(images, logits, name, auxiliary)
+
+
+def register() -> None:
+    """Makes the small networks known to --model."""
+    for name, arguments in (
+        ("tiny", {}),
+        ("tiny_heads", {"heads": 1}),
+        ("tiny_drop", {"dropout": 0.3}),
+    ):
+        lenet5.VARIANTS[name] = models.Variant(functools.partial(tiny, **arguments), "", 8, 10, 4)
+
+
+def train(run: Run, config: TrainConfig, devices: strategy.DistributedContext) -> dict:
+    plan = planning.prepare(dataclasses.replace(config, **BASE | run.flags), devices)
+    model, config = plan.model, plan.config
+    recording = Recording(devices)
+    with contextlib.nullcontext() if run.dropout else model._without_dropout():
+        history = model.fit(
+            plan.batches(0),
+            epochs=config.epochs,
+            validation_data=plan.validation(),
+            validation_freq=config.epochs,
+            callbacks=[recording],
+            verbose=0,
+        ).history
+    found = recording.found | of(model, devices)
+    found |= {f"figures|{name}": np.array(values) for name, values in history.items()}
+    found["validation|size"] = np.array(len(plan.dataset.val))
+    if not run.deployed:
+        return found
+    with model.averaged():
+        model.recompute_statistics(iter(plan.batches(3)), config.precise_bn_batches)
+        found |= copied("deployed", model.weights, devices)
+        found["figures|deployed"] = np.array(model.evaluate(plan.validation(), verbose=0))
+    return found
+
+
+class Recording(keras.callbacks.Callback):
+    """The weights before training and after a step, and the figures of each call."""
+
+    def __init__(self, devices):
+        super().__init__()
+        self.devices, self.steps, self.found = devices, [], {}
+
+    def on_train_begin(self, logs=None):
+        self.found |= copied("initial", self.model.trainable_weights, self.devices)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not self.steps:
+            self.found |= copied("first", self.model.trainable_weights, self.devices)
+        self.steps.append([logs["loss"], logs["accuracy"]])
+        self.found["figures|steps"] = np.array(self.steps)
+
+
+def of(model, devices) -> dict:
+    """What training has changed."""
+    return (
+        copied("weights", model.variables, devices)
+        | copied("optimizer", model.optimizer.variables, devices)
+        | copied("averages", model.averages, devices)
+    )
+
+
+def copied(what: str, variables, devices) -> dict:
+    """The values by name; "unequal" are those of which replicas have not the same."""
+    found = {}
+    for index, variable in enumerate(variables):
+        value = getattr(variable, "value", variable)
+        value = variable if callable(value) else value
+        copies = [x.numpy() for x in devices.strategy.experimental_local_results(value)]
+        found[f"{what}|{index} {variable.name}"] = copies[0]
+        if not all(np.array_equal(copy, copies[0], equal_nan=True) for copy in copies):
+            found[f"unequal|{what} {index} {variable.name}"] = np.stack(copies)
+    return found
+
+
+# ---- Calls of Classifier.fit on arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """`fit` on so many examples, `evaluate` on others.
+
+    Attributes:
+        without: the case that `compile` must change the weights of, "" for none.
+    """
+
+    examples: int
+    batch_size: int
+    optimizer: str = "SGD"
+    arguments: dict = dataclasses.field(default_factory=dict)
+    compile: dict = dataclasses.field(default_factory=dict)
+    dtype_policy: str = "float64"
+    unknown_length: bool = False
+    validation: bool = False
+    ours: bool = False
+    without: str = ""
+
+
+FITS = {
+    "even": Fit(36, 12),
+    "first batch uneven": Fit(39, 13),
+    "last batch uneven": Fit(43, 12, validation=True),
+    "last batch of one": Fit(37, 12),
+    "last batch of two": Fit(38, 12),
+    "batches of two": Fit(5, 2),
+    "accumulated, fewer than parts": Fit(16, 11, compile={"accumulate_steps": 3}),
+    "several steps a call": Fit(100, 13, compile={"steps_per_execution": 3}, validation=True),
+    "unknown length": Fit(37, 12, unknown_length=True),
+    "clipnorm": Fit(36, 12, arguments={"clipnorm": 0.02}, without="even"),
+    "clipvalue": Fit(36, 12, arguments={"clipvalue": 0.005}, without="even"),
+    "global_clipnorm of the optimizer": Fit(
+        37, 12, arguments={"global_clipnorm": 0.02}, without="last batch of one"
+    ),
+    "Keras's RMSprop": Fit(39, 13, "RMSprop", {"weight_decay": 0.1}),
+    "our SGD": Fit(39, 13, ours=True),
+    "our SGD, scaled loss": Fit(39, 13, arguments={"loss_scale_factor": 8.0}, ours=True),
+    "mixed_float16": Fit(39, 13, dtype_policy="mixed_float16"),
+    "mixed_float16, several steps": Fit(
+        39, 13, compile={"steps_per_execution": 3}, dtype_policy="mixed_float16"
+    ),
+    "mixed_float16, ours, accumulated": Fit(
+        39,
+        13,
+        arguments={"global_clipnorm": 0.02},
+        compile={"accumulate_steps": 2},
+        dtype_policy="mixed_float16",
+        ours=True,
+    ),
+}
+
+
+def examples(count: int, seed: int = 0, side: int = 8) -> tuple:
+    """(uint8 [N, side, side, 3], float32 [N, 3]): noise around a colour of each class, some mixed."""
+    random = np.random.default_rng(seed)
+    colours = np.array([[90, 120, 150], [150, 90, 120], [120, 150, 90]])
+    noise = random.integers(-80, 81, (count, side, side, 3))
+    labels = random.integers(0, 3, count)
+    images = (colours[labels][:, None, None] + noise).astype(np.uint8)
+    mixed = np.eye(3)[labels] * 0.75 + np.eye(3)[random.integers(0, 3, count)] * 0.25
+    return images, mixed.astype(np.float32)
+
+
+def fit(case: Fit, config: TrainConfig, devices: strategy.DistributedContext) -> dict:
+    keras.config.set_dtype_policy(case.dtype_policy)
+    keras.utils.set_random_seed(1)
+    package = optimizers if case.ours else keras.optimizers
+    with devices.strategy.scope():
+        model = tiny()
+        optimizer = getattr(package, case.optimizer)(0.1, **case.arguments)
+        model.compile(optimizer, **case.compile)
+    recording, data = Recording(devices), examples(case.examples)
+    arguments = {"epochs": 2, "callbacks": [recording], "verbose": 0}
+    if case.unknown_length:
+        data = tf.data.Dataset.from_tensor_slices(data).batch(case.batch_size)
+        data = data.filter(lambda *_: True)
+        history = model.fit(data, steps_per_epoch=-(-case.examples // case.batch_size), **arguments)
+    else:
+        validation = {}
+        if case.validation:
+            validation = {"validation_data": examples(11, 1), "validation_batch_size": 5}
+        history = model.fit(*data, case.batch_size, **validation, **arguments)
+    found = recording.found | of(model, devices)
+    found |= {f"figures|{name}": np.array(values) for name, values in history.history.items()}
+    if case.dtype_policy == "mixed_float16":
+        # A step whose gradients are not finite.
+        model.optimizer.dynamic_scale.assign(2.0**120)
+        found |= copied("before the overflow", model.trainable_weights, devices)
+        model.fit(*examples(case.batch_size), case.batch_size, verbose=0)
+        found |= copied("after the overflow", model.trainable_weights, devices)
+        found |= copied("scale", [model.optimizer.dynamic_scale], devices)
+    return found
+
+
+# ---- How far rounding alone leads
+
+
+def resnet20(config, devices, rate: float, order: int | None = None, folder: str = "") -> dict:
+    """20 steps of SGD with momentum in float32.
+
+    Args:
+        order: of the examples within each batch, which changes nothing but the order of sums.
+        folder: of pictures of CIFAR-10; without it, `examples`.
+    """
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(1)
+    steps, size = 20, 96
+    images, labels = examples(steps * size, side=32)
+    if folder:
+        paths = sorted(pathlib.Path(folder).glob("train/*/*"))
+        paths = [paths[i] for i in np.random.default_rng(1).permutation(len(paths))[: len(images)]]
+        images = np.stack([keras.utils.img_to_array(keras.utils.load_img(p)) for p in paths])
+        images, classes = images.astype(np.uint8), sorted({p.parent.name for p in paths})
+        labels = np.eye(10, dtype=np.float32)[[classes.index(p.parent.name) for p in paths]]
+    places = np.arange(steps * size).reshape(steps, size)
+    if order is not None:
+        places = places[:, np.random.default_rng(order).permutation(size)]
+    with devices.strategy.scope():
+        model = models.build("resnet20", (32, 32, 3), labels.shape[1])
+        model.compile(keras.optimizers.SGD(rate, momentum=0.9))
+    recording, places = Recording(devices), places.ravel()
+    arguments = {"shuffle": False, "callbacks": [recording], "verbose": 0}
+    model.fit(images[places], labels[places], size, **arguments)
+    return recording.found | of(model, devices)
+
+
+ORDERS = (None, 0, 1, 2)
+RATES = (1e-3, 1e-4, 1e-5, 1e-6)
+
+
+def rounding(rate: float, order: int | None = None, folder: str = "") -> str:
+    """The name of a case."""
+    return f"{folder or 'noise'} at {rate:g}" + ("" if order is None else f" in order {order}")
+
+
+ROUNDING = {
+    rounding(rate, order, folder): functools.partial(
+        resnet20, rate=rate, order=order, folder=os.environ.get(folder, "")
+    )
+    for order in ORDERS
+    for folder in ("", "CIFAR10_FOLDER")
+    for rate in RATES
+}
+
+
+# ---- What is refused, and masks
+
+
+def refusals(config: TrainConfig, devices: strategy.DistributedContext) -> dict:
+    """The message of each error, "" where there is none."""
+    keras.config.set_dtype_policy("float32")
+    strategy, data = devices.strategy, examples(8)
+    batches = tf.data.Dataset.from_tensor_slices(data).batch(4)
+
+    def compiled(model=None, optimizer=None, **kwargs):
+        with strategy.scope():
+            model = model or tiny()
+            model.compile(optimizer or keras.optimizers.SGD(), **kwargs)
+        return model
+
+    def with_layer(layer):
+        images, x = classifier.pixels((8, 8, 3))
+        logits = keras.layers.Dense(3)(layer()(keras.layers.Flatten()(x)))
+        return classifier.Classifier.build_from(images, logits, "other")
+
+    def in_scope(make):
+        with strategy.scope():
+            return make()
+
+    def nested():
+        inside = keras.Sequential([keras.layers.Dense(4), keras.layers.BatchNormalization()])
+        return compiled(in_scope(lambda: with_layer(lambda: inside)))
+
+    def outside():
+        model, optimizer = tiny(), keras.optimizers.SGD()
+        return compiled(model, optimizer)
+
+    actions = {
+        "model outside": outside,
+        "optimizer outside": lambda o=keras.optimizers.SGD: compiled(optimizer=o()),
+        "built optimizer outside": built_outside(compiled),
+        "jit_compile": lambda: compiled(jit_compile=True),
+        "run_eagerly": lambda: compiled(run_eagerly=True),
+        "accumulating optimizer": lambda: compiled(
+            optimizer=in_scope(lambda: keras.optimizers.SGD(gradient_accumulation_steps=2))
+        ),
+        "averaging optimizer": lambda: compiled(
+            optimizer=in_scope(lambda: keras.optimizers.SGD(use_ema=True))
+        ),
+        "unknown length": lambda: compiled().fit(batches.filter(lambda *_: True), verbose=0),
+        "nested": nested,
+    }
+    kinds = {
+        "BatchNormalization": keras.layers.BatchNormalization,
+        "Dropout": lambda: keras.layers.Dropout(0.5),
+        "AlphaDropout": lambda: keras.layers.AlphaDropout(0.5),
+        "GaussianDropout": lambda: keras.layers.GaussianDropout(0.5),
+        "GaussianNoise": lambda: keras.layers.GaussianNoise(0.5),
+    }
+    for kind, make in kinds.items():
+        actions[kind] = lambda make=make: compiled(in_scope(lambda: with_layer(make)))
+    found = {}
+    for name, action in actions.items():
+        try:
+            action()
+            found[f"refused|{name}"] = np.array("")
+        except Exception as error:
+            found[f"refused|{name}"] = np.array(f"{type(error).__name__}: {error}")
+    return found
+
+
+def built_outside(compiled):
+    def action():
+        optimizer = keras.optimizers.SGD()
+        optimizer.build([keras.Variable(np.zeros(3))])
+        compiled(optimizer=optimizer)
+
+    return action
+
+
+def masks(config: TrainConfig, devices: strategy.DistributedContext) -> dict:
+    """Which elements each replica drops, in two calls."""
+    keras.config.set_dtype_policy("float32")
+    with devices.strategy.scope():
+        layer = layers.Dropout(0.5, seed=1)
+    found = {}
+    call = tf.function(
+        lambda: devices.strategy.run(lambda: layer(tf.ones((64, 16)), training=True)),
+        autograph=False,
+    )
+    for number in range(2):
+        for index, mask in enumerate(devices.strategy.experimental_local_results(call())):
+            found[f"mask|{number} {index}"] = mask.numpy() == 0
+    return found
+
+
+CASES = (
+    {name: functools.partial(train, run) for name, run in (RUNS | LARGE).items()}
+    | {name: functools.partial(fit, case) for name, case in FITS.items()}
+    | ROUNDING
+    | {"refusals": refusals, "masks": masks}
+)
+
+
+def compute(flags: dict, names: list[str], path: pathlib.Path) -> None:
+    config, found = TrainConfig(**flags), {}
+    try:
+        with strategy.DistributedContext(strategy.choose(config), config) as devices:
+            for name in names:
+                start = time.process_time()
+                keras.utils.clear_session(free_memory=False)
+                for key, value in CASES[name](config, devices).items():
+                    found[f"{name}|{key}"] = value
+                print(f"{time.process_time() - start:6.1f} s  {name}", flush=True)
+            devices.meet()
+    finally:
+        np.savez(path, **found)
+
+
+def start(flags: dict, names: list[str], path: pathlib.Path) -> int:
+    """A process that computes the cases; its id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        log = os.open(path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        faulthandler.enable()  # says where a signal found it
+        compute(flags, names, path)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main(directory: str, plan: str) -> int:
+    register()
+    # A fork has no other thread than the one that calls for it.
+    assert len(os.listdir("/proc/self/task")) == 1
+    started = {
+        f"{strategy}-{index}": start(
+            flags, names, pathlib.Path(directory, f"{strategy}-{index}.npz")
+        )
+        for strategy, names in json.loads(plan).items()
+        for index, flags in enumerate(STRATEGIES[strategy]())
+    }
+    failed = 0
+    for process, child in started.items():
+        # -N of a process that signal N ended.
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            print(f"{process} ended with {status}", file=sys.stderr)
+            failed = 1
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

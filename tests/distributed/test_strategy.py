@@ -1,0 +1,373 @@
+"""Which strategy a request gets. The tests' TensorFlow has started with two virtual CPU devices."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import UsageError
+from keras_cifar.distributed import sharding, strategy
+from keras_cifar.distributed.cluster import Cluster
+from keras_cifar.distributed.rendezvous import PORTS
+from keras_cifar.distributed.sharding import ReplicaRange
+from keras_cifar.distributed.strategy import DistributedContext, StrategySpec
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras():
+    """Nothing here leaves anything in Keras."""
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretends that the machine has so many GPUs."""
+    real = tf.config.list_physical_devices
+
+    def pretend(count):
+        names = [f"GPU {i}" for i in range(count)]
+        monkeypatch.setattr(
+            tf.config,
+            "list_physical_devices",
+            lambda kind=None: names if kind == "GPU" else real(kind),
+        )
+
+    return pretend
+
+
+@pytest.fixture(autouse=True)
+def environ(monkeypatch):
+    """No cluster of the machine that runs the tests."""
+    for name in ("TF_CONFIG", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def choose(name: str, replicas: int | None = None, **flags) -> StrategySpec:
+    return strategy.choose(TrainConfig(strategy=name, replicas=replicas, **flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "chosen", "count", "reason"),
+    [
+        ("auto", None, "none", 1, "the CPU"),
+        ("auto", 1, "none", 1, "the CPU"),
+        ("auto", 2, "mirrored", 2, "2 virtual CPU devices"),
+        ("none", None, "none", 1, "the CPU"),
+        ("none", 1, "none", 1, "the CPU"),
+        ("mirrored", None, "mirrored", 1, "1 virtual CPU device"),
+        ("mirrored", 1, "mirrored", 1, "1 virtual CPU device"),
+        ("mirrored", 2, "mirrored", 2, "2 virtual CPU devices"),
+    ],
+)
+def test_choice_without_gpu(gpus, name, replicas, chosen, count, reason):
+    gpus(0)
+    choice = choose(name, replicas)
+    assert (choice.name, choice.reason, choice.replicas) == (chosen, reason, count)
+    strategy = DistributedContext(choice, TrainConfig()).strategy
+    assert strategy.num_replicas_in_sync == count
+    assert isinstance(strategy, tf.distribute.MirroredStrategy) == (chosen == "mirrored")
+    assert DistributedContext(choice, TrainConfig(), start=False).strategy.num_replicas_in_sync == 1
+
+
+def test_mirrored_uses_each_virtual_device_once(gpus):
+    gpus(0)
+    strategy = DistributedContext(choose("mirrored", 2), TrainConfig()).strategy
+    devices = {device.rsplit("/", 1)[-1] for device in strategy.extended.worker_devices}
+    assert devices == {"device:CPU:0", "device:CPU:1"}
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "replicas", "devices", "reason"),
+    [
+        (2, "auto", None, ["GPU:0", "GPU:1"], "2 GPUs"),
+        (2, "mirrored", 1, ["GPU:0"], "1 GPU"),
+        (4, "auto", 3, ["GPU:0", "GPU:1", "GPU:2"], "3 GPUs"),
+    ],
+)
+def test_gpus_are_preferred(gpus, monkeypatch, count, name, replicas, devices, reason):
+    gpus(count)
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: devices)
+    choice = choose(name, replicas)
+    assert (choice.name, choice.reason) == ("mirrored", reason)
+    assert DistributedContext(choice, TrainConfig()).strategy == devices
+
+
+@pytest.mark.parametrize(("count", "name"), [(1, "auto"), (1, "none"), (2, "none")])
+def test_one_gpu_needs_no_strategy(gpus, count, name):
+    gpus(count)
+    assert choose(name) == StrategySpec("none", "one GPU", ("GPU:0",))
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "replicas", "message"),
+    [
+        (0, "multiworker", None, "--strategy=multiworker found no cluster: give --workers"),
+        (0, "none", 2, "--replicas=2 needs --strategy=mirrored or auto"),
+        (0, "mirrored", 3, "--replicas=3 must be chosen before TensorFlow starts"),
+        (0, "auto", 3, "--replicas=3 must be chosen before TensorFlow starts"),
+        (2, "mirrored", 3, "--replicas=3 is more than this machine's 2 GPUs"),
+        (1, "auto", 2, "--replicas=2 is more than this machine's 1 GPU"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(gpus, count, name, replicas, message):
+    gpus(count)
+    with pytest.raises(UsageError, match=f"^{message}") as error:
+        DistributedContext(choose(name, replicas), TrainConfig())
+    assert "\n" not in str(error.value)
+
+
+def test_process_without_a_cpu_device_is_refused(gpus, monkeypatch):
+    gpus(0)
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [])
+    with pytest.raises(UsageError, match="no CPU device"):
+        DistributedContext(choose("mirrored", 2), TrainConfig())
+
+
+# ---- Clusters
+
+WORKERS = {"workers": "a:1, b:2,[::1]:3", "worker_index": 2}
+TWO = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}
+
+
+def test_workers_of_the_flags_come_before_those_of_the_environment(gpus, environ):
+    gpus(0)
+    environ.setenv("TF_CONFIG", json.dumps(TWO))
+    choice = choose("auto", **WORKERS)
+    assert choice.cluster == Cluster(("a:1", "b:2", "[::1]:3"), 2, "--workers and --worker_index")
+    assert (choice.name, choice.replicas) == ("multiworker", 3)
+    assert choice.reason == "3 workers by --workers and --worker_index, this is 2, the CPU"
+
+
+@pytest.mark.parametrize(
+    ("value", "addresses", "index"),
+    [
+        (TWO, ("a:1", "b:2"), 1),
+        (
+            {
+                "cluster": {"worker": ["b:2", "c:3"], "chief": ["a:1"]},
+                "task": {"type": "worker", "index": 1},
+            },
+            ("a:1", "b:2", "c:3"),
+            2,
+        ),
+        (
+            {
+                "cluster": {"worker": ["b:2"], "chief": ["a:1"]},
+                "task": {"type": "chief", "index": 0},
+            },
+            ("a:1", "b:2"),
+            0,
+        ),
+    ],
+)
+def test_cluster_of_tf_config_has_its_chief_first(gpus, environ, value, addresses, index):
+    gpus(2)
+    environ.setenv("TF_CONFIG", json.dumps(value))
+    choice = choose("auto")
+    assert choice.cluster == Cluster(addresses, index, "TF_CONFIG")
+    assert choice.devices == ("GPU:0", "GPU:1")
+    assert choice.replicas == 2 * len(addresses)
+    assert choose("none").cluster is None
+
+
+def slurm(environ, rank: int, nodes: str, tasks: str, count: int, node: str, local: int, job=7):
+    for name, value in {
+        "STEP_NUM_TASKS": count,
+        "STEP_NODELIST": nodes,
+        "STEP_TASKS_PER_NODE": tasks,
+        "PROCID": rank,
+        "LOCALID": local,
+        "JOB_ID": job,
+    }.items():
+        environ.setenv(f"SLURM_{name}", str(value))
+    environ.setenv("SLURMD_NODENAME", node)
+
+
+# Ranks in SLURM's order of nodes, which is not that of their names.
+SLURM_TASKS = [(0, "n9", 0), (1, "n9", 1), (2, "n10", 0), (3, "n10", 1)]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_each_task_of_slurm_finds_an_address_of_its_own_node(gpus, environ, count):
+    gpus(count)
+    found, clusters = [], set()
+    for rank, node, local in SLURM_TASKS:
+        slurm(environ, rank, "n[9-10]", "2(x2)", 4, node, local)
+        cluster = choose("auto").cluster
+        host, _, port = cluster.addresses[cluster.index].rpartition(":")
+        assert host == node
+        assert int(port) in PORTS
+        assert cluster.source == "SLURM"
+        found.append(cluster.index)
+        clusters.add(cluster.addresses)
+    assert sorted(found) == [0, 1, 2, 3]
+    assert len(clusters) == 1
+    slurm(environ, 0, "n[9-10]", "2(x2)", 4, "n9", 0, job=8)
+    assert not set(choose("auto").cluster.addresses) & set(clusters.pop())
+
+
+def test_one_task_of_slurm_is_no_cluster(gpus, environ):
+    gpus(0)
+    slurm(environ, 0, "n1", "1", 1, "n1", 0)
+    assert choose("auto").name == "none"
+
+
+@pytest.mark.parametrize(
+    ("flags", "tf_config", "message"),
+    [
+        ({"workers": "a", "worker_index": 0}, "", "'a' is not of the form host:port"),
+        ({"workers": "a:0,b:1", "worker_index": 0}, "", "'a:0' is not of the form host:port"),
+        ({"workers": "a:1,a:1", "worker_index": 0}, "", "two workers have the same address"),
+        ({"workers": "a:1,b:1", "worker_index": 2}, "", "worker 2 is not among the 2 workers"),
+        (WORKERS | {"replicas": 2}, "", "--replicas is for one machine"),
+        (WORKERS | {"strategy": "mirrored"}, "", "--workers needs --strategy=multiworker"),
+        ({}, "{", "TF_CONFIG is not as TensorFlow defines it"),
+        ({}, "[1]", "TF_CONFIG is not as TensorFlow defines it"),
+        ({}, {"cluster": {"worker": ["a:1"], "ps": ["b:1"]}}, "TF_CONFIG has the job 'ps'"),
+        (
+            {},
+            {"cluster": {"worker": ["a:1"]}, "task": {"type": "evaluator", "index": 0}},
+            "TF_CONFIG has the job 'evaluator'",
+        ),
+        (
+            {},
+            {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}},
+            "the task worker 2 is not in its cluster",
+        ),
+    ],
+)
+def test_malformed_clusters_are_refused_in_one_line(gpus, environ, flags, tf_config, message):
+    gpus(0)
+    text = tf_config if isinstance(tf_config, str) else json.dumps(tf_config)
+    environ.setenv("TF_CONFIG", text)
+    with pytest.raises(UsageError, match=message) as error:
+        choose(flags.pop("strategy", "auto"), **flags)
+    assert "\n" not in str(error.value)
+
+
+# ---- Cutting batches
+
+
+def pieces(dataset, share: ReplicaRange, steps, parts) -> list[np.ndarray]:
+    class Strategy:
+        num_replicas_in_sync = share.total
+
+        def distribute_datasets_from_function(self, make):
+            count = share.total // share.count
+            context = tf.distribute.InputContext(count, share.first // share.count, share.total)
+            return make(context)
+
+    found = sharding.cut(Strategy(), dataset, steps, parts)
+    number = found.steps * share.count * (parts or 1)
+    return [
+        (images.numpy()[:, 0], labels.numpy().sum(axis=1))
+        for images, labels in found.dataset.take(number)
+    ]
+
+
+def numbered(count: int) -> tf.data.Dataset:
+    """Image i is [i + 1]; its label is of weight 1."""
+    images = np.arange(1, count + 1)[:, None]
+    return tf.data.Dataset.from_tensor_slices((images, np.eye(3)[images[:, 0] % 3]))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("total", [1, 2, 3])
+@pytest.mark.parametrize("size", [7, 12])
+def test_pieces_of_a_batch_are_the_batch(size, total, parts):
+    dataset = numbered(24).batch(size)
+    shares = [pieces(dataset, ReplicaRange(i, 1, total), None, parts) for i in range(total)]
+    for step, (images, _) in enumerate(dataset):
+        together = [
+            shares[i][step * parts + part][0] for part in range(parts) for i in range(total)
+        ]
+        if len(images) < total * parts:
+            continue
+        np.testing.assert_array_equal(np.concatenate(together), images[:, 0])
+        sizes = {len(piece) for piece in together}
+        assert max(sizes) - min(sizes) <= 1
+        # One process with all replicas gets the same, one after another.
+        alone = pieces(dataset, ReplicaRange(0, total, total), None, parts)
+        start = step * total * parts
+        for mine, theirs in zip(alone[start : start + total * parts], together, strict=True):
+            np.testing.assert_array_equal(mine[0], theirs)
+
+
+def test_batch_of_fewer_examples_than_pieces_goes_whole_into_each():
+    found = pieces(numbered(2).batch(5), ReplicaRange(0, 3, 3), None, 1)
+    assert [images.tolist() for images, _ in found] == [[1, 2]] * 3
+    assert np.sum([weights.sum() for _, weights in found]) == pytest.approx(2)
+    # Parts are the same whatever the number of replicas.
+    found = pieces(numbered(2).batch(5), ReplicaRange(0, 3, 3), None, 2)
+    assert [images.tolist() for images, _ in found] == [[1]] * 3 + [[2]] * 3
+    assert np.sum([weights.sum() for _, weights in found]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_evaluation_counts_each_example_once_and_leaves_no_piece_empty(count):
+    found = pieces(numbered(count).batch(5), ReplicaRange(0, 3, 3), None, None)
+    assert all(len(images) for images, _ in found)
+    counted = [i for images, weights in found for i, w in zip(images, weights, strict=True) if w]
+    assert counted == list(range(1, count + 1))
+
+
+def test_servers_of_tensorflow_look_for_each_other_no_hour(monkeypatch):
+    from tensorflow.python.eager import context
+
+    monkeypatch.setattr(context, "_context", context.Context())
+    cluster = Cluster(("a:1", "b:1", "c:1"), 1, "")
+    for timeout, seconds in ((45.0, 33.75), (1.0, 30.0)):
+        strategy._limit_start(cluster, timeout)
+        found = context.context().coordination_service
+        assert found.cluster_register_timeout_in_ms == 1000 * seconds
+        assert found.cluster_register_with_barrier
+        assert [job.num_tasks for job in found.coordinated_job_list] == [3]
+    # A TensorFlow without it has its own limit.
+    monkeypatch.delattr(context.Context, "configure_coordination_service")
+    strategy._limit_start(cluster, 45.0)
+
+
+ABSENT = """Barrier timed out. Id: [Init]Wait_for_all_tasks_to_register::0. This usually ...
+The first task at the barrier: /job:worker/replica:0/task:0. Some timed out task names:
+/job:worker/replica:0/task:2
+"""
+# As another than the chief hears it.
+ABSENT += f"""
+Additional GRPC error information from remote target /job:worker/replica:0/task:0 while calling ...:
+:UNKNOWN:Error received from peer  {{grpc_message:"{ABSENT}", grpc_status:4}}"""
+GONE = "ended or cannot be reached;"
+LATE = "kept the others waiting for more than --peer_timeout=45 s;"
+
+
+@pytest.mark.parametrize(
+    ("count", "message", "line"),
+    [
+        (3, "From /job:worker/replica:0/task:2: Connection refused", f"worker 2 (c:1) {GONE}"),
+        (3, "lost /task:1, says /task:2 and /task:0", f"worker 0 (a:1) and worker 2 (c:1) {GONE}"),
+        (3, "the CoordinationService is unavailable", f"worker 0 (a:1) {GONE}"),
+        (3, "Socket closed", f"another worker {GONE}"),
+        (3, "Collective has timed out, says /task:0", f"a worker {LATE}"),
+        (2, "Collective has timed out", f"worker 0 (a:1) {LATE}"),
+        (3, ABSENT, f"worker 2 (c:1) {GONE}"),
+    ],
+)
+def test_line_on_a_lost_worker_names_it_where_it_is_known(count, message, line):
+    cluster = Cluster(("a:1", "b:1", "c:1")[:count], 1, "")
+    found = strategy.lost(tf.errors.DeadlineExceededError(None, None, message), cluster, 45.0)
+    assert found.startswith(line)
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("dataset", "replicas", "message"),
+    [
+        (numbered(4).take(0), 1, "the data set is empty"),
+        (numbered(4).batch(2).repeat(), 1, "the data set is endless"),
+        (numbered(4).batch(2).filter(lambda *_: True), 2, "does not know its length"),
+    ],
+)
+def test_data_set_whose_steps_nobody_knows_is_refused(dataset, replicas, message):
+    with pytest.raises(ValueError, match=message):
+        pieces(dataset, ReplicaRange(0, 1, replicas), None, 1)

@@ -1,0 +1,251 @@
+"""Disturbances: what each does, and what all have in common."""
+
+import colorsys
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import RidgeClassifier
+
+from keras_cifar.evaluation import disturbances
+from keras_cifar.evaluation.disturbances import DISTURBANCES, LEVELS, apply
+
+SIGNS = ("rotation", "scale", "brightness")  # what goes one way or the other
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """(uint8 [1797, 32, 32, 3], int64 [1797]): the digits, each in a colour of its own."""
+    found = load_digits()
+    colours = np.random.default_rng(0).uniform(0.3, 1, (len(found.images), 1, 1, 3))
+    large = found.images.repeat(4, axis=1).repeat(4, axis=2)
+    return np.round(large[..., None] * (240 / 16) * colours + 10).astype(np.uint8), found.target
+
+
+@pytest.fixture(scope="module")
+def images(digits):
+    return digits[0][:40]
+
+
+# ---- What all have in common
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_strength_0_changes_nothing_and_shares_nothing(name, images):
+    same = apply(name, images, 0)
+    np.testing.assert_array_equal(same, images)
+    assert not np.shares_memory(same, images)
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_each_strength_disturbs_more_than_the_one_before(name, images):
+    before = images.copy()
+    changes = [
+        np.abs(apply(name, images, level).astype(int) - images).mean()
+        for level in range(LEVELS + 1)
+    ]
+    assert (np.diff(changes) > 0).all(), changes
+    np.testing.assert_array_equal(images, before)
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_the_same_seed_gives_the_same_and_another_does_not(name, images):
+    first = apply(name, images, 3, seed=1)
+    np.testing.assert_array_equal(first, apply(name, images, 3, seed=1))
+    others = [apply(name, images, 3, seed=2), apply(name, images, 3, seed=1, first_row=40)]
+    drawn = name not in ("contrast", "saturation", "blur", "jpeg")
+    assert [(first != other).any() for other in others] == [drawn, drawn]
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 3), (1, 32, 32), (3, 9, 40), (0, 8, 8)])
+def test_any_size_and_number(name, shape, random):
+    images = random.integers(0, 256, (*shape, 3), np.uint8)
+    for level in (1, LEVELS):
+        disturbed = apply(name, images, level)
+        assert disturbed.dtype == np.uint8
+        assert disturbed.shape == images.shape
+
+
+@pytest.mark.parametrize("name", sorted(set(DISTURBANCES) - {"noise"}))
+def test_grey_stays_grey(name, images):
+    grey = images[..., :1].repeat(3, axis=-1)
+    disturbed = apply(name, grey, LEVELS)
+    assert (np.ptp(disturbed, axis=-1) == 0).all()
+    assert (disturbed != grey).any() == (name != "saturation")
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_images_go_both_ways(name, images):
+    same = np.repeat(images[:1], 40, axis=0)
+    assert len(np.unique(apply(name, same, 3), axis=0)) == 2
+
+
+@pytest.mark.parametrize("strength", [-1, 6])
+def test_there_are_five_strengths(strength, images):
+    with pytest.raises(ValueError, match="0 to 5"):
+        apply("noise", images, strength)
+    assert all(len(row.strengths) == LEVELS for row in DISTURBANCES.values())
+
+
+def test_a_models_accuracy_falls_with_the_strength(digits):
+    """In the mean over all, of a linear model: the strengths are ordered for a model too."""
+    pixels, labels = digits
+
+    def features(images):
+        return (
+            images.mean(axis=-1).reshape(len(images), 8, 4, 8, 4).mean(axis=(2, 4)).reshape(-1, 64)
+        )
+
+    model = RidgeClassifier().fit(features(pixels[:1400]), labels[:1400])
+    accuracy = [
+        np.mean(
+            [
+                model.score(features(apply(name, pixels[-200:], level)), labels[-200:])
+                for name in DISTURBANCES
+            ]
+        )
+        for level in range(LEVELS + 1)
+    ]
+    assert accuracy[0] > 0.85
+    assert (np.diff(accuracy) < 0).all(), accuracy
+
+
+def test_a_gallery_has_the_first_image_under_everything(images):
+    pictures = disturbances.gallery(images, seed=3)
+    assert list(pictures) == list(DISTURBANCES)
+    for name, row in pictures.items():
+        assert row.shape == (LEVELS + 1, 32, 32, 3)
+        np.testing.assert_array_equal(row[0], images[0])
+        np.testing.assert_array_equal(row[4], apply(name, images, 4, seed=3)[0])
+
+
+# ---- What each does
+
+
+@pytest.mark.parametrize("size", [(9, 9), (8, 8)])
+def test_a_rotation_by_90_degrees_moves_pixels_whole(size, random):
+    images = random.integers(0, 256, (20, *size, 3), np.uint8)
+    turned = disturbances.rotation(images, random, 90)
+    ways = [np.rot90(images, k, axes=(1, 2)) for k in (1, -1)]
+    each = [(turned == way).all(axis=(1, 2, 3)) for way in ways]
+    assert (each[0] ^ each[1]).all()
+    assert each[0].any()
+    assert each[1].any()
+
+
+def test_what_comes_in_from_outside_is_mirrored(random):
+    images = random.integers(0, 256, (2, 5, 6, 3), np.uint8)
+    y, x = disturbances._grid(images)
+    padded = np.pad(images, ((0, 0), (20, 20), (20, 20), (0, 0)), "symmetric")
+    for down, right in ((0, 2), (-3, 0), (7, -13)):
+        moved = disturbances._sample(images, y + down, x + right)
+        expected = padded[:, 20 + down : 25 + down, 20 + right : 26 + right]
+        np.testing.assert_array_equal(moved, expected)
+    halfway = disturbances._sample(images, y, x + 0.5)[:, :, :5].astype(float)
+    np.testing.assert_allclose(
+        halfway, (images[:, :, 1:].astype(float) + images[:, :, :5]) / 2, atol=0.51
+    )
+
+
+def test_a_scale_of_2_doubles_or_halves_lengths(random):
+    images = np.zeros((20, 33, 33, 3), np.uint8)
+    images[:, 14:19, 14:19] = 255
+    scaled = disturbances.scale(images, random, 2)[:, 8:25, 8:25, 0]  # without mirrored ones
+    assert {round(area**0.5) for area in (scaled > 128).sum(axis=(1, 2))} == {3, 9}  # of 5 pixels
+
+
+def test_a_tilted_picture_is_shortened_one_way_and_larger_where_it_is_nearer(random):
+    images = np.zeros((200, 65, 65, 3), np.uint8)
+    images[:, 24:41, 24:41] = 255  # a square of 17 pixels
+    seen = disturbances.perspective(images, random, 60)[:, 19:46, 19:46, 0] > 127
+    assert seen[:, 13, 13].all()  # the centre stays
+    # To half the length, and otherwise as it is: the area is a bit more than half, for the distance.
+    assert seen.sum(axis=(1, 2)) == pytest.approx(17 * 17 / 2, rel=0.15)
+    ahead = seen[:, :13].sum(axis=(1, 2)) - seen[:, 14:].sum(axis=(1, 2)).astype(float)
+    assert ahead.min() < -10
+    assert ahead.max() > 10
+
+
+def test_a_deformation_moves_points_as_far_as_it_says(random):
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None] * 2, (60, 64, 64, 3)).copy()
+    moved = (disturbances.elastic(ramp, random, 0.04).astype(float) - ramp)[:, 10:-10] / 2
+    # Of the two directions one is seen: 0.04 * 64 pixels over the square root of 2.
+    assert np.sqrt((moved**2).mean()) == pytest.approx(0.04 * 64 / np.sqrt(2), rel=0.1)
+    rows = moved[:, 0, :, 0]
+    assert np.abs(np.diff(rows, axis=1)).mean() < 0.3 * np.abs(rows).mean()  # and smoothly
+
+
+def test_occlusion_covers_its_share_with_a_grey_box(random):
+    images = np.zeros((30, 40, 20, 3), np.uint8)
+    covered = disturbances.occlusion(images, random, 0.25) == disturbances.GREY
+    assert (covered.sum(axis=(1, 2)) == 40 * 20 / 4).all()
+    assert covered.any(axis=2).sum(axis=1).tolist() == [[20] * 3] * 30  # of the image's proportions
+    assert len(np.unique(covered, axis=0)) > 10
+
+
+def test_clutter_is_of_other_images_and_in_its_share(random):
+    images = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None, None, None], (30, 32, 32, 3))
+    disturbed = disturbances.clutter(images.copy(), random, 0.4)
+    foreign = (disturbed != images).mean(axis=(1, 2, 3))
+    assert (foreign >= 0.09).all()  # all four boxes at one place
+    assert (foreign <= 0.4).all()
+    assert foreign.mean() > 0.25
+    assert max(len(np.unique(picture)) for picture in disturbed) == 1 + disturbances.PIECES
+
+
+def test_clutter_is_as_fine_as_the_images_it_is_of(random):
+    images = random.integers(0, 256, (2, 16, 16, 3), np.uint8)
+    disturbed = disturbances.clutter(images, random, 0.25)
+    pieces = {bytes(images[i, y, x]) for i in range(2) for y in range(16) for x in range(16)}
+    assert {bytes(pixel) for pixel in disturbed.reshape(-1, 3)} <= pieces
+
+
+def test_brightness_is_the_value_of_hsv(random):
+    colours = random.integers(0, 256, (300, 1, 1, 3), np.uint8)
+    colours[:5] = 0
+    disturbed = disturbances.brightness(colours, random, 0.2)
+    for colour, after in zip(colours[:, 0, 0] / 255, disturbed[:, 0, 0] / 255, strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*colour)
+        ways = [min(1, value + 0.2), value * 0.6]
+        expected = [colorsys.hsv_to_rgb(hue, saturation, way) for way in ways]
+        assert min(np.abs(after - way).max() for way in expected) < 0.6 / 255
+
+
+def test_contrast_and_saturation_leave_their_share(images):
+    def spread(pixels):
+        return pixels.astype(float).std(axis=(1, 2)).mean(), np.ptp(pixels, axis=-1).mean()
+
+    before = spread(images)
+    assert spread(disturbances.contrast(images, None, 0.3))[0] == pytest.approx(
+        0.3 * before[0], rel=0.02
+    )
+    assert spread(disturbances.saturation(images, None, 0.4))[1] == pytest.approx(
+        0.4 * before[1], rel=0.02
+    )
+
+
+def test_noise_has_its_deviation_in_each_colour(random):
+    images = np.full((10, 32, 32, 3), 128, np.uint8)
+    noise = disturbances.noise(images, random, 0.1).astype(float) - 128
+    assert noise.std(axis=(0, 1, 2)) == pytest.approx(25.5, rel=0.03)
+    assert np.abs(np.corrcoef(noise.reshape(-1, 3).T) - np.eye(3)).max() < 0.05
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_blurs_width_is_relative_to_the_image(side):
+    images = np.zeros((1, side, side, 3), np.uint8)
+    images[:, side // 2 :] = 255
+    edge = disturbances.blur(images, None, 2)[0, :, 0, 0]
+    # A Gaussian's integral goes from 16 to 84 % within one deviation to each side.
+    width = np.interp([0.1587 * 255, 0.8413 * 255], edge, np.arange(side))
+    assert np.diff(width) == pytest.approx(2 * 2 * side / 32, rel=0.05)
+
+
+def test_jpeg_is_pillows(images):
+    file = io.BytesIO()
+    Image.fromarray(images[3]).save(file, "JPEG", quality=50)
+    with Image.open(file) as picture:
+        np.testing.assert_array_equal(disturbances.jpeg(images, None, 50)[3], np.asarray(picture))

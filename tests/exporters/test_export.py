@@ -1,0 +1,313 @@
+"""The export command: what is beside the model, the check against the model, labels, temperature."""
+
+import base64
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import urllib.request
+
+import google.protobuf.text_format
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow_serving.apis import prediction_log_pb2
+from tensorflow_serving.config import model_server_config_pb2
+
+from keras_cifar import export, models
+from keras_cifar.core import cli
+from keras_cifar.core.errors import UserError
+from keras_cifar.core.files import TEMPORARY, versions
+from keras_cifar.core.run_directory import Run
+from keras_cifar.evaluation import evaluator
+from keras_cifar.evaluation import temperature as calibration
+from keras_cifar.exporters import FORMATS, bundle, saved_model, verification
+from keras_cifar.inference.predictor import Predictor
+
+
+def command(*argv) -> int:
+    argv = [str(argument) for argument in argv]
+    return cli._execute("export", export.main, export.ExportOptions, "", argv)
+
+
+@pytest.fixture(scope="module")
+def version(trained_run):
+    """The directory of the export that training made."""
+    return trained_run.export / "1"
+
+
+def test_every_warm_up_record_replays(version):
+    records = list(tf.data.TFRecordDataset(str(version / bundle.WARMUP)).as_numpy_iterator())
+    signatures = tf.saved_model.load(str(version)).signatures
+    batches = {name: [] for name in signatures}
+    for record in records:
+        request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
+        assert request.model_spec.name == "run"
+        signature = signatures[request.model_spec.signature_name]
+        inputs = {k: tf.constant(tf.make_ndarray(v)) for k, v in request.inputs.items()}
+        (size,) = {len(value) for value in inputs.values()}
+        for name, value in signature(**inputs).items():
+            expected = signature.structured_outputs[name].shape
+            assert value.shape == (size, *expected[1:])
+            if value.dtype == tf.float32:
+                assert np.isfinite(value).all()
+        batches[request.model_spec.signature_name].append(size)
+    assert set(map(tuple, batches.values())) == {bundle.BATCHES}
+    assert len(records) <= bundle.MAX_RECORDS
+    assert (version / bundle.WARMUP).stat().st_size < 2**17
+
+
+def test_what_lies_beside_the_versions_is_no_version(trained_run):
+    text = (trained_run.export / bundle.CONFIG).read_text()
+    config = google.protobuf.text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
+    (model,) = config.model_config_list.config
+    assert (model.name, model.base_path) == ("run", "/models/run")
+    notes = (trained_run.export / bundle.NOTES).read_text()
+    for line in bundle.commands(trained_run.export).values():
+        assert line in notes
+    assert versions(trained_run.export)[0] == 1
+    assert all(name.is_dir() == name.name.isdecimal() for name in trained_run.export.iterdir())
+
+
+def test_the_lines_are_shell_commands_whatever_the_directory_is_called(tmp_path):
+    base = tmp_path / "it's a 'run' $HOME" / "export"
+    lines = bundle.commands(base)
+    words = shlex.split(lines["serve"])
+    name = "it-s-a-run-HOME"
+    assert words[words.index("-v") + 1] == f"{base}:/models/{name}"
+    assert f"MODEL_NAME={name}" in words
+
+
+def test_the_lines_that_ask_send_the_file(tmp_path, monkeypatch, capsys):
+    lines = bundle.commands(tmp_path / "m")
+    contents = np.random.default_rng(0).bytes(300_000)  # more than an argument may have
+    (tmp_path / "dog.jpg").write_bytes(contents)
+    script = f"curl() {{ echo $*; cat; }}\n{lines['ask']}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, cwd=tmp_path, check=True)
+    arguments, _, body = done.stdout.partition(b"\n")
+    url = "http://localhost:8501/v1/models/m:predict"
+    assert arguments.decode().split() == ["-d", "@-", url]
+    expected = {
+        "signature_name": "serving_bytes",
+        "instances": [{"b64": base64.b64encode(contents).decode()}],
+    }
+    assert json.loads(body) == expected
+
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        urllib.request, "urlopen", lambda *x: asked.append(x) or io.BytesIO(b'{"predictions": []}')
+    )
+    python, flag, code = shlex.split(lines["ask from Python"])
+    assert (python, flag) == ("python", "-c")
+    exec(code)
+    ((asked_url, data),) = asked
+    assert (asked_url, json.loads(data)) == (url, expected)
+    assert capsys.readouterr().out == "{'predictions': []}\n"
+
+
+def test_training_verifies_its_export_on_validation_images(version):
+    stored = json.loads((version / verification.FILE).read_text())
+    assert stored["origin"].startswith("val images of folder:")
+    assert stored["images"] == 9
+    for name in ("serving_default", "serving_bytes"):
+        figures = stored["figures"][name]
+        assert stored["limits"][name] == {"largest_difference": 1e-4}
+        assert figures["largest_difference"] <= 1e-4
+        assert figures["label_agreement"] == 1
+
+
+def test_an_export_that_differs_from_the_model_does_not_appear(
+    trained_run, tmp_path, capsys, monkeypatch
+):
+    fold = saved_model.folding.fold
+
+    def wrong(model, **kwargs):
+        folded = fold(model, **kwargs)
+        folded.weights[0].assign(folded.weights[0] * 1.1)
+        return folded
+
+    monkeypatch.setattr(saved_model.folding, "fold", wrong)
+    assert command(f"--run={trained_run.path}", f"--out={tmp_path / 'm'}") == 1
+    captured = capsys.readouterr()
+    assert (
+        "the largest difference between probabilities of serving_default and the model's is 0."
+        in captured.err
+    )
+    assert len(captured.err.splitlines()) == 1
+    assert list((tmp_path / "m").iterdir()) == []
+
+
+def test_an_answer_that_is_no_number_is_a_difference():
+    one = np.array([[0.5, 0.5]], np.float32)
+    assert verification.compare(one, one)["largest_difference"] == 0
+    assert verification.compare(one, one * np.nan)["largest_difference"] == 1
+
+
+def test_an_export_says_what_it_was_verified_on_without_the_data(trained_run, tmp_path, capsys):
+    run = tmp_path / "moved"
+    run.mkdir()
+    (run / "model.keras").write_bytes(trained_run.model.read_bytes())
+    config = json.loads(trained_run.config.read_text())
+    config["flags"]["data"] = "folder:/nowhere"
+    (run / "config.json").write_text(json.dumps(config))
+    assert command(f"--run={run}") == 0
+    captured = capsys.readouterr()
+    assert "/nowhere" in captured.err
+    assert "images of random pixels" in captured.out
+    assert command(f"--run={run}", "--temperature=auto") == 1
+    assert "/nowhere" in capsys.readouterr().err
+    assert versions(run / "export") == [1]
+
+
+def test_labels_replace_the_class_names(trained_run, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("Katze\nHund\n日本\n", "utf-8")
+    out = tmp_path / "m"
+    assert command(f"--run={trained_run.path}", f"--out={out}", f"--labels={names}") == 0
+    assert Predictor(str(out)).class_names == ("Katze", "Hund", "日本")
+    images = np.zeros((1, 16, 16, 3), np.uint8)
+    answer = tf.saved_model.load(str(out / "1")).signatures["serving_default"](images=images)
+    index = int(answer["label_index"][0])
+    assert answer["label"][0].numpy().decode() == ("Katze", "Hund", "日本")[index]
+
+
+@pytest.mark.parametrize(
+    "text", [b"a\nb\n", b"a\nb\nc\nd\n", b"a\n\nc\n", b"a\nb\x1b\nc\n", b"\xff\nb\nc\n"]
+)
+def test_wrong_labels_are_one_line_and_no_export(trained_run, tmp_path, capsys, text):
+    names = tmp_path / "names.txt"
+    names.write_bytes(text)
+    out = tmp_path / "m"
+    assert command(f"--run={trained_run.path}", f"--out={out}", f"--labels={names}") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(names) in line
+    assert not out.exists()
+
+
+def overconfident(count: int = 4000, factor: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits that are `factor` times those that the labels were drawn with."""
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 1.5, (count, 5))
+    noise = random.gumbel(size=logits.shape)
+    return factor * logits, (logits + noise).argmax(1)
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 3.0])
+def test_the_temperature_is_found(factor):
+    fitted = calibration.fit(*overconfident(factor=factor))
+    assert fitted["temperature"] == pytest.approx(factor, rel=0.06)
+    assert fitted["loss_after"] <= fitted["loss_before"]
+    assert fitted["ece_after"] < 0.02
+    if factor != 1:
+        assert fitted["ece_before"] > 0.1
+
+
+def test_the_temperature_of_extreme_logits_stays_in_its_range():
+    labels = np.arange(30) % 3
+    right = 1e4 * np.eye(3)[labels]
+    for logits in (right, -right, 0 * right):
+        fitted = calibration.fit(logits, labels)
+        assert 0.05 <= fitted["temperature"] <= 20
+        assert np.isfinite(list(fitted.values())).all()
+
+
+def test_the_temperature_is_baked_into_the_probabilities(trained_run, tmp_path, capsys):
+    for number, temperature in enumerate(("auto", "2.5"), 1):
+        flags = f"--run={trained_run.path}", f"--out={tmp_path / 'm'}"
+        assert command(*flags, f"--temperature={temperature}") == 0
+        path = tmp_path / "m" / str(number)
+        stored = json.loads((path / verification.FILE).read_text())["calibration"]
+        assert temperature in ("auto", str(stored["temperature"]))
+        model = models.load(trained_run.model)
+        logits = keras.Model(model.inputs[0], model.get_layer("logits").output)
+        images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+        expected = tf.nn.softmax(logits(images) / stored["temperature"])
+        served = Predictor(str(path)).classify(images)
+        np.testing.assert_allclose(served, expected, atol=1e-5)
+        assert np.abs(served - model(images)).max() > 1e-3
+    output = capsys.readouterr().out
+    assert "temperature 0." in output or "temperature 1." in output
+    assert stored == {"temperature": 2.5}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "warm", ""])
+def test_no_temperature_is_status_2(capsys, value):
+    assert command("--run=x", f"--temperature={value}") == 2
+    assert "must be auto, a number above 0, or a run directory" in capsys.readouterr().err
+
+
+def test_the_temperature_of_another_run_is_of_its_model_and_images(trained_run, tmp_path, capsys):
+    other = Run(shutil.copytree(trained_run.path, tmp_path / "other"))
+    model = models.load(other.model)
+    kernel, bias = model.get_layer("logits").get_weights()
+    # One class is preferred too much, which only a high temperature mends.
+    model.get_layer("logits").set_weights([kernel, np.add(bias, [50, 0, 0])])
+    model.save(other.model)
+    own, theirs = (calibration.find(text, trained_run) for text in ("auto", str(other.path)))
+    validation = evaluator.load_data(other, "val").split("val")
+    assert theirs == calibration.fit_model(model, validation)
+    assert theirs["temperature"] > 10 * own["temperature"]
+    out = tmp_path / "m"
+    assert command(f"--run={trained_run.path}", f"--out={out}", f"--temperature={other.path}") == 0
+    stored = json.loads((out / "1" / verification.FILE).read_text())["calibration"]
+    assert stored == theirs
+    assert f"temperature {theirs['temperature']:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("epochs", 4, "was trained with --epochs=4 and .* its temperature would be another"),
+        ("val_fraction", 0.0, "there is no validation split: the run was made with --val_fraction"),
+        ("seed", 1, "the val images of .* have changed"),
+        ("recipe", "x", None),
+    ],
+)
+def test_the_temperature_of_a_run_of_other_flags_is_refused(
+    trained_run, tmp_path, capsys, flag, value, words
+):
+    other = Run(shutil.copytree(trained_run.path, tmp_path / "other"))
+    config = other.read_config()
+    config["flags"][flag] = value
+    other.config.write_text(json.dumps(config))
+    out = tmp_path / "m"
+    status = command(f"--run={trained_run.path}", f"--out={out}", f"--temperature={other.path}")
+    assert status == (1 if words else 0)
+    if words:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(words, line)
+        assert not out.exists()
+
+
+def test_an_unknown_format_lists_the_formats(capsys):
+    assert command("--run=x", "--format=caffe") == 2
+    assert ", ".join(FORMATS) in capsys.readouterr().err
+
+
+def test_a_version_that_is_there_is_one_line(trained_run, capsys):
+    assert command(f"--run={trained_run.path}", "--version=1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "this version is there already" in line
+    assert not list(trained_run.export.glob(f"{TEMPORARY}*"))
+
+
+def test_half_precision_has_a_bound_of_its_own():
+    assert verification.bound(models.build("lenet5", (16, 16, 3), 3)) == verification.BOUND
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = models.build("lenet5", (16, 16, 3), 3)
+    assert verification.bound(model) == verification.HALF_BOUND
+
+
+def test_a_difference_is_measured_against_its_own_limit(tmp_path):
+    samples = verification.noise((8, 8))
+    rows = {"a": {"largest_difference": 0.01, "label_agreement": 1.0}}
+    verification.check(tmp_path, samples, rows, {"a": {"largest_difference": 0.02}})
+    assert "a: on 32 images of random pixels probabilities within 0.01" in verification.words(
+        tmp_path
+    )
+    with pytest.raises(UserError, match=r"largest difference .* a .* 0\.01, more than 0\.005"):
+        verification.check(tmp_path, samples, rows, {"a": {"largest_difference": 0.005}})

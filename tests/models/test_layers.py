@@ -1,0 +1,499 @@
+"""Our layers against Keras's: the same numbers by fewer kernels, and where Keras's way is taken."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.models import classifier, layers
+from keras_cifar.training import optimizers
+
+OURS = {"momentum": layers.BATCH_NORM_MOMENTUM, "epsilon": layers.BATCH_NORM_EPSILON}
+
+
+def save_and_load(model: keras.Model, tmp_path) -> keras.Model:
+    path = tmp_path / "model.keras"
+    model.save(path)
+    return keras.models.load_model(path, compile=False, safe_mode=True)
+
+
+def kernels(layer, shape: tuple, dtype: str = "float32", training: bool = True) -> set[str]:
+    """The kinds of the operations that a call makes."""
+    call = tf.function(lambda x: layer(x, training=training), autograph=False)
+    graph = call.get_concrete_function(tf.TensorSpec(shape, dtype)).graph
+    return {operation.type for operation in graph.get_operations()}
+
+
+# ---- Batch normalization
+
+
+def norms(**arguments) -> tuple:
+    """Ours, by its defaults, and Keras's with the same numbers."""
+    ours = layers.BatchNormalization(**arguments)
+    return ours, keras.layers.BatchNormalization(**(OURS | arguments))
+
+
+def results(layer, shape: tuple, offset: float, training: bool, mask=None, call=None) -> dict:
+    """Of three calls: outputs and gradients of the last, and the weights after them."""
+    random = np.random.default_rng(0)
+    layer.build(shape)
+    for weight in layer.weights:  # all of them above 0, as variances are
+        weight.assign(random.uniform(0.5, 2, weight.shape))
+    factors = tf.constant(random.normal(0, 1, shape), layer.compute_dtype)
+    arguments = {"training": training} | ({} if mask is None else {"mask": mask})
+    variables = [v.value for v in layer.trainable_variables]
+    for _ in range(3):
+        x = tf.constant(random.normal(offset, 1, shape), layer.compute_dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = (call or layer)(x, **arguments)
+            target = tf.reduce_sum(tf.cast(outputs * factors, layer.variable_dtype))
+        gradients = tape.gradient(target, [x, *variables])
+    assert outputs.dtype == layer.compute_dtype
+    names = ["input", *(v.name for v in layer.trainable_variables)]
+    named = {f"gradient of {n}": g for n, g in zip(names, gradients, strict=True)}
+    weights = {v.name: v.numpy() for v in layer.weights}
+    return {k: np.array(v, np.float64) for k, v in ({"y": outputs} | named | weights).items()}
+
+
+def assert_same(one: dict, other: dict, tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert np.isfinite(value).all(), name
+        size = max(1.0, np.abs(other[name]).max())
+        np.testing.assert_allclose(value, other[name], 0, tolerance * size, err_msg=name)
+
+
+MAPS = (4, 5, 6, 8)
+CASES = {
+    "maps": ("float32", MAPS, {}, 0, 1e-5, True),
+    "one pixel": ("float32", (1, 1, 1, 8), {}, 0, 1e-4, True),
+    "two pixels": ("float32", (1, 2, 1, 8), {}, 0, 1e-4, True),
+    "one image": ("float32", (1, 5, 6, 8), {}, 0, 1e-5, True),
+    "one channel": ("float32", (4, 5, 6, 1), {}, 0, 1e-5, True),
+    "large mean": ("float32", MAPS, {}, 1e3, 3e-4, True),
+    "large negative mean": ("float32", MAPS, {}, -1e3, 3e-4, True),
+    "mixed_float16": ("mixed_float16", MAPS, {}, 0, 1e-3, True),
+    "mixed_bfloat16": ("mixed_bfloat16", MAPS, {}, 0, 8e-3, True),
+    "float16": ("float16", MAPS, {}, 0, 1e-3, True),
+    "frozen": ("float32", MAPS, {"trainable": False}, 0, 1e-5, True),
+    "other numbers": ("float32", MAPS, {"momentum": 0.7, "epsilon": 0.1}, 0, 1e-5, True),
+    "axis 3": ("float32", MAPS, {"axis": 3}, 0, 1e-5, True),
+    "float64": ("float64", MAPS, {}, 0, 1e-12, False),
+    "float64, large mean": ("float64", MAPS, {}, 1e3, 1e-9, False),
+    "vectors": ("float32", (16, 8), {}, 0, 1e-5, False),
+    "volumes": ("float32", (2, 3, 4, 5, 8), {}, 0, 1e-5, False),
+    "axis 1": ("float32", MAPS, {"axis": 1}, 0, 1e-5, False),
+    "no scale": ("float32", MAPS, {"scale": False}, 0, 1e-5, True),
+    "no center": ("float32", MAPS, {"center": False}, 0, 1e-5, True),
+    "renorm": ("float32", MAPS, {"renorm": True}, 0, 1e-5, False),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("case", CASES)
+def test_batch_norm_equals_keras_in_outputs_gradients_and_statistics(case, training):
+    policy, shape, arguments, offset, tolerance, fused = CASES[case]
+    keras.config.set_dtype_policy(policy)
+    ours, theirs = norms(**arguments)
+    got, expected = (results(layer, shape, offset, training) for layer in (ours, theirs))
+    assert_same(got, expected, tolerance)
+    found = kernels(ours, (None, *shape[1:]), ours.compute_dtype, training)
+    assert ("FusedBatchNormV3" in found) == fused
+    assert not (fused and "SquaredDifference" in found)
+
+
+def test_batch_norm_with_a_mask_equals_keras():
+    mask = np.random.default_rng(1).integers(0, 2, MAPS[:3]).astype(bool)
+    ours, theirs = norms()
+    got, expected = (results(layer, MAPS, 5, True, mask) for layer in (ours, theirs))
+    assert_same(got, expected, 1e-5)
+    assert not np.allclose(got["moving_mean"], results(norms()[0], MAPS, 5, True)["moving_mean"])
+
+
+def test_moving_variance_is_the_biased_one():
+    layer = norms()[0]
+    x = np.array([1.0, 3.0], np.float32).reshape(1, 2, 1, 1)  # variance 1, unbiased 2
+    layer(x, training=True)
+    np.testing.assert_allclose(layer.moving_mean.numpy(), [0.1 * 2], rtol=1e-6)
+    np.testing.assert_allclose(layer.moving_variance.numpy(), [0.9 + 0.1 * 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_batch_norm_compiled_by_xla_equals_keras(training):
+    ours, theirs = norms()
+    call = tf.function(ours, jit_compile=True, autograph=False)
+    got = results(ours, MAPS, 2, training, call=call)
+    assert_same(got, results(theirs, MAPS, 2, training), 3e-5)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_second_derivatives_of_batch_norm_equal_keras(training):
+    found = []
+    for layer in norms():
+        random = np.random.default_rng(0)
+        x = tf.constant(random.normal(0, 1, MAPS), tf.float32)
+        layer.build(MAPS)
+        layer.gamma.assign(random.uniform(0.5, 2, 8))
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                target = tf.reduce_sum(layer(x, training=training) ** 3)
+            size = tf.reduce_sum(inner.gradient(target, x) ** 2)
+        found.append(outer.gradient(size, [x, layer.gamma.value]))
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+
+
+def test_batch_norm_takes_batches_of_any_size_in_one_graph():
+    ours, theirs = norms()
+    call = tf.function(
+        lambda x: ours(x, training=True),
+        input_signature=[tf.TensorSpec((None, None, None, 3))],
+        autograph=False,
+    )
+    ours.build((None, None, None, 3))
+    for shape in ((1, 4, 4, 3), (7, 2, 5, 3), (2, 1, 1, 3)):
+        x = np.random.default_rng(0).normal(1, 2, shape).astype(np.float32)
+        np.testing.assert_allclose(call(x), theirs(x, training=True), atol=1e-5)
+    for mine, other in zip(ours.weights, theirs.weights, strict=True):
+        np.testing.assert_allclose(mine.numpy(), other.numpy(), atol=1e-6)
+
+
+def test_batch_norm_has_the_weights_of_keras_and_takes_them_both_ways():
+    ours, theirs = norms()
+    random = np.random.default_rng(0)
+    x = random.normal(0, 3, MAPS).astype(np.float32)
+    for layer in (ours, theirs):
+        layer.build(MAPS)
+    names = [[(v.name, v.shape, v.dtype, v.trainable) for v in x.weights] for x in (ours, theirs)]
+    assert names[0] == names[1]
+    for source, target in ((ours, theirs), (theirs, ours)):
+        source.set_weights([random.uniform(0.5, 2, 8) for _ in range(4)])
+        target.set_weights(source.get_weights())
+        np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
+
+
+def test_batch_norm_can_be_written_and_read():
+    arguments = {"axis": 1, "momentum": 0.7, "epsilon": 0.1, "scale": False, "name": "norm"}
+    config = layers.BatchNormalization(**arguments).get_config()
+    assert layers.BatchNormalization.from_config(config).get_config() == config
+    assert {name: config[name] for name in arguments} == arguments
+    default = layers.BatchNormalization().get_config()
+    assert (default["momentum"], default["epsilon"]) == (0.9, 1e-5)
+
+
+def test_batch_norm_is_itself_again_after_a_file(tmp_path):
+    images = keras.Input((5, 6, 8))
+    model = keras.Model(images, layers.BatchNormalization(0.8, 1e-2, name="norm")(images))
+    x = np.random.default_rng(0).normal(1, 2, MAPS).astype(np.float32)
+    for _ in range(3):
+        model(x, training=True)
+    loaded = save_and_load(model, tmp_path)
+    norm = loaded.get_layer("norm")
+    assert type(norm) is layers.BatchNormalization
+    assert (norm.momentum, norm.epsilon) == (0.8, 1e-2)
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
+# ---- Dropout
+
+
+def ones(shape=(64, 8, 8, 16), dtype="float32") -> tf.Tensor:
+    return tf.ones(shape, dtype)
+
+
+def dropped(layer, x=None, calls: int = 1) -> np.ndarray:
+    """bool [calls, ...]: what each call dropped of ones."""
+    x = ones() if x is None else x
+    call = tf.function(lambda: layer(x, training=True), autograph=False)
+    return np.stack([call().numpy() == 0 for _ in range(calls)])
+
+
+@pytest.mark.parametrize(("rate", "training"), [(0.5, False), (0.0, True), (0.0, False)])
+def test_dropout_gives_its_input_back_in_inference_and_at_rate_0(rate, training):
+    x = ones()
+    assert layers.Dropout(rate)(x, training=training) is x
+
+
+@pytest.mark.parametrize(
+    ("rate", "shape"),
+    [(0.3, (32, 8, 8, 16)), (0.999, (32, 8, 8, 16)), (0.3, (32, 8, 8, 6)), (0.5, (256, 128))],
+)
+@pytest.mark.parametrize(
+    ("policy", "tolerance"),
+    [("float32", 1e-6), ("float64", 1e-12), ("float16", 1e-3), ("bfloat16", 1e-2)],
+)
+def test_dropout_scales_what_it_keeps_and_zeroes_the_rest(rate, shape, policy, tolerance, random):
+    layer = layers.Dropout(rate, seed=1, dtype=policy)
+    x = tf.constant(random.uniform(1, 2, shape), policy)
+    y = layer(x, training=True)
+    assert y.dtype == policy
+    x, y = (np.array(v, np.float64) for v in (x, y))
+    assert 0 < (y == 0).mean() < 1
+    np.testing.assert_allclose(y, np.where(y == 0, 0, x / (1 - rate)), rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("rate", "shape"),
+    [
+        (0.3, (64, 8, 8, 16)),
+        (0.5, (64, 8, 8, 16)),
+        (0.001, (64, 8, 8, 16)),
+        (0.999, (64, 8, 8, 16)),
+        (255 / 256, (64, 8, 8, 16)),
+        (0.3, (64, 8, 8, 6)),
+        (0.4, (512, 100)),
+        (0.4, (512, 33)),
+        (0.1, (4096,)),
+    ],
+)
+def test_share_that_is_dropped_is_the_rate(rate, shape):
+    calls = 300
+    found = dropped(layers.Dropout(rate, seed=1), ones(shape), calls)
+    # The threshold differs from call to call by up to 1 in 256, beside the elements' own chance.
+    threshold = 1 / 256 / 2 / calls**0.5
+    deviation = (rate * (1 - rate) / found.size) ** 0.5 + threshold
+    assert found.mean() == pytest.approx(rate, abs=4 * deviation)
+    assert found.any()
+    assert not found.all()
+    by_channel = found.reshape(-1, shape[-1]).mean(axis=0)
+    spread = (rate * (1 - rate) * shape[-1] / found.size) ** 0.5 + threshold
+    np.testing.assert_allclose(by_channel, rate, rtol=0, atol=6 * spread)
+
+
+def test_thresholds_are_dithered_not_rounded():
+    # 256 * 0.001 is 0.256: about a quarter of the calls drop one in 256, the others nothing.
+    counts = dropped(layers.Dropout(0.001, seed=1), calls=400).reshape(400, -1).mean(axis=1)
+    some = counts > 0
+    assert some.mean() == pytest.approx(0.256, abs=0.09)
+    np.testing.assert_allclose(counts[some], 1 / 256, rtol=0.2)
+
+
+def test_expected_value_of_dropout_is_its_input():
+    x = tf.constant(np.random.default_rng(0).normal(3, 1, (8, 4, 4, 8)), tf.float32)
+    layer = layers.Dropout(0.3, seed=1)
+    call = tf.function(lambda: layer(x, training=True), autograph=False)
+    mean = np.mean([call() for _ in range(500)], axis=0)
+    assert mean.mean() == pytest.approx(float(tf.reduce_mean(x)), rel=0.01)
+    deviation = np.abs(x) * (0.3 / 0.7 / 500) ** 0.5
+    assert (np.abs(mean - x) < 5.5 * deviation).all()
+
+
+@pytest.mark.parametrize("channels", [16, 6])
+def test_masks_differ_between_calls_and_come_again_with_the_seed(channels):
+    x = ones((32, 8, 8, channels))
+    one, same, other = (dropped(layers.Dropout(0.5, seed=s), x, calls=3) for s in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    for mine, theirs in ((one[0], one[1]), (one[1], one[2]), (one, other)):
+        assert (mine != theirs).mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5])
+def test_neighbours_are_dropped_independently(rate):
+    found = dropped(layers.Dropout(rate, seed=1), ones((16, 16, 16, 16)), calls=4).astype(float)
+    for axis in range(found.ndim):
+        for distance in (1, 2, 3):
+            if distance < found.shape[axis]:
+                mine = np.delete(found, range(distance), axis).ravel()
+                theirs = np.delete(found, range(-distance, 0), axis).ravel()
+                # Each of some 200,000 pairs.
+                assert abs(np.corrcoef(mine, theirs)[0, 1]) < 0.015, (axis, distance)
+
+
+@pytest.mark.parametrize("channels", [16, 6])
+def test_gradient_of_dropout_is_the_mask_and_its_scale(channels, random):
+    x = tf.constant(random.uniform(1, 2, (8, 4, 4, channels)), tf.float32)
+    factors = tf.constant(random.normal(0, 1, x.shape), tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layers.Dropout(0.3, seed=1)(x, training=True)
+        target = tf.reduce_sum(y * factors)
+    expected = np.where(np.equal(y, 0), 0, factors / 0.7)
+    np.testing.assert_allclose(tape.gradient(target, x), expected, rtol=1e-5)
+
+
+def test_dropout_draws_one_word_for_four_elements_where_it_can():
+    def drawn(rate, shape, **arguments) -> set:
+        return kernels(layers.Dropout(rate, **arguments), shape) & words
+
+    words = {"StatelessRandomUniformFullIntV2", "Bitcast"}
+    assert drawn(0.3, (None, 8, 8, 16)) == drawn(0.3, (None, 512)) == words
+    assert "Bitcast" not in drawn(0.3, (None, 8, 8, 6)) | drawn(0.3, (None, 8, 8, None))
+    assert "Bitcast" not in drawn(0.999, (None, 8, 8, 16)) | drawn(0.3, (None,))
+
+
+def test_noise_shape_and_rate_1_are_kerass():
+    found = dropped(layers.Dropout(0.5, (None, 1, 1, 16), seed=1))[0]
+    np.testing.assert_array_equal(found, np.broadcast_to(found[:, :1, :1], found.shape))
+    theirs = keras.layers.Dropout(0.5, (None, 1, 1, 16), seed=1)
+    np.testing.assert_array_equal(found, dropped(theirs)[0])
+    assert dropped(layers.Dropout(1)).all()
+
+
+@pytest.mark.parametrize("channels", [16, 6])
+def test_dropout_in_a_functional_model_takes_any_batch_and_a_file(channels, tmp_path):
+    images = keras.Input((8, 8, channels))
+    outputs = layers.Dropout(0.3, seed=1, name="drop")(images)
+    assert outputs.shape == (None, 8, 8, channels)
+    model = keras.Model(images, outputs)
+    loaded = save_and_load(model, tmp_path)
+    drop = loaded.get_layer("drop")
+    assert (type(drop), drop.rate, drop.seed) == (layers.Dropout, 0.3, 1)
+    for count in (1, 5):
+        x = ones((count, 8, 8, channels))
+        y = model(x, training=True).numpy()
+        assert (y == 0).mean() == pytest.approx(0.3, abs=0.15)
+        np.testing.assert_array_equal(loaded(x, training=True), y)
+        np.testing.assert_array_equal(loaded(x), x)
+
+
+def test_dropout_compiled_by_xla_drops_the_same_elements():
+    masks = []
+    for xla in (False, True):
+        layer = layers.Dropout(0.3, seed=1)
+        call = tf.function(lambda x, f=layer: f(x, training=True), jit_compile=xla, autograph=False)
+        masks.append([call(ones()).numpy() == 0 for _ in range(3)])
+    np.testing.assert_array_equal(*masks)
+
+
+# ---- The convolution before normalization
+
+
+def block(convolution=layers.ConvBeforeNorm, **arguments) -> keras.Model:
+    images = keras.Input((8, 8, 3))
+    x = convolution(4, 3, padding="same", name="conv", **arguments)(images)
+    model = keras.Model(images, layers.BatchNormalization(name="norm")(x))
+    model.get_layer("conv").bias.assign([1.0, -2.0, 3.0, 0.0])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("policy", "tolerance"),
+    [("float32", 1e-5), ("float64", 1e-12), ("mixed_float16", 4e-3), ("mixed_bfloat16", 4e-2)],
+)
+@pytest.mark.parametrize("arguments", [{}, {"strides": 2, "activation": "tanh"}])
+def test_convolution_before_norm_computes_what_conv2d_does(policy, tolerance, arguments, random):
+    keras.config.set_dtype_policy(policy)
+    x = random.normal(0, 1, (2, 8, 8, 3)).astype("float32")
+    ours, theirs = (block(c, **arguments) for c in (layers.ConvBeforeNorm, keras.layers.Conv2D))
+    theirs.set_weights(ours.get_weights())
+    for training in (True, False):
+        pairs = [(m.get_layer("conv")(x), m(x, training=training)) for m in (ours, theirs)]
+        for mine, other in zip(*pairs, strict=True):
+            assert mine.dtype == other.dtype
+            np.testing.assert_allclose(
+                *(np.array(v, np.float64) for v in (mine, other)), atol=tolerance, rtol=tolerance
+            )
+    for mine, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+        assert mine.dtype == other.dtype
+        np.testing.assert_allclose(mine, other, atol=tolerance)
+
+
+def test_moving_mean_behind_a_convolution_counts_its_bias(random):
+    model = block()
+    x = random.normal(0, 1, (4, 8, 8, 3)).astype(np.float32)
+    conv = model.get_layer("conv")
+    plain = conv.convolution_op(x, conv.kernel).numpy().mean((0, 1, 2))
+    model(x, training=True)
+    got = model.get_layer("norm").moving_mean.numpy()
+    np.testing.assert_allclose(got, 0.1 * (plain + np.array([1, -2, 3, 0])), atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_training_leaves_the_bias_before_a_norm_as_it_was(optimizer, policy):
+    keras.config.set_dtype_policy(policy)
+    keras.utils.set_random_seed(0)
+    images, x = classifier.pixels((8, 8, 3))
+    x = layers.conv_norm(x, 4, 3, name="block", bias=True)
+    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+    model = classifier.Classifier.build_from(images, keras.layers.Dense(3)(x), "model")
+    config = TrainConfig(optimizer=optimizer, learning_rate=0.1, weight_decay=0.1)
+    optimizers.compile_model(model, config, 3, run_eagerly=True)
+    conv = model.get_layer("block_conv")
+    assert isinstance(conv, layers.ConvBeforeNorm)
+    conv.bias.assign([1.0, -2.0, 3.0, 0.0])
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    before = {v.path: v.numpy() for v in model.trainable_variables}
+    for _ in range(3):
+        model.fit(pixels, np.eye(3, dtype=np.float32)[[0, 1, 2, 0]], batch_size=4, verbose=0)
+    np.testing.assert_array_equal(conv.bias.numpy(), [1, -2, 3, 0])
+    for variable in model.trainable_variables:
+        moved = not np.array_equal(variable.numpy(), before[variable.path])
+        assert moved == (variable is not conv.bias), variable.path
+
+
+def test_convolution_before_norm_is_itself_again_after_a_file(tmp_path, random):
+    model = block(strides=2)
+    x = random.normal(0, 1, (2, 8, 8, 3)).astype(np.float32)
+    loaded = save_and_load(model, tmp_path)
+    assert type(loaded.get_layer("conv")) is layers.ConvBeforeNorm
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
+# ---- Whitening, initial weights, mirror images
+
+
+def smooth_images(random, count=64, side=12) -> np.ndarray:
+    """Neighbouring pixels, and the channels of each, are alike, as in photographs."""
+    images = random.normal(0, 1, (count, side, side, 1)).cumsum(axis=1).cumsum(axis=2)
+    images = images + 0.2 * random.normal(0, 1, (count, side, side, 3))
+    return (images / images.std()).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_whitened_patches_are_uncorrelated_and_of_variance_1(size, random):
+    images, layer = smooth_images(random), layers.Whitening(size)
+    before = layer(images)
+    layer.adapt(images)
+    outputs = np.asarray(layer(images), np.float64).reshape(-1, layer.filters)
+    half = layer.filters // 2
+    np.testing.assert_allclose(outputs[:, half:], -outputs[:, :half], atol=1e-4)
+    moments = outputs[:, :half].T @ outputs[:, :half] / len(outputs)
+    # Of the smallest component the epsilon takes more.
+    variances = np.diag(moments)
+    assert variances.max() <= 1 + 1e-4
+    assert variances.min() > 0.5
+    np.testing.assert_allclose(moments - np.diag(variances), 0, atol=1e-3)
+    assert np.abs(np.corrcoef(np.reshape(before, (-1, layer.filters))[:, :half].T)).max() > 0.5
+
+
+def test_filters_of_whitening_are_not_trained_and_its_bias_is(random, tmp_path):
+    images = keras.Input((12, 12, 3))
+    layer = layers.Whitening(2, name="white")
+    model = keras.Model(images, layer(images))
+    assert [v.name for v in layer.trainable_variables] == ["bias"]
+    layer.adapt(smooth_images(random))
+    again = save_and_load(model, tmp_path).get_layer("white")
+    np.testing.assert_array_equal(again.kernel, layer.kernel)
+    assert [v.name for v in again.trainable_variables] == ["bias"]
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(4, 10), (10, 4)])
+def test_first_filters_pass_their_channels_on(channels, filters, random):
+    kernel = layers.IdentityPlus(seed=1)((3, 3, channels, filters), "float32")
+    images = random.normal(0, 1, (2, 5, 6, channels)).astype(np.float32)
+    outputs = tf.nn.conv2d(images, kernel, 1, "SAME").numpy()
+    passed = min(channels, filters)
+    np.testing.assert_array_equal(outputs[..., :passed], images[..., :passed])
+
+
+def test_other_filters_are_pytorchs_default():
+    kernel = np.asarray(layers.IdentityPlus(seed=1)((3, 3, 16, 512), "float32"))[..., 16:]
+    assert np.abs(kernel).max() <= 1 / 12  # the square root of the fan-in
+    assert kernel.var() == pytest.approx(1 / (3 * 9 * 16), rel=0.02)
+
+
+def test_answer_is_the_mean_of_an_image_and_its_mirror_image(random):
+    images = keras.Input((4, 4, 3))
+    inside = keras.layers.Dense(5, name="dense")
+    x = keras.layers.Flatten()(layers.AddMirrored()(images))
+    model = keras.Model(images, layers.MeanOfMirrored()(inside(x)))
+    given = random.normal(0, 1, (3, 4, 4, 3)).astype(np.float32)
+    plain, mirrored = (inside(np.reshape(x, (3, -1))).numpy() for x in (given, given[:, :, ::-1]))
+    np.testing.assert_allclose(model(given, training=False), (plain + mirrored) / 2, atol=1e-6)
+    np.testing.assert_allclose(model(given, training=True), plain, atol=1e-6)
+    assert np.abs(plain - mirrored).max() > 0.1

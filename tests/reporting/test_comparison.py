@@ -1,0 +1,199 @@
+"""Runs beside each other: the table, the flags that differ, the picture, and what is no run."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_cifar import compare
+from keras_cifar.core import cli
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import UserError
+from keras_cifar.core.run_directory import Run
+from keras_cifar.reporting import comparison
+
+# Epochs of (val_accuracy, seconds, images a second).
+SLOW = [(0.2, 10.0, 100.0), (0.4, 20.0, 300.0), (0.6, 30.0, 200.0)]
+FAST = [(0.5, 1.0, 900.0), (0.7, 1.0, 1000.0)]
+
+
+def write(path, epochs=SLOW, accuracy=0.5, interval=None, validated=True, **flags):
+    """A run directory with what a comparison reads."""
+    run = Run(path)
+    run.path.mkdir(parents=True)
+    config = {
+        "flags": dataclasses.asdict(TrainConfig(**flags)),
+        "class_names": ["a", "b"],
+        "image_shape": [32, 32, 3],
+        "splits": {},
+        "parameter_count": 12345,
+    }
+    run.config.write_text(json.dumps(config))
+    header = "epoch,loss,accuracy,val_accuracy,seconds,images_per_second"
+    rows = [f"{i},1.0,{a / 2},{a},{s},{v}" for i, (a, s, v) in enumerate(epochs, start=1)]
+    text = "\n".join([header, *rows]) + "\n"
+    run.history.write_text(text if validated else text.replace("val_accuracy", "other"))
+    if accuracy is not None:
+        figures = {"accuracy": accuracy, "data": config["flags"]["data"]}
+        figures |= {"intervals": {"accuracy": interval}} if interval else {}
+        run.evaluation("test").parent.mkdir()
+        run.evaluation("test").write_text(json.dumps(figures))
+    return str(path)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command: (exit status, lines on stdout, stderr)."""
+
+    def run(*argv):
+        argv = [str(argument) for argument in argv]
+        options = compare.CompareOptions
+        status = cli._execute("compare", compare.main, options, "RUN ...", argv, tensorflow=False)
+        captured = capsys.readouterr()
+        return status, captured.out.splitlines(), captured.err
+
+    return run
+
+
+def cells(line: str) -> list[str]:
+    return [cell for cell in line.split("  ") if cell]
+
+
+def test_table_says_what_was_reached_and_what_it_took(tmp_path, command):
+    a = write(tmp_path / "a", accuracy=0.8125, interval=[0.80, 0.82])
+    b = write(tmp_path / "b", FAST, accuracy=None)
+    status, lines, _ = command(a, b)
+    assert status == 0
+    found = [[cell.strip() for cell in cells(line)] for line in lines[:3]]
+    assert found[0] == [
+        *("run", "test accuracy", "error", "time", "images/s", "epochs", "parameters")
+    ]
+    assert found[1] == [a, "0.8125", "[0.8000, 0.8200]", "18.75%", "60.0 s", "200", "3", "12,345"]
+    assert found[2] == [b, "not tested", "2.0 s", "950", "2", "12,345"]
+
+
+def test_flags_that_decide_and_differ_are_shown(tmp_path, command):
+    a = write(tmp_path / "a", epochs=SLOW, learning_rate=0.5, model="lenet5", run_dir="x")
+    b = write(tmp_path / "b", learning_rate=0.25, model="lenet5", recipe="he_resnet20")
+    path = tmp_path / "b" / "config.json"
+    config = json.loads(path.read_text())
+    del config["flags"]["ema"]  # of a version that had no such flag
+    path.write_text(json.dumps(config))
+    _, lines, _ = command(a, b)
+    shown = [line.split() for line in lines[lines.index("") + 1 :]]
+    assert shown == [["flag", a, b], ["--learning_rate", "0.5", "0.25"], ["--ema", "0.0", "-"]]
+
+
+def test_figures_of_other_images_are_not_the_runs(tmp_path, command):
+    run = Run(write(tmp_path / "a", data="digits"))
+    path = run.evaluation("test")
+    path.write_text(path.read_text().replace("digits", "folder:elsewhere"))
+    assert "not tested" in command(run.path)[1][1]
+
+
+def test_equal_flags_make_no_table(tmp_path, command):
+    a, b = write(tmp_path / "a"), write(tmp_path / "b")
+    assert len(command(a, b)[1]) == 3
+
+
+def test_seeds_count_as_one_run(tmp_path, command):
+    several = tmp_path / "several"
+    for seed, accuracy in enumerate((0.5, 0.7, None)):
+        write(several / f"seed_{seed}", FAST if seed else SLOW, accuracy, seed=seed)
+    alone = write(tmp_path / "alone", seed=7)
+    _, lines, _ = command(several, alone)
+    found = [cell.strip() for cell in cells(lines[1])]
+    # The standard deviation is that of a sample; time and epochs are means of a run.
+    assert found[1:5] == ["0.6000", "± 0.1414, 2 of 3 seeds", "40.00%", "21.3 s"]
+    assert found[6] == "2.3"
+    assert lines[-1].split() == ["--seed", "-", "7"]
+
+
+def test_curve_of_seeds_has_the_epochs_that_all_have(tmp_path):
+    for seed, epochs in enumerate((SLOW, FAST)):
+        write(tmp_path / f"seed_{seed}", epochs)
+    what, values, seconds = comparison.load(str(tmp_path)).curve()
+    assert what == "validation"
+    np.testing.assert_allclose(values, [[0.2, 0.4], [0.5, 0.7]])
+    np.testing.assert_allclose(seconds, [[10, 30], [1, 2]])
+
+
+def test_curve_without_validation_is_that_of_training(tmp_path):
+    what, values, _ = comparison.load(write(tmp_path / "a", validated=False)).curve()
+    assert what == "train"
+    np.testing.assert_allclose(values, [[0.1, 0.2, 0.3]])
+
+
+def test_picture_shows_each_run_and_the_band_of_seeds(tmp_path, command):
+    a, b = write(tmp_path / "a"), write(tmp_path / "b", FAST)
+    for seed, epochs in enumerate((SLOW, [(x + 0.2, s, v) for x, s, v in SLOW])):
+        write(tmp_path / "several" / f"seed_{seed}", epochs)
+
+    def drawn(*runs):
+        out = tmp_path / "out.png"
+        status, lines, _ = command(*runs, f"--out={out}")
+        assert (status, lines[-1]) == (0, f"picture   {out}")
+        with Image.open(out) as picture:
+            return np.asarray(picture.convert("RGB")).astype(int)
+
+    one, two, band = drawn(a), drawn(a, b), drawn(tmp_path / "several")
+    assert one.shape == two.shape
+    assert (one != two).any()
+    # The light blue of the band is in no other.
+    light = [(np.abs(x - (199, 221, 236)).max(axis=-1) < 6).sum() for x in (one, band)]
+    assert light[1] > 1000 > light[0]
+
+
+def test_run_without_an_epoch_is_in_the_table_and_not_in_the_picture(tmp_path, command):
+    a, b = write(tmp_path / "a", [], accuracy=None), write(tmp_path / "b")
+    assert command(a, b, "--out", tmp_path / "x.png")[0] == 0
+    status, _, error = command(a, "--out", tmp_path / "y.png")
+    assert (status, "no run has completed an epoch" in error) == (1, True)
+    assert not (tmp_path / "y.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "words"),
+    [
+        ([], 2, "name at least one run"),
+        (["RUN", "--out=x.txt"], 2, "--out=x.txt must end with .png"),
+        (["/nowhere"], 1, "run directory /nowhere does not exist"),
+    ],
+)
+def test_wrong_usage_is_one_line(command, argv, status, words):
+    found, _, error = command(*argv)
+    assert found == status
+    assert error.count("\n") == 1
+    assert words in error
+
+
+def test_what_is_no_run_or_damaged_is_said(tmp_path):
+    with pytest.raises(UserError, match="is no run directory: it has neither"):
+        comparison.load(str(tmp_path))
+    run = Run(write(tmp_path / "a"))
+    whole = run.history.read_text()
+    for damage in (whole.replace("30.0", "?"), whole.replace("seconds", "x"), "epoch\n1,2\n"):
+        run.history.write_text(damage)
+        with pytest.raises(UserError, match=r"history\.csv is damaged"):
+            comparison.load(str(run.path))
+    run.history.write_text(whole)
+    for damage in ("", "[]", '{"accuracy": "much"}'):
+        run.evaluation("test").write_text(damage)
+        with pytest.raises(UserError, match=r"test\.json is damaged"):
+            comparison.load(str(run.path))
+
+
+def test_real_run_is_read(trained_run, command):
+    status, lines, _ = command(trained_run.path)
+    accuracy = json.loads(trained_run.evaluation("test").read_text())["accuracy"]
+    assert status == 0
+    assert f"{accuracy:.4f}" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(119.94, "119.9 s"), (120, "2.0 min"), (7200, "2.0 h"), (90000, "25.0 h")]
+)
+def test_durations(seconds, text):
+    assert comparison.duration(seconds) == text

@@ -1,0 +1,463 @@
+"""Learning rates at points computed by hand, and what each optimizer does to the weights."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import UsageError
+from keras_cifar.models import classifier, layers
+from keras_cifar.training import optimizers
+from keras_cifar.training.optimizers import Schedule
+
+# ---- Schedules
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "milestones", "points"),
+    [
+        ("constant", 0, (), {0: 1, 50: 1, 99: 1}),
+        ("constant", 10, (), {0: 0.1, 4: 0.5, 9: 1, 10: 1, 99: 1}),
+        ("cosine", 0, (), {0: 1, 25: (1 + 0.5**0.5) / 2, 50: 0.5, 75: (1 - 0.5**0.5) / 2, 100: 0}),
+        ("linear", 0, (), {0: 1, 25: 0.75, 50: 0.5, 100: 0}),
+        ("linear", 20, (), {0: 0.05, 19: 1, 20: 1, 60: 0.5, 100: 0, 110: 0}),
+        ("cosine", 20, (), {0: 0.05, 9: 0.5, 19: 1, 20: 1, 60: 0.5, 100: 0, 110: 0}),
+        ("step", 0, (0.5, 0.75), {0: 1, 49: 1, 50: 0.1, 74: 0.1, 75: 0.01, 99: 0.01}),
+        ("step", 0, (0.3, 0.57, 0.7), {29: 1, 30: 0.1, 56: 0.1, 57: 0.01, 69: 0.01, 70: 0.001}),
+        ("step", 10, (0.05, 0.75), {4: 0.5, 5: 0.06, 9: 0.1, 74: 0.1, 75: 0.01}),
+        ("onecycle", 0, (), {0: 0.04, 15: 0.52, 30: 1, 65: 0.5, 100: 0}),
+        ("onecycle", 50, (), {0: 0.04, 25: 0.52, 50: 1, 75: 0.5, 100: 0}),
+    ],
+)
+def test_rate_at_points_computed_by_hand(kind, warmup, milestones, points):
+    schedule = Schedule(kind, 0.2, 100, warmup, milestones)
+    for step, share in points.items():
+        got = float(schedule(tf.constant(step, tf.int64)))
+        assert got == pytest.approx(0.2 * share, rel=1e-4, abs=1e-8), step
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "onecycle"])
+@pytest.mark.parametrize("total", [1, 2, 3, 10])
+def test_short_runs_have_a_rate_that_is_never_negative_or_above_the_peak(kind, total):
+    rates = [float(Schedule(kind, 0.2, total)(step)) for step in range(total + 1)]
+    assert np.isfinite(rates).all()
+    assert 0 <= min(rates) <= max(rates) <= 0.2 * (1 + 1e-6)
+    assert rates[0] > 0
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Schedule("onecycle", 0.2, 100, 7), Schedule("step", 0.2, 100, 7, (0.3, 0.6))],
+    ids=["onecycle", "step"],
+)
+def test_schedule_can_be_written_and_read(schedule):
+    text = keras.optimizers.schedules.serialize(schedule)
+    again = keras.optimizers.schedules.deserialize(text)
+    assert [float(again(s)) for s in range(100)] == [float(schedule(s)) for s in range(100)]
+
+
+# ---- Flags
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "milestones"),
+    [
+        ("constant", "constant", ()),
+        ("cosine", "cosine", ()),
+        ("onecycle", "onecycle", ()),
+        ("step(0.5,0.75)", "step", (0.5, 0.75)),
+        ("step(0.5, 0.75)", "step", (0.5, 0.75)),
+        ("step(0.1)", "step", (0.1,)),
+    ],
+)
+def test_flag_gives_kind_and_milestones(text, kind, milestones):
+    assert optimizers.parse_schedule(text) == (kind, milestones)
+
+
+@pytest.mark.parametrize(
+    "text", ["exponential", "", "Cosine", "step(0.5", "step 0.5", "step(0.5))x"]
+)
+def test_unknown_schedule_lists_the_choices(text):
+    with pytest.raises(UsageError) as error:
+        optimizers.parse_schedule(text)
+    message = str(error.value)
+    assert message.startswith(f"unknown schedule {text!r}; choose one of: constant, cosine, linear")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step",
+        "step()",
+        "step(0.5,0.5)",
+        "step(0.75,0.5)",
+        "step(0,0.5)",
+        "step(-0.5)",
+        "step(0.5,1)",
+        "step(1.5)",
+        "step(half)",
+        "step(0.5,)",
+        "step(nan)",
+        "step(inf)",
+        "cosine(0.5)",
+        "constant(1)",
+        "onecycle(0.3)",
+    ],
+)
+def test_milestones_that_are_no_increasing_shares_are_refused(text):
+    with pytest.raises(UsageError) as error:
+        optimizers.parse_schedule(text)
+    message = str(error.value)
+    assert message.startswith(f"--lr_schedule={text}: step takes increasing shares")
+    assert "\n" not in message
+
+
+def test_schedule_counts_epochs_in_steps():
+    config = TrainConfig(
+        epochs=10, learning_rate=0.2, lr_schedule="step(0.5,0.75)", warmup_epochs=1.5
+    )
+    assert optimizers.schedule(config, 20).get_config() == {
+        "kind": "step",
+        "peak": 0.2,
+        "total_steps": 200,
+        "warmup_steps": 30,
+        "milestones": (0.5, 0.75),
+    }
+
+
+@pytest.mark.parametrize("warmup", [10.0, 11.0])
+def test_warmup_that_never_ends_is_refused(warmup):
+    config = TrainConfig(epochs=10, warmup_epochs=warmup)
+    with pytest.raises(UsageError, match=rf"^--warmup_epochs={warmup} must be below --epochs=10$"):
+        optimizers.schedule(config, 20)
+
+
+def test_warmup_may_fill_all_but_the_last_step():
+    config = TrainConfig(epochs=10, warmup_epochs=9.95, lr_schedule="cosine", learning_rate=1)
+    rates = [float(optimizers.schedule(config, 20)(step)) for step in (0, 198, 199)]
+    assert rates == pytest.approx([1 / 199, 1, 1])
+
+
+# ---- Optimizers
+
+
+def model(**flags) -> classifier.Classifier:
+    """A compiled network of two kernels, two biases and BN."""
+    keras.utils.set_random_seed(0)
+    images, x = classifier.pixels((4, 4, 3))
+    x = layers.conv_norm(x, 4, 3, name="conv", bias=True)
+    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+    logits = keras.layers.Dense(3, name="logits")(x)
+    built = classifier.Classifier.build_from(images, logits, "model")
+    optimizers.compile_model(built, TrainConfig(**flags), 10, jit_compile=False)
+    return built
+
+
+def move(network, gradient: float, steps: int = 1) -> dict[str, tuple]:
+    """{path: (before, after)} of steps with the same gradient for every weight."""
+    variables = network.trainable_variables
+    before = [v.numpy() for v in variables]
+    for _ in range(steps):
+        gradients = [tf.fill(v.shape, gradient) for v in variables]
+        network.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    return {v.path: (old, v.numpy()) for v, old in zip(variables, before, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("adam", optimizers.Adam),
+        ("adamw", optimizers.AdamW),
+        ("sgd", optimizers.SGD),
+    ],
+)
+def test_flag_chooses_the_optimizer_and_its_rate(name, kind):
+    network = model(optimizer=name, learning_rate=0.02)
+    assert type(network.optimizer) is kind
+    assert network.optimizer.built
+    assert float(network.optimizer.learning_rate) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_first_step_is_of_the_rate_of_the_flags(name):
+    moved = move(model(optimizer=name, learning_rate=0.02), gradient=1.0)
+    for path, (before, after) in moved.items():
+        np.testing.assert_allclose(before - after, 0.02, atol=1e-6, err_msg=path)
+
+
+def test_rate_follows_the_schedule_step_by_step():
+    network = model(
+        optimizer="sgd",
+        momentum=0.0,
+        epochs=1,
+        lr_schedule="cosine",
+        learning_rate=0.5,
+        warmup_epochs=0.2,
+    )
+    expected = optimizers.Schedule("cosine", 0.5, 10, 2)
+    for step in range(10):
+        for before, after in move(network, gradient=1.0).values():
+            np.testing.assert_allclose(before - after, float(expected(step)), atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_momentum_of_sgd_carries_the_last_step_on(momentum):
+    network = model(optimizer="sgd", learning_rate=0.1, momentum=momentum)
+    for before, after in move(network, gradient=1.0, steps=2).values():
+        np.testing.assert_allclose(before - after, 0.1 * (2 + momentum), atol=1e-6)
+
+
+def test_nesterov_looks_a_step_ahead():
+    network = model(optimizer="sgd", learning_rate=0.1, momentum=0.5, nesterov=True)
+    for before, after in move(network, gradient=1.0, steps=2).values():
+        np.testing.assert_allclose(before - after, 0.1 * (1.5 + 1.75), atol=1e-6)
+
+
+def test_bias_rate_is_of_biases_and_normalization_alone():
+    network = model(optimizer="sgd", learning_rate=0.01, bias_rate=8.0)
+    shapes = set()
+    for before, after in move(network, gradient=1.0).values():
+        factor = 1 if before.ndim > 1 else 8
+        np.testing.assert_allclose(before - after, 0.01 * factor, atol=1e-6)
+        shapes.add(before.ndim > 1)
+    assert shapes == {True, False}
+
+
+def test_decay_of_adamw_is_decoupled_and_on_kernels_alone():
+    network = model(optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
+    network.get_layer("conv_conv").bias.assign([1.0, 2, 3, 4])
+    moved = move(network, gradient=0.0)
+    for path, (before, after) in moved.items():
+        share = 1 - 0.1 * 0.5 if path.endswith("kernel") else 1
+        np.testing.assert_allclose(after, before * share, rtol=1e-6, err_msg=path)
+    assert network.weight_decay == 0
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_decay_of_the_others_is_an_l2_penalty_in_the_gradient(name):
+    network = model(optimizer=name, learning_rate=0.1, weight_decay=0.5, momentum=0.0)
+    kernel = network.get_layer("conv_conv").kernel
+    before = kernel.numpy()
+    # Logits that do not depend on the image leave the penalty alone to move the first kernel.
+    network.get_layer("logits").kernel.assign(tf.zeros((4, 3)))
+    images = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3), dtype=np.uint8)
+    network.fit(images, np.eye(3, dtype=np.float32)[[0, 1, 2, 0]], batch_size=4, verbose=0)
+    change = 0.5 * before
+    if name == "adam":  # whose first step divides by the gradient's size; epsilon as Keras has it
+        change /= np.abs(change) + 1e-7 / np.sqrt(1 - 0.999)
+    np.testing.assert_allclose(before - kernel.numpy(), 0.1 * change, rtol=1e-3, atol=1e-6)
+    assert not network.optimizer.weight_decay
+
+
+def test_loss_and_averages_are_those_of_the_flags():
+    network = model(label_smoothing=0.1, ema=0.9, weight_decay=0.01)
+    assert (network.label_smoothing, network.ema, network.weight_decay) == (0.1, 0.9, 0.01)
+    assert len(network.averages) == len(network.weights)
+    assert network.jit_compile is False
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_rate_and_steps_can_be_read_under_mixed_precision(name):
+    keras.config.set_dtype_policy("mixed_float16")
+    network = model(optimizer=name, learning_rate=0.5, epochs=1, lr_schedule="step(0.1)")
+    assert float(network.optimizer.learning_rate) == pytest.approx(0.5)
+    images = np.full((2, 4, 4, 3), 99, np.uint8)
+    network.fit(images, np.eye(3, dtype=np.float32)[:2], batch_size=2, verbose=0)
+    assert int(network.optimizer.iterations.numpy()) == 1
+    assert float(network.optimizer.learning_rate) == pytest.approx(0.05)
+
+
+# ---- Adam as one kernel
+
+PAIRS = {
+    "adam": (optimizers.Adam, keras.optimizers.Adam),
+    "adamw": (optimizers.AdamW, keras.optimizers.AdamW),
+}
+SHAPES = {"kernel": (3, 4), "bias": (4,), "scale": (1,)}
+
+
+def start(kind, dtype: str = "float32", **arguments) -> tuple:
+    """A built optimizer and its variables."""
+    random = np.random.default_rng(0)
+    variables = [
+        keras.Variable(random.normal(0, 1, shape), dtype=dtype, name=name)
+        for name, shape in SHAPES.items()
+    ]
+    optimizer = kind(**({"learning_rate": 0.1} | arguments))
+    if kind in PAIRS["adamw"]:
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+def slopes(step: int) -> list:
+    random = np.random.default_rng(100 + step)
+    return [random.normal(0, 10.0 ** (step % 3 - 1), shape) for shape in SHAPES.values()]
+
+
+def go(optimizer, variables, steps: range, apply=None) -> list:
+    """The variables after each of the steps."""
+    taken = []
+    for step in steps:
+        gradients = [tf.constant(g, variables[0].dtype) for g in slopes(step)]
+        (apply or optimizer.apply)(gradients, variables)
+        taken.append([v.numpy() for v in (*variables, *optimizer.variables)])
+    return taken
+
+
+def assert_steps_equal(one: list, other: list, tolerance: float) -> None:
+    for mine, theirs in zip(one, other, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    moved = [a - b for a, b in zip(one[-1], one[0], strict=True)][: len(SHAPES)]
+    assert min(np.abs(m).max() for m in moved) > 0.1
+
+
+def applied(optimizer, variables, gradients) -> int:
+    """Adam's kernels in the graph of one step."""
+    call = tf.function(lambda: optimizer.apply(gradients, variables), autograph=False)
+    operations = call.get_concrete_function().graph.get_operations()
+    return sum(operation.type == "ResourceApplyAdam" for operation in operations)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"learning_rate": Schedule("cosine", 0.2, 12, 3)},
+        {"beta_1": 0.5, "beta_2": 0.9, "epsilon": 1e-2},
+        {"clipnorm": 0.5},
+        {"global_clipnorm": 0.5},
+        {"clipvalue": 0.1},
+        {"weight_decay": 0.3},
+        {"amsgrad": True},
+        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3},
+        {"gradient_accumulation_steps": 2},
+        {"loss_scale_factor": 8.0},
+    ],
+    ids=lambda arguments: "-".join(arguments) or "defaults",
+)
+def test_each_of_ten_steps_is_that_of_keras(pair, arguments, dtype):
+    # Keras rounds the betas to float32 also with float64; those of the paper follow below.
+    taken = [go(*start(kind, dtype, **arguments), range(10)) for kind in PAIRS[pair]]
+    assert_steps_equal(*taken, 1e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"learning_rate": Schedule("cosine", 0.2, 12, 3)},
+        {"beta_1": 0.5, "beta_2": 0.9, "epsilon": 1e-2},
+        {"weight_decay": 0.25},
+    ],
+    ids=lambda arguments: "-".join(arguments) or "defaults",
+)
+def test_steps_in_float64_are_those_of_the_paper(pair, arguments):
+    optimizer, variables = start(PAIRS[pair][0], "float64", **arguments)
+    beta_1, beta_2, epsilon = optimizer.beta_1, optimizer.beta_2, optimizer.epsilon
+    weights = [v.numpy() for v in variables]
+    moments = [[np.zeros(s), np.zeros(s)] for s in SHAPES.values()]
+    for step in range(10):
+        rate = float(optimizer.learning_rate)
+        go(optimizer, variables, range(step, step + 1))
+        for index, (name, gradient) in enumerate(zip(SHAPES, slopes(step), strict=True)):
+            decays = optimizer.weight_decay and not (pair == "adamw" and name == "bias")
+            decay = float(np.float32(optimizer.weight_decay)) if decays else 0.0
+            weight, (m, v) = weights[index] * (1 - rate * decay), moments[index]
+            m = beta_1 * m + (1 - beta_1) * gradient
+            v = beta_2 * v + (1 - beta_2) * gradient**2
+            size = rate * (1 - beta_2 ** (step + 1)) ** 0.5 / (1 - beta_1 ** (step + 1))
+            weights[index], moments[index] = weight - size * m / (v**0.5 + epsilon), [m, v]
+            np.testing.assert_allclose(variables[index].numpy(), weights[index], 1e-12, 1e-13)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_ten_steps_compiled_by_xla_are_those_of_keras(pair):
+    arguments = {"learning_rate": Schedule("cosine", 0.2, 12, 3), "global_clipnorm": 0.5}
+    ours, variables = start(PAIRS[pair][0], **arguments)
+    apply = tf.function(
+        lambda gradients, _: ours.apply(gradients, variables), jit_compile=True, autograph=False
+    )
+    taken = go(ours, variables, range(10), apply)
+    assert_steps_equal(taken, go(*start(PAIRS[pair][1], **arguments), range(10)), 2e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_sparse_gradients_are_taken_as_keras_takes_them(pair):
+    results = []
+    for kind in PAIRS[pair]:
+        optimizer, (kernel, *_) = start(kind)
+        for step in range(3):
+            rows = tf.constant(slopes(step)[0][:2], tf.float32)
+            gradient = tf.IndexedSlices(rows, tf.constant([2, 0]), tf.constant([3, 4]))
+            optimizer.apply([gradient], [kernel])
+        results.append(kernel.numpy())
+        assert applied(optimizer, [kernel], [gradient]) == 0
+    np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_one_kernel_updates_each_variable(pair):
+    gradients = [tf.constant(g, tf.float32) for g in slopes(0)]
+    ours, theirs = PAIRS[pair]
+    assert applied(*start(ours), gradients) == len(SHAPES)
+    assert applied(*start(theirs), gradients) == 0
+    assert applied(*start(ours, amsgrad=True), gradients) == 0
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_training_step_has_one_kernel_for_each_variable(name):
+    network = model(optimizer=name)
+    data = (tf.zeros((2, 4, 4, 3), tf.uint8), tf.constant(np.eye(3, dtype=np.float32)[:2]))
+    step = tf.function(network.train_step, autograph=False).get_concrete_function(data)
+    kinds = [operation.type for operation in step.graph.get_operations()]
+    assert kinds.count("ResourceApplyAdam") == len(network.trainable_variables) == 6
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_state_is_that_of_keras_and_goes_on_both_ways(pair, amsgrad):
+    def layout(optimizer):
+        return [(v.name, v.path, v.shape, v.dtype) for v in optimizer.variables]
+
+    built = [start(kind, amsgrad=amsgrad, name="same") for kind in PAIRS[pair]]
+    assert layout(built[0][0]) == layout(built[1][0])
+    straight = go(*built[1], range(10))
+    for first, second in (PAIRS[pair], PAIRS[pair][::-1]):
+        one, variables = start(first, amsgrad=amsgrad)
+        go(one, variables, range(5))
+        state: dict = {}
+        one.save_own_variables(state)
+        other, others = start(second, amsgrad=amsgrad)
+        other.load_own_variables(state)
+        for mine, theirs in zip(others, variables, strict=True):
+            mine.assign(theirs)
+        assert_steps_equal(go(other, others, range(5, 10)), straight[5:], 2e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_optimizer_can_be_written_and_read(pair):
+    ours, theirs = PAIRS[pair]
+    arguments = {"learning_rate": 0.02, "beta_1": 0.8, "clipnorm": 1.5, "weight_decay": 0.1}
+    config = ours(name="same", **arguments).get_config()
+    assert config == theirs(name="same", **arguments).get_config()
+    assert ours.from_config(config).get_config() == config
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(ours(**arguments)))
+    assert type(again) is ours
+    assert again.get_config()["beta_1"] == 0.8
+
+
+def test_excluded_variables_do_not_decay():
+    optimizer, variables = start(optimizers.AdamW, weight_decay=0.5)
+    before = [v.numpy() for v in variables]
+    optimizer.apply([tf.zeros(shape) for shape in SHAPES.values()], variables)
+    for variable, old in zip(variables, before, strict=True):
+        share = 1 if variable.name == "bias" else 1 - 0.1 * 0.5
+        np.testing.assert_allclose(variable.numpy(), old * share, rtol=1e-6)

@@ -1,0 +1,513 @@
+"""Stopping, going on, going back, beginning with other weights; one writer; full disks."""
+
+import contextlib
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from keras_cifar import models
+from keras_cifar.core import files
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import StoppedError, UsageError, UserError
+from keras_cifar.core.files import versions
+from keras_cifar.core.run_directory import Run
+from keras_cifar.models.classifier import Classifier
+from keras_cifar.training import checkpoint, recorder, signals, trainer, transfer
+from keras_cifar.training import plan as planning
+from tests.conftest import write_folder
+from tests.training.kills import TIMES, joined, saved_state, scalars
+
+# 96 images less a tenth: 5 steps an epoch.
+FLAGS = {
+    "model": "lenet5",
+    "epochs": 3,
+    "batch_size": 16,
+    "augment": "crop(2)|flip|mixup(0.3)",
+    "ema": 0.9,
+    "lr_schedule": "cosine",
+    "precise_bn_batches": 2,
+    "export": False,
+}
+
+
+def train_to(path, folder, **flags) -> Run:
+    run = Run(path)
+    trainer.train(TrainConfig(data=f"folder:{folder}", **FLAGS | flags), run)
+    return run
+
+
+def results(run: Run) -> list:
+    variables, position = saved_state(run.checkpoint)
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in position["history"]]
+    with open(run.history) as file:
+        table = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+    return [variables, rows, table, scalars(run), joined(models.load(run.model).get_weights())]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, image_folder) -> list:
+    """The results of a run that nothing happened to."""
+    return results(train_to(tmp_path_factory.mktemp("whole") / "run", image_folder))
+
+
+@contextlib.contextmanager
+def signalled(monkeypatch, method: str, count: int, number: int = signal.SIGTERM):
+    """Sends this process a signal in the so-manieth call of a method of the Recorder."""
+    original, calls = getattr(recorder.Recorder, method), []
+
+    def send(self, *arguments, **kwargs):
+        calls.append(0)
+        if len(calls) == count:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # Python hears it
+        return original(self, *arguments, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder.Recorder, method, send)
+        yield
+
+
+# ---- Signals
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "number", "place"),
+    [
+        ("on_train_batch_end", 2, signal.SIGTERM, "step 2 of 5 in epoch 1 of 3"),
+        ("on_train_batch_end", 8, signal.SIGINT, "step 3 of 5 in epoch 2 of 3"),
+        ("on_train_batch_end", 10, signal.SIGTERM, "step 5 of 5 in epoch 2 of 3"),
+        ("on_test_batch_end", 1, signal.SIGTERM, "step 5 of 5 in epoch 1 of 3"),
+        ("_write_figures", 3, signal.SIGTERM, "step 1 of 5 in epoch 3 of 3"),
+    ],
+)
+def test_signal_saves_after_the_step_and_the_run_goes_on_to_the_same_end(
+    tmp_path, image_folder, monkeypatch, capsys, whole, method, count, number, place
+):
+    path = tmp_path / "run"
+    with signalled(monkeypatch, method, count, number), pytest.raises(StoppedError) as caught:
+        train_to(path, image_folder)
+    assert caught.value.status == 128 + number
+    assert str(caught.value) == (
+        f"stopped by {number.name}; {place} is saved in {path / 'checkpoint'}; the same command with "
+        f"--run_dir={path} goes on"
+    )
+    run = train_to(path, image_folder)
+    assert f"going on after {place}\n" in capsys.readouterr().out
+    assert results(run) == whole
+
+
+def test_signal_before_training_ends_at_once(tmp_path, image_folder, monkeypatch):
+    def build(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(models, "build", build)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM; what was saved stays"):
+        train_to(tmp_path / "run", image_folder)
+    assert not (tmp_path / "run").exists()
+
+
+def test_second_signal_exits_at_once(monkeypatch):
+    exits, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    asked = signals.Interruption()
+    with pytest.raises(StoppedError), asked.heard(), asked.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert not exits
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert exits == [130]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_command_exits_with_the_signals_status_and_one_line(tmp_path, image_folder):
+    command = [
+        *(sys.executable, "-m", "keras_cifar.train", "--model=lenet5", "--epochs=5000"),
+        *(f"--data=folder:{image_folder}", "--batch_size=16", f"--run_dir={tmp_path / 'run'}"),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not process.stdout.readline().startswith("epoch 2/"):
+            assert process.poll() is None
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert error.startswith("train: error: stopped by SIGTERM; ")
+    assert error.count("\n") == 1
+    assert len(saved_state(tmp_path / "run" / "checkpoint")[1]["history"]) >= 2
+
+
+# ---- When checkpoints are written
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({"checkpoint_every": 2}, [0, 2, 4, 5, 6, 8, 10, 10]),
+        ({"checkpoint_every": 3, "steps_per_execution": 2}, [0, 4, 5, 7, 9, 10]),
+        ({"checkpoint_seconds": 1e-9}, [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]),
+        ({"checkpoint_seconds": 0.0}, [0, 5, 10]),
+        ({}, [0, 5, 10]),
+    ],
+)
+def test_checkpoints_are_written_when_they_are_due(
+    tmp_path, image_folder, monkeypatch, flags, steps
+):
+    found, original = [], checkpoint.save
+
+    def save(directory, model, position, step):
+        found.append(step)
+        return original(directory, model, position, step)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    train_to(tmp_path / "run", image_folder, epochs=2, **flags)
+    assert found == steps
+
+
+def test_the_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    tmp_path, image_folder, monkeypatch, capsys, whole
+):
+    path = tmp_path / "run"
+    with signalled(monkeypatch, "on_train_batch_end", 8), pytest.raises(StoppedError):
+        train_to(path, image_folder)
+    newest = checkpoint._files(path / "checkpoint")[0]
+    newest.write_bytes(b"")
+    run = train_to(path, image_folder)
+    said = capsys.readouterr().out
+    assert f"checkpoint {newest.name} is damaged" in said
+    assert "going on after epoch 1 of 3\n" in said
+    assert results(run) == whole
+
+
+def test_a_history_without_checkpoints_is_not_overwritten(tmp_path, image_folder):
+    run = train_to(tmp_path / "run", image_folder, epochs=1)
+    before = run.model.read_bytes()
+    for path in run.checkpoint.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="has a history and no checkpoint"):
+        train_to(run.path, image_folder, epochs=1)
+    assert run.model.read_bytes() == before
+
+
+def test_what_is_derived_from_the_history_is_mended_when_a_run_goes_on(
+    tmp_path, image_folder, whole
+):
+    run = train_to(tmp_path / "run", image_folder)
+    run.history.write_text("epoch\n1\n")
+    for path in run.tensorboard.rglob("events.*"):
+        path.unlink()
+    run.curves.unlink()
+    train_to(run.path, image_folder)
+    assert results(run) == whole
+    assert run.curves.exists()
+
+
+# ---- One writer
+
+
+def test_a_second_process_is_refused_while_the_first_lives(tmp_path, image_folder):
+    run = Run(tmp_path / "run")
+    program = (
+        "import sys; from keras_cifar.core.run_directory import Run\n"
+        "with Run(sys.argv[1]).locked(): print('locked', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(run.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stdout.readline() == "locked\n"
+        with pytest.raises(UserError) as caught:
+            train_to(run.path, image_folder)
+        assert f"{run.path} is in use: process {first.pid} on " in str(caught.value)
+        assert not run.config.exists()
+        first.kill()
+    # What it left is no obstacle.
+    (run.path / f"{files.TEMPORARY}x").mkdir()
+    train_to(run.path, image_folder, epochs=1)
+    assert not (run.path / f"{files.TEMPORARY}x").exists()
+    (run.path / "onnx" / f"{files.TEMPORARY}x").mkdir(parents=True)
+    with run.locked():
+        assert not list((run.path / "onnx").iterdir())
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, image_folder):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((UsageError, OSError)) as caught:
+        train_to(tmp_path / "file" / "run", image_folder)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="is no run directory"):
+        train_to(tmp_path / "file", image_folder)
+
+
+# ---- Full disks
+
+
+@contextlib.contextmanager
+def full_while(monkeypatch, full_disk, owner, name: str):
+    """The disk is full in each call of a function."""
+    original = getattr(owner, name)
+
+    def on_full_disk(*arguments, **kwargs):
+        with full_disk(200):
+            return original(*arguments, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, on_full_disk)
+        yield
+
+
+def test_full_disk_between_epochs_is_said_and_training_goes_on(
+    tmp_path, image_folder, monkeypatch, full_disk, capsys, whole
+):
+    with full_while(monkeypatch, full_disk, recorder.Recorder, "on_train_batch_end"):
+        run = train_to(tmp_path / "run", image_folder, checkpoint_every=2)
+    error = capsys.readouterr().err.splitlines()
+    assert error[0].startswith("no checkpoint at step 2 (File too large: ")
+    assert len(error) == 7  # steps 2, 4, ... 14
+    assert results(run) == whole
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (checkpoint, "save"),
+        (recorder.Recorder, "_figures"),
+        (recorder.Scalars, "add"),
+        (trainer.saved_model, "export"),
+        pytest.param(recorder, "write_history", marks=pytest.mark.slow),
+        pytest.param(recorder.plots, "curves", marks=pytest.mark.slow),
+        pytest.param(trainer.evaluation, "evaluate", marks=pytest.mark.slow),
+    ],
+)
+def test_full_disk_stops_the_run_and_what_was_saved_still_loads(
+    tmp_path, image_folder, monkeypatch, full_disk, whole, owner, name
+):
+    path = tmp_path / "run"
+    with signalled(monkeypatch, "on_train_batch_end", 7), pytest.raises(StoppedError):
+        train_to(path, image_folder, export=True)
+    before = saved_state(path / "checkpoint")[1]
+    with (
+        full_while(monkeypatch, full_disk, owner, name),
+        pytest.raises((OSError, UserError)) as caught,
+    ):
+        train_to(path, image_folder, export=True)
+    assert str(path) in str(caught.value)
+    assert re.search(
+        "File too large|written: Could not flush|written: .*/export/", str(caught.value)
+    )
+    after = saved_state(path / "checkpoint")[1]
+    assert after == before or len(after["history"]) > len(before["history"])
+    assert models.load(path / "model.keras")
+    run = train_to(path, image_folder, export=True)
+    assert results(run) == whole
+    assert versions(run.export) == [1]
+
+
+def test_a_small_disk_that_fills_up_and_is_made_read_only(tmp_path, image_folder, whole):
+    """A checkpoint takes 245 kB, and three are there while one is written."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(mount)]
+    if subprocess.run(options, capture_output=True).returncode:
+        pytest.skip("mounting needs rights")
+    try:
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            train_to(mount / "run", image_folder, checkpoint_every=2)
+        assert str(mount) in str(caught.value.filename)
+        assert saved_state(mount / "run" / "checkpoint")[1]["steps"] >= 0
+        subprocess.run(["mount", "-o", "remount,size=30m", str(mount)], check=True)
+        assert results(train_to(mount / "run", image_folder)) == whole
+        subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
+        for name in ("run", "new"):
+            with pytest.raises(OSError, match="Read-only file system") as caught:
+                train_to(mount / name, image_folder)
+            assert str(mount / name) in str(caught.value)
+        assert results(Run(mount / "run")) == whole
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+# ---- Losses that are not finite
+
+
+def poisoned(monkeypatch, times: int):
+    """Makes weights not finite after the second step of the second epoch, so many times."""
+    original, done = recorder.Recorder.on_train_batch_end, []
+
+    def poison(self, batch, logs=None):
+        original(self, batch, logs)
+        if self.epochs_done == 1 and batch == 1 and len(done) < times:
+            done.append(float(self.model.optimizer.learning_rate))
+            self.model.get_layer("logits").bias.assign(np.full(3, np.nan))
+
+    monkeypatch.setattr(recorder.Recorder, "on_train_batch_end", poison)
+    return done
+
+
+@pytest.mark.parametrize("flags", [{}, {"replicas": 2}], ids=["one device", "two replicas"])
+def test_rollback_goes_back_to_the_last_checkpoint_with_half_the_rate(
+    tmp_path, image_folder, monkeypatch, capsys, flags
+):
+    rates = poisoned(monkeypatch, 2)
+    flags = flags | {"on_nan": "rollback", "lr_schedule": "constant"}
+    run = train_to(tmp_path / "run", image_folder, **flags)
+    assert rates == pytest.approx([1e-3, 5e-4])
+    said = capsys.readouterr().out
+    assert "the loss became nan at step 8 (epoch 2, learning rate 0.001, " in said
+    assert "; back to epoch 1 of 3 with 0.5 of the learning rate (1 of at most 3 times)" in said
+    assert "with 0.25 of the learning rate (2 of at most 3 times)" in said
+    _, position = saved_state(run.checkpoint)
+    assert [row["epoch"] for row in position["history"]] == [1, 2, 3]
+    assert [row["learning_rate"] for row in position["history"]] == pytest.approx(
+        [1e-3, 2.5e-4, 2.5e-4]
+    )
+    assert position["rollbacks"] == 2
+    assert all(np.isfinite(w).all() for w in models.load(run.model).get_weights())
+
+
+def test_rollback_survives_an_interruption(tmp_path, image_folder, monkeypatch):
+    poisoned(monkeypatch, 1)
+    flags = {"on_nan": "rollback", "lr_schedule": "constant"}
+    with signalled(monkeypatch, "_figures", 3), pytest.raises(StoppedError):
+        train_to(tmp_path / "run", image_folder, **flags)
+    run = train_to(tmp_path / "run", image_folder, **flags)
+    rates = [row["learning_rate"] for row in saved_state(run.checkpoint)[1]["history"]]
+    assert rates == pytest.approx([1e-3, 5e-4, 5e-4])
+
+
+def test_rollback_ends_after_three_times(tmp_path, image_folder, monkeypatch):
+    rates = poisoned(monkeypatch, 9)
+    with pytest.raises(UserError, match="the loss became nan"):
+        train_to(tmp_path / "run", image_folder, on_nan="rollback", lr_schedule="constant")
+    assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4, 1.25e-4])
+
+
+def test_gradient_that_is_not_finite_is_noticed_before_it_is_saved(
+    tmp_path, image_folder, monkeypatch
+):
+    original = Classifier._gradients
+
+    def broken(self, *arguments, **kwargs):
+        gradients, figures = original(self, *arguments, **kwargs)
+        return [gradients[0] * np.inf, *gradients[1:]], figures
+
+    monkeypatch.setattr(Classifier, "_gradients", broken)
+    with pytest.raises(UserError, match=r"the gradient became (nan|inf) at step 1 "):
+        train_to(tmp_path / "run", image_folder, checkpoint_every=1)
+    assert saved_state(tmp_path / "run" / "checkpoint")[1]["steps"] == 0
+
+
+# ---- Beginning with other weights
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, image_folder) -> Run:
+    return train_to(tmp_path_factory.mktemp("first") / "run", image_folder, ema=0.0)
+
+
+def layer_weights(model, name) -> bytes:
+    return joined(model.get_layer(name).get_weights())
+
+
+def begun(path, folder, **flags):
+    """The model that a run begins with, and its plan."""
+    flags = FLAGS | {"ema": 0.0} | flags
+    plan = planning.prepare(TrainConfig(data=f"folder:{folder}", **flags))
+    return plan.model, plan
+
+
+@pytest.mark.parametrize("form", ["run", "file"])
+def test_init_from_takes_all_weights_of_the_same_classes(tmp_path, image_folder, trained, form):
+    source = trained.path if form == "run" else trained.model
+    model, plan = begun(tmp_path, image_folder, init_from=str(source), ema=0.9)
+    old = models.load(trained.model)
+    assert joined(model.get_weights()) == joined(old.get_weights())
+    assert joined(x.numpy() for x in model.averages) == joined(old.get_weights())
+    assert f"begins    with the weights of {trained.model}" in plan.describe()
+    assert "new" not in plan.origin
+
+
+@pytest.mark.parametrize("classes", [4, 3])
+def test_init_from_has_a_new_head_for_other_classes(tmp_path, trained, classes):
+    folder = tmp_path / "other"
+    write_folder(folder, {"train": 60, "test": 12}, classes=classes)
+    if classes == 3:  # as many, but others
+        for split in ("train", "test"):
+            (folder / split / "class_0").rename(folder / split / "zebra")
+    model, plan = begun(tmp_path, folder, init_from=str(trained.path))
+    old = models.load(trained.model)
+    names = [layer.name for layer in old.layers if layer.weights and layer.name != "logits"]
+    assert all(layer_weights(model, name) == layer_weights(old, name) for name in names)
+    assert layer_weights(model, "logits") != layer_weights(old, "logits")
+    assert plan.origin.endswith("; new are logits")
+
+
+def test_init_from_another_network_is_refused_in_words(tmp_path, image_folder, trained):
+    with pytest.raises(UserError, match="is of another network: it and resnet20 do not both have"):
+        begun(tmp_path, image_folder, model="resnet20", init_from=str(trained.path))
+    with pytest.raises(UserError, match=r"does not fit: layer .* give the same --model and"):
+        begun(tmp_path, image_folder, image_size=24, init_from=str(trained.path))
+    with pytest.raises(UserError, match="does not exist"):
+        begun(tmp_path, image_folder, init_from=str(tmp_path / "none"))
+
+
+def test_init_from_is_read_once_alone(tmp_path, image_folder, trained, monkeypatch):
+    """A run that goes on needs the old one no more, and takes nothing of it again."""
+    flags = {"init_from": str(tmp_path / "old.keras")}
+    (tmp_path / "old.keras").write_bytes(trained.model.read_bytes())
+    with signalled(monkeypatch, "on_train_batch_end", 4), pytest.raises(StoppedError):
+        train_to(tmp_path / "run", image_folder, **flags)
+    (tmp_path / "old.keras").unlink()
+    (tmp_path / "old.keras").write_bytes(b"")
+    run = train_to(tmp_path / "run", image_folder, **flags)
+    (tmp_path / "old.keras").write_bytes(trained.model.read_bytes())
+    assert results(run) == results(train_to(tmp_path / "whole", image_folder, **flags))
+
+
+def test_frozen_layers_stay_and_the_others_learn(tmp_path, image_folder):
+    """With normalization, averages and two branches."""
+    flags = {"model": "resnet20", "freeze": "stage0_block1_add", "epochs": 1}
+    model, _ = begun(tmp_path, image_folder, **flags)
+    names = [layer.name for layer in model.layers if layer.weights]
+    frozen = [layer.name for layer in model.layers if layer.weights and not layer.trainable]
+    before = {name: layer_weights(model, name) for name in names}
+    run = train_to(tmp_path / "run", image_folder, **flags)
+    after = models.load(run.model)
+    changed = [name for name in names if layer_weights(after, name) != before[name]]
+    assert changed == [name for name in names if name not in frozen]
+    # The third block of the stage is not among them.
+    assert {name.rpartition("_")[0] for name in frozen} == {
+        *("stem", "stage0_block0_1", "stage0_block0_2", "stage0_block1_1", "stage0_block1_2"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("none", "unknown layer in --freeze"), ("logits", "leaves no layer")]
+)
+def test_freeze_of_what_is_not_there_or_all(tmp_path, image_folder, name, words):
+    with pytest.raises(UsageError, match=words):
+        begun(tmp_path, image_folder, freeze=name)
+
+
+def test_auxiliary_classifiers_are_new(tmp_path):
+    source = models.build("googlenet", (32, 32, 3), 3)
+    source.deployable.save(tmp_path / "g.keras")
+    model = models.build("googlenet", (32, 32, 3), 3)
+    line = transfer.take_weights(model, str(tmp_path / "g.keras"), ("a", "b", "c"))
+    assert joined(model.deployable.get_weights()) == joined(source.deployable.get_weights())
+    heads = {x.name for x in model.logits_model.layers if x.weights} - {
+        x.name for x in model.layers
+    }
+    assert heads
+    assert set(line.partition("; new are ")[2].split(", ")) == heads

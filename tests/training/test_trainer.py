@@ -1,0 +1,538 @@
+"""Whole runs: what is written, what is selected, going on, and how a run fails."""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from keras_cifar import data, evaluate, export, models, train
+from keras_cifar.core import cli
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.errors import UsageError, UserError
+from keras_cifar.core.files import versions
+from keras_cifar.core.run_directory import Run
+from keras_cifar.data import batches as pipeline
+from keras_cifar.evaluation import evaluator
+from keras_cifar.training import checkpoint, recorder, trainer
+from tests.conftest import write_folder
+
+
+def config(folder, **flags) -> TrainConfig:
+    defaults = {"model": "lenet5", "data": f"folder:{folder}", "epochs": 2, "batch_size": 16}
+    return TrainConfig(**defaults | flags)
+
+
+def train_to(path, folder, **flags) -> Run:
+    run = Run(path)
+    trainer.train(config(folder, **flags), run)
+    return run
+
+
+def history(run) -> list[dict]:
+    with open(run.history, newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def weights(run) -> list[np.ndarray]:
+    return models.load(run.model).get_weights()
+
+
+def same(a, b) -> bool:
+    return all(np.allclose(x, y, atol=1e-6) for x, y in zip(a, b, strict=True))
+
+
+# ---- What a run leaves
+
+
+def test_the_run_directory_is_the_contract(trained_run, image_folder):
+    written = json.loads(trained_run.config.read_text())
+    assert written["flags"]["augment"] == "crop(2)|flip"
+    assert set(written["flags"]) == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert written["class_names"] == ["class_0", "class_1", "class_2"]
+    assert written["strategy"] == "none"
+    assert written["versions"]["tensorflow"] == tf.__version__
+    assert written["parameter_count"] == models.count_parameters(models.load(trained_run.model))
+    assert "git_revision" in written
+    counts = {name: split["count"] for name, split in written["splits"].items()}
+    assert counts == {"train": 87, "val": 9, "test": 30}
+    assert {row["epoch"] for row in history(trained_run)} == {1, 2, 3}
+    assert {"loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"} <= set(
+        history(trained_run)[0]
+    )
+    with Image.open(trained_run.curves) as picture:
+        assert picture.format == "PNG"
+    assert (trained_run.export / "1" / "saved_model.pb").exists()
+    assert list(trained_run.tensorboard.rglob("events.out.tfevents.*"))
+
+
+def test_tensorboard_has_the_scalars_of_each_epoch(trained_run):
+    seen = {}
+    for file in trained_run.tensorboard.rglob("events.*"):
+        for record in tf.data.TFRecordDataset(str(file)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                seen.setdefault((file.parent.name, value.tag), set()).add(event.step)
+    assert seen["train", "epoch_loss"] == {0, 1, 2}
+    assert seen["validation", "epoch_accuracy"] == {0, 1, 2}
+
+
+def test_the_test_figures_are_the_selected_models(trained_run, image_folder):
+    figures = json.loads(trained_run.evaluation("test").read_text())
+    test = data.load(f"folder:{image_folder}").test
+    probabilities = models.load(trained_run.model)(test.images, training=False).numpy()
+    assert figures["split"] == "test"
+    assert figures["count"] == 30
+    assert figures["accuracy"] == (probabilities.argmax(1) == test.labels).mean()
+    assert np.trace(figures["confusion"]) == round(30 * figures["accuracy"])
+    assert set(figures) >= {"loss", "top5_accuracy", "per_class"}
+
+
+def test_it_learns(tmp_path, image_folder):
+    run = train_to(tmp_path / "run", image_folder, epochs=8, learning_rate=3e-3, export=False)
+    assert json.loads(run.evaluation("test").read_text())["accuracy"] > 0.9
+    assert not run.export.exists()
+
+
+def test_the_best_epoch_on_validation_is_kept(tmp_path, image_folder):
+    run = train_to(tmp_path / "run", image_folder, epochs=4, learning_rate=0.01, val_fraction=0.5)
+    rows = history(run)
+    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    dataset = data.load(f"folder:{image_folder}", val_fraction=0.5)
+    model = models.load(run.model)
+    probabilities = evaluator.predict(model, dataset.val)
+    loss = -np.log(probabilities[np.arange(len(dataset.val)), dataset.val.labels]).mean()
+    assert loss == pytest.approx(best["val_loss"], rel=1e-4)
+
+
+def test_without_validation_the_last_epoch_is_kept(tmp_path, image_folder):
+    run = train_to(tmp_path / "run", image_folder, val_fraction=0)
+    assert "val_loss" not in history(run)[0]
+    assert set(json.loads(run.config.read_text())["splits"]) == {"train", "test"}
+
+
+# ---- Each flag does something
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"seed": 1},
+        {"learning_rate": 0.01},
+        {"optimizer": "sgd"},
+        {"optimizer": "adamw", "weight_decay": 0.1},
+        {"weight_decay": 0.1},
+        {"lr_schedule": "cosine"},
+        {"warmup_epochs": 0.5},
+        {"label_smoothing": 0.2},
+        {"ema": 0.9},
+        {"augment": "flip"},
+        {"batch_size": 8},
+        {"steps_per_epoch": 2},
+    ],
+    ids=str,
+)
+def test_a_flag_changes_the_weights(tmp_path, image_folder, flags, plain_weights):
+    run = train_to(tmp_path / "run", image_folder, epochs=1, val_fraction=0, export=False, **flags)
+    assert not same(weights(run), plain_weights)
+
+
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory, image_folder):
+    path = tmp_path_factory.mktemp("plain") / "run"
+    return weights(train_to(path, image_folder, epochs=1, val_fraction=0, export=False))
+
+
+def test_the_same_flags_give_the_same_weights(tmp_path, image_folder, plain_weights):
+    run = train_to(tmp_path / "run", image_folder, epochs=1, val_fraction=0, export=False)
+    assert same(weights(run), plain_weights)
+
+
+def test_momentum_counts_with_sgd(tmp_path, image_folder):
+    runs = [
+        train_to(
+            tmp_path / str(momentum),
+            image_folder,
+            optimizer="sgd",
+            momentum=momentum,
+            epochs=1,
+            export=False,
+        )
+        for momentum in (0.0, 0.9)
+    ]
+    assert not same(weights(runs[0]), weights(runs[1]))
+
+
+def test_image_size_resizes(tmp_path, image_folder):
+    run = train_to(tmp_path / "run", image_folder, epochs=1, image_size=24)
+    assert json.loads(run.config.read_text())["image_shape"] == [24, 24, 3]
+    assert models.load(run.model).input_shape == (None, 24, 24, 3)
+
+
+def test_dtype_policy_is_in_force(tmp_path, image_folder):
+    run = train_to(tmp_path / "run", image_folder, epochs=1, dtype_policy="float64")
+    assert models.load(run.model).get_layer("logits").kernel.dtype == "float64"
+
+
+def test_early_stopping_ends_the_run(tmp_path, image_folder):
+    # No learning: the first epoch stays the best.
+    run = train_to(
+        tmp_path / "run",
+        image_folder,
+        epochs=9,
+        learning_rate=1e-12,
+        early_stopping=2,
+        export=False,
+    )
+    assert len(history(run)) == 3
+
+
+def test_averaged_weights_are_what_is_validated_and_saved(tmp_path, image_folder):
+    run = train_to(tmp_path / "run", image_folder, epochs=2, ema=0.9, export=False)
+    dataset = data.load(f"folder:{image_folder}")
+    probabilities = evaluator.predict(models.load(run.model), dataset.val)
+    loss = -np.log(probabilities[np.arange(len(dataset.val)), dataset.val.labels]).mean()
+    best = max(history(run), key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    assert loss == pytest.approx(best["val_loss"], rel=1e-4)
+
+
+def test_two_replicas_are_used(tmp_path, image_folder, plain_weights):
+    # In a process of its own: TensorFlow gives the collectives of a second MirroredStrategy in a
+    # process the numbers of the first's.
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "keras_cifar.train", "--model=lenet5", "--epochs=1",
+            f"--data=folder:{image_folder}", "--batch_size=16", "--val_fraction=0",
+            f"--run_dir={tmp_path / 'run'}", "--replicas=2", "--noexport",
+        ],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    run = Run(tmp_path / "run")
+    assert json.loads(run.config.read_text())["strategy"] == "mirrored"
+    # The same numbers as on one device: lenet5 has no batch normalization.
+    for mine, one_device in zip(weights(run), plain_weights, strict=True):
+        np.testing.assert_allclose(mine, one_device, atol=1e-4)
+
+
+def test_calibration_zero_keeps_the_moving_averages(tmp_path, image_folder):
+    flags = {"model": "resnet20", "epochs": 1, "batch_size": 32, "export": False}
+    runs = [
+        train_to(tmp_path / str(n), image_folder, precise_bn_batches=n, **flags) for n in (0, 10)
+    ]
+    first, second = (models.load(run.model) for run in runs)
+    for a, b in zip(first.trainable_variables, second.trainable_variables, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-5)
+    lagging, calibrated = (m.get_layer("stem_bn").moving_variance.numpy() for m in (first, second))
+    # After two steps the moving average is still near the one it began with.
+    assert np.abs(lagging - 1).mean() < np.abs(calibrated - 1).mean()
+
+
+# ---- Again on the same directory
+
+
+def test_going_on_after_a_stop_equals_a_run_without_one(tmp_path, image_folder, monkeypatch):
+    flags = {"epochs": 3, "augment": "crop(2)|flip", "lr_schedule": "cosine", "export": False}
+    whole = train_to(tmp_path / "whole", image_folder, **flags)
+
+    def stop(self, epoch, logs=None, original=recorder.Recorder.on_epoch_end):
+        original(self, epoch, logs)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "stopped"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recorder.Recorder, "on_epoch_end", stop)
+        train_to(path, image_folder, **flags)
+    assert len(history(Run(path))) == 1
+    stopped = train_to(path, image_folder, **flags)
+    assert same(weights(stopped), weights(whole))
+    losses = [[row["loss"] for row in history(run)] for run in (stopped, whole)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, image_folder, capsys):
+    run = train_to(tmp_path / "run", image_folder)
+    before = run.model.read_bytes()
+    train_to(tmp_path / "run", image_folder)
+    assert run.model.read_bytes() == before
+    assert versions(run.export) == [1]
+    assert "going on after epoch 2 of 2" in capsys.readouterr().out
+
+
+def test_other_flags_on_the_same_directory_are_named(trained_run, image_folder):
+    other = config(image_folder, epochs=4, augment="flip", batch_size=16)
+    with pytest.raises(UsageError) as caught:
+        trainer.train(other, trained_run)
+    message = str(caught.value)
+    assert "--epochs was 3, is 4" in message
+    assert "--augment was 'crop(2)|flip', is 'flip'" in message
+    assert "--model" not in message
+
+
+def test_changed_images_are_noticed(tmp_path):
+    folder = tmp_path / "images"
+    write_folder(folder, {"train": 48, "test": 12})
+    run = train_to(tmp_path / "run", folder, epochs=1, export=False)
+    (folder / "train" / "class_0" / "000.png").unlink()
+    with pytest.raises(UserError, match="not those that"):
+        trainer.train(config(folder, epochs=1, export=False), run)
+    assert evaluator.evaluate_run(run, "test")["count"] == 12
+    with pytest.raises(UserError, match="have changed"):
+        evaluator.evaluate_run(run, "train")
+
+
+def test_a_directory_with_other_files_is_not_touched(tmp_path, image_folder):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="no run directory"):
+        trainer.train(config(image_folder), Run(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# ---- Failure
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_model(
+    tmp_path, image_folder, monkeypatch
+):
+    # Two good epochs of 5 steps, then weights that are not numbers.
+    original = recorder.Recorder.on_epoch_end
+
+    def poison(self, epoch, logs=None):
+        original(self, epoch, logs)
+        if epoch == 1:
+            self.model.get_layer("logits").bias.assign(np.full(3, np.nan))
+
+    monkeypatch.setattr(recorder.Recorder, "on_epoch_end", poison)
+    with pytest.raises(UserError) as caught:
+        train_to(tmp_path / "run", image_folder, epochs=4, val_fraction=0)
+    message = str(caught.value)
+    assert (
+        "loss became nan at step 13 (epoch 3, learning rate 0.001, norm of the gradient na"
+        in message
+    )
+    assert re.search(r"and \d+\.?\d* before it", message)
+    run = Run(tmp_path / "run")
+    assert f"last good checkpoint is {checkpoint.read(run.checkpoint)[0]}" in message
+    assert "model.keras (epoch 2)" in message
+    assert all(np.isfinite(w).all() for w in weights(run))
+    assert len(history(run)) == 2
+
+
+def test_divergence_in_the_first_epoch_is_one_line(tmp_path, image_folder, capsys):
+    argv = [
+        "--model=resnet20", f"--data=folder:{image_folder}", "--batch_size=16", "--optimizer=sgd",
+        "--learning_rate=1e30", f"--run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    assert cli._execute("train", train.main, TrainConfig, "", argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train: error: the loss became ")
+    assert "last good checkpoint is " in error
+    assert "model.keras" not in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"model": "resnet33"}, "resnet32"),
+        ({"augment": "flop"}, "randaugment"),
+        ({"lr_schedule": "exponential"}, "onecycle"),
+        ({"strategy": "multiworker"}, "multiworker"),
+        ({"replicas": 2, "batch_size": 1}, "less than an image for each of 2 replicas"),
+        ({"early_stopping": 3, "val_fraction": 0}, "--val_fraction"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_are_refused_before_the_data_is_read(tmp_path, flags, words):
+    with pytest.raises(UsageError, match=words):
+        train_to(tmp_path / "run", "/nowhere", **flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_too_small_for_the_model(tmp_path, image_folder):
+    with pytest.raises(UserError, match="at least 32 x 32"):
+        train_to(tmp_path / "run", image_folder, model="vgg16")
+
+
+# ---- Commands
+
+
+def test_train_says_where_everything_is(tmp_path, image_folder, capsys):
+    path = tmp_path / "run"
+    argv = [
+        "--model=lenet5", f"--data=folder:{image_folder}", "--epochs=1", "--batch_size=16",
+        f"--run_dir={path}",
+    ]  # fmt: skip
+    assert cli._execute("train", train.main, TrainConfig, "", argv) == 0
+    output = capsys.readouterr().out
+    epochs = [line for line in output.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 1
+    accuracy = json.loads((path / "eval" / "test.json").read_text())["accuracy"]
+    assert f"test accuracy {accuracy:.4f}" in output
+    for name in ("model.keras", "history.csv", "curves.png", "eval/test.json", "export"):
+        assert str(path / name) in output
+
+
+def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, image_folder, capsys):
+    argv = [
+        f"--data=folder:{image_folder}",
+        "--batch_size=16",
+        "--dry_run",
+        f"--run_dir={tmp_path / 'run'}",
+    ]
+    assert cli._execute("train", train.main, TrainConfig, "", argv) == 0
+    output = capsys.readouterr().out
+    parameters = models.count_parameters(models.build("resnet32", (16, 16, 3), 3))
+    assert f"resnet32: {parameters:,} parameters" in output
+    assert "10 epochs of 5 steps of 16 images (7 others are left out each pass)" in output
+    assert "strategy none" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_list_models_has_a_line_a_network(capsys):
+    assert cli._execute("train", train.main, TrainConfig, "", ["--list_models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(models.variants())
+    assert any(
+        line.split()[:4] == ["vgg16", "224", "138,357,544", "15,470,264,320"] for line in lines
+    )
+    assert all("arXiv" in line or "NIPS" in line or "IEEE" in line for line in lines[1:])
+
+
+def test_default_run_directories_are_below_runs():
+    assert train.default_run_dir(TrainConfig(data="folder:/a/My Photos/")).startswith(
+        "runs/resnet32-My-Photos-"
+    )
+    assert train.default_run_dir(TrainConfig(data="digits")).startswith("runs/resnet32-digits-")
+
+
+def test_evaluate_writes_figures_and_prints_the_table(trained_run, capsys):
+    argv = [f"--run={trained_run.path}", "--split=val"]
+    assert cli._execute("evaluate", evaluate.main, evaluate.EvaluateOptions, "", argv) == 0
+    figures = json.loads(trained_run.evaluation("val").read_text())
+    assert figures["split"] == "val"
+    assert figures["count"] == 9
+    output = capsys.readouterr().out
+    assert f"val accuracy {figures['accuracy']:.4f}" in output
+    assert "precision" in output
+    assert str(trained_run.confusion("val")) in output
+    assert trained_run.confusion("val").exists()
+
+
+def test_evaluate_on_other_data_of_the_same_classes(trained_run, tmp_path):
+    write_folder(tmp_path / "other", {"train": 9, "test": 6}, side=20)
+    spec = f"folder:{tmp_path / 'other'}"
+    argv = [f"--run={trained_run.path}", f"--data={spec}"]
+    files = (trained_run.evaluation("test"), trained_run.predictions("test"))
+    before = [path.read_bytes() for path in files]
+    assert cli._execute("evaluate", evaluate.main, evaluate.EvaluateOptions, "", argv) == 0
+    figures = json.loads(trained_run.evaluation("test").read_text())
+    for path, contents in zip(files, before, strict=True):
+        path.write_bytes(contents)
+    assert figures["count"] == 6
+    assert figures["data"] == spec
+
+
+def test_evaluate_refuses_other_classes(trained_run, tmp_path):
+    write_folder(tmp_path / "other", {"train": 30, "test": 6}, classes=2)
+    with pytest.raises(UserError, match="class_0, class_1 and the run was trained on"):
+        evaluator.evaluate_run(trained_run, "test", f"folder:{tmp_path / 'other'}")
+
+
+def test_evaluate_without_validation_split_says_why(tmp_path, image_folder):
+    run = train_to(tmp_path / "run", image_folder, epochs=1, val_fraction=0, export=False)
+    with pytest.raises(UserError, match="--val_fraction=0"):
+        evaluator.evaluate_run(run, "val")
+
+
+def test_export_makes_the_next_version_from_the_run_alone(tmp_path, image_folder, capsys):
+    run = train_to(tmp_path / "run", image_folder, epochs=1)
+    argv = [f"--run={run.path}", f"--out={tmp_path / 'served'}", "--version=4"]
+    assert cli._execute("export", export.main, export.ExportOptions, "", argv) == 0
+    assert (tmp_path / "served" / "4" / "saved_model.pb").exists()
+    assert str(tmp_path / "served" / "4") in capsys.readouterr().out
+    assert cli._execute("export", export.main, export.ExportOptions, "", [f"--run={run.path}"]) == 0
+    assert (run.export / "2").is_dir()
+
+
+@pytest.mark.parametrize("module", [evaluate, export])
+def test_a_missing_run_is_one_line(module, capsys, tmp_path):
+    options = evaluate.EvaluateOptions if module is evaluate else export.ExportOptions
+    assert cli._execute("x", module.main, options, "", [f"--run={tmp_path / 'no'}"]) == 1
+    assert cli._execute("x", module.main, options, "", []) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "does not exist" in errors[0]
+    assert "--run=RUN" in errors[1]
+
+
+def test_the_command_line_end_to_end_in_a_process(tmp_path, image_folder):
+    def run(*argv):
+        return subprocess.run(
+            [sys.executable, "-m", *argv], capture_output=True, text=True, cwd=tmp_path
+        )
+
+    done = run(
+        "keras_cifar.train", "--model=lenet5", f"--data=folder:{image_folder}", "--epochs=1",
+        "--batch_size=16", "--run_dir=run", "--replicas=2",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mirrored (2 virtual CPU devices)" in done.stdout
+    picture = next((image_folder / "test").rglob("*.png"))
+    done = run("keras_cifar.predict", "--model=run", str(picture), "--format=json", "--top_k=1")
+    assert (done.returncode, done.stderr) == (0, "")
+    (answer,) = json.loads(done.stdout)
+    assert answer["file"] == str(picture)
+    assert answer["top"][0]["label"].startswith("class_")
+    done = run("keras_cifar.train", "--data=folder:nowhere")
+    assert done.returncode == 1
+    assert done.stderr == "train: error: folder nowhere does not exist\n"
+
+
+def test_a_terminal_shows_a_progress_bar(tmp_path, image_folder):
+    pty = pytest.importorskip("pty")
+    terminal, end = pty.openpty()
+    argv = [
+        "--model=lenet5", f"--data=folder:{image_folder}", "--epochs=1", "--batch_size=16",
+        f"--run_dir={tmp_path / 'run'}", "--noexport",
+    ]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "keras_cifar.train", *argv], stdout=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    assert process.wait() == 0
+    assert b"5/5" in shown
+    assert b"val_accuracy" in shown
+    assert b"epoch 1/1  loss" not in shown  # the line of a log file
+
+
+def test_fit_is_keras_fit(image_folder):
+    """The builders' models train by Keras's own calls, with callbacks."""
+    dataset = data.load(f"folder:{image_folder}")
+    model = models.build("lenet5", (16, 16, 3), 3)
+    model.compile(keras.optimizers.Adam(1e-2))
+    batches = pipeline.training(dataset.train, 3, 16, "", seed=0)
+    done = model.fit(
+        batches,
+        epochs=3,
+        steps_per_epoch=5,
+        validation_data=pipeline.evaluation(dataset.val, 3, 16),
+        callbacks=[keras.callbacks.TerminateOnNaN()],
+        verbose=0,
+        shuffle=False,
+    )
+    assert set(done.history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+    assert done.history["loss"][-1] < done.history["loss"][0]
