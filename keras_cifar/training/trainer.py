@@ -73,7 +73,7 @@ def train(config: TrainConfig, run: Run) -> dict | None:
         if config.export and not versions(run.export):
             samples = verification.of_dataset(dataset, config.data)
             path = saved_model.export(model, run.export, dataset.class_names, samples=samples)
-            print(verification.words(path), flush=True)
+            print(verification.summary(path), flush=True)
         report(run, model, dataset)
         return figures
 
