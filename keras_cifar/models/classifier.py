@@ -524,8 +524,8 @@ class Classifier(keras.Model):
                 "the data must be (images, labels) with one-hot or mixed labels [B, K]; for weights, "
                 f"scale the labels; got {spec}"
             )
-        parts = self.accumulate_steps if training else None
-        return sharding.cut(self.distribute_strategy, x, steps, parts)
+        microbatches = self.accumulate_steps if training else None
+        return sharding.split_batches(self.distribute_strategy, x, steps, microbatches)
 
     def train_on_batch(self, *args, **kwargs):
         raise NotImplementedError("train_on_batch: call fit on the batch")

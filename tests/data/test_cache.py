@@ -824,7 +824,8 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
         with Peak() as peak:
             batches = strategy.distribute_datasets_from_function(
                 lambda context: pipeline.training(
-                    train, augment="", seed=0, share=ReplicaRange.of(context), parts=2, **arguments
+                    train, augment="", seed=0, share=ReplicaRange.of_input_context(context),
+                    microbatches=2, **arguments
                 )
             )
             iterator = iter(ShardedBatches(batches, None))

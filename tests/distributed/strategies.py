@@ -486,7 +486,7 @@ def compute(flags: dict, names: list[str], path: pathlib.Path) -> None:
                 for key, value in CASES[name](config, devices).items():
                     found[f"{name}|{key}"] = value
                 print(f"{time.process_time() - start:6.1f} s  {name}", flush=True)
-            devices.meet()
+            devices.begin_training()
     finally:
         np.savez(path, **found)
 

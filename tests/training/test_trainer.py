@@ -20,7 +20,7 @@ from keras_cifar.core import cli
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.core.files import versions
-from keras_cifar.core.run_directory import Run
+from keras_cifar.core.run_directory import Run, default_run_dir
 from keras_cifar.data import batches as pipeline
 from keras_cifar.evaluation import evaluator
 from keras_cifar.training import checkpoint, recorder, trainer
@@ -410,10 +410,10 @@ def test_list_models_has_a_line_a_network(capsys):
 
 
 def test_default_run_directories_are_below_runs():
-    assert train.default_run_dir(TrainConfig(data="folder:/a/My Photos/")).startswith(
+    assert default_run_dir(TrainConfig(data="folder:/a/My Photos/")).startswith(
         "runs/resnet32-My-Photos-"
     )
-    assert train.default_run_dir(TrainConfig(data="digits")).startswith("runs/resnet32-digits-")
+    assert default_run_dir(TrainConfig(data="digits")).startswith("runs/resnet32-digits-")
 
 
 def test_evaluate_writes_figures_and_prints_the_table(trained_run, capsys):
