@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.data import Split
-from keras_cifar.data import batches as pipeline
+from keras_cifar.data import Split, evaluation_batches, training_batches
 from keras_cifar.models import classifier, layers
 from tests.conftest import colour_images
 
@@ -79,7 +78,7 @@ def test_filling_of_the_last_batch_counts_nothing(count):
     images, labels = colour_images(count, 8, CLASSES)
     model = compiled()
     expected = evaluate(model, images, np.eye(CLASSES, dtype=np.float32)[labels], batch_size=count)
-    got = evaluate(model, pipeline.evaluation(Split(images, labels), CLASSES, 4))
+    got = evaluate(model, evaluation_batches(Split(images, labels), CLASSES, 4))
     assert got == pytest.approx(expected, rel=1e-6)
 
 
@@ -162,7 +161,7 @@ class Recording(keras.callbacks.Callback):
 
 def train(model, steps: int, batch_size: int = 8):
     images, labels = colour_images(40, 8, CLASSES)
-    batches = pipeline.training(Split(images, labels), CLASSES, batch_size, "flip", seed=0)
+    batches = training_batches(Split(images, labels), CLASSES, batch_size, "flip", seed=0)
     recording = Recording()
     model.fit(batches, steps_per_epoch=steps, shuffle=False, verbose=0, callbacks=[recording])
     return recording.steps
