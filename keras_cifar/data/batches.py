@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, UserError
-from keras_cifar.data import Split, augmentation
-from keras_cifar.data.splits import ALIGNMENT
+from keras_cifar.data import augmentation
+from keras_cifar.data.splits import ALIGNMENT, Split
 from keras_cifar.distributed.sharding import ReplicaRange, bounds, endless
 
 # The tensors of each split, so that several pipelines share one copy.
@@ -55,7 +55,7 @@ def _in_place(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def steps_in(split: Split, batch_size: int) -> int:
+def steps_per_epoch(split: Split, batch_size: int) -> int:
     """Full batches in one pass over a split.
 
     Raises:
@@ -68,7 +68,7 @@ def steps_in(split: Split, batch_size: int) -> int:
     return len(split) // batch_size
 
 
-def training(
+def training_batches(
     split: Split,
     classes: int,
     batch_size: int,
@@ -91,7 +91,7 @@ def training(
             partners of what is mixed.
         microbatches: into how many equal microbatches, one after another, each batch is split.
     """
-    steps = steps_in(split, batch_size)
+    steps = steps_per_epoch(split, batch_size)
     stored, rows, labels = _as_tensors(split)
     transform = augmentation.parse(augment)
     positions, sizes = _positions(batch_size, share, microbatches)
@@ -123,11 +123,11 @@ def training(
 
 
 def evaluation_steps(split: Split, batch_size: int) -> int:
-    """The batches of `evaluation` in one pass over a split: the last may be filled up."""
+    """The batches of `evaluation_batches` in one pass over a split: the last may be filled up."""
     return -(-len(split) // batch_size)
 
 
-def evaluation(
+def evaluation_batches(
     split: Split, classes: int, batch_size: int, share: ReplicaRange | None = None
 ) -> tf.data.Dataset:
     """Every example once, in order, as (images uint8 [B, H, W, 3], labels float32 [B, K]).
@@ -136,8 +136,8 @@ def evaluation(
     images whose label is all zero, which `Classifier` does not count.
 
     Args:
-        share: the replicas to read for. The elements are then pieces, as in `training`, and begin
-            again after those of `evaluation_steps` batches, without end.
+        share: the replicas to read for. The elements are then pieces, as in `training_batches`, and
+            begin again after those of `evaluation_steps` batches, without end.
     """
     stored, rows, labels = _as_tensors(split)
     positions, sizes = _positions(batch_size, share)

@@ -17,7 +17,6 @@ from keras_cifar.core import environment
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.data import augmentation
-from keras_cifar.data import batches as pipeline
 from keras_cifar.distributed import sharding, strategy
 from keras_cifar.distributed.sharding import ReplicaRange, ShardedBatches
 from keras_cifar.distributed.strategy import DistributedContext
@@ -47,7 +46,7 @@ class Plan:
     def pieces_of(self, share: ReplicaRange, start_step: int) -> tf.data.Dataset:
         """What the replicas of a share train on, from a step of the run on."""
         config = self.config
-        return pipeline.training(
+        return data.training_batches(
             self.dataset.train,
             len(self.dataset.class_names),
             config.batch_size,
@@ -73,8 +72,8 @@ class Plan:
             return None
         return sharding.shard_batches(
             self.devices.strategy,
-            lambda share: pipeline.evaluation(val, classes, size, share),
-            pipeline.evaluation_steps(val, size),
+            lambda share: data.evaluation_batches(val, classes, size, share),
+            data.evaluation_steps(val, size),
         )
 
     def describe(self) -> str:
@@ -178,7 +177,7 @@ def prepare(
     devices.check_equal(
         {f"the {name} images": f"{s['count']} ({s['fingerprint']})" for name, s in splits.items()}
     )
-    one_pass = pipeline.steps_in(dataset.train, config.batch_size)
+    one_pass = data.steps_per_epoch(dataset.train, config.batch_size)
     steps = config.steps_per_epoch or one_pass
     xla = environment.use_xla(devices.spec.name)
     with devices.strategy.scope():

@@ -162,7 +162,7 @@ class Recorder(keras.callbacks.Callback):
         if not self.plan.devices.spec.cluster:
             return self.interruption.requested is not None
         if self.interruption.requested:
-            self.model.call_to_stop()
+            self.model.request_stop()
         return calls > 0
 
     def _is_due(self, before: int) -> bool:

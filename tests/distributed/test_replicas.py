@@ -195,7 +195,7 @@ import time
 from keras_cifar.core import environment
 environment.import_tensorflow()
 import tensorflow as tf
-from keras_cifar.data import batches as pipeline
+from keras_cifar.data.batches import _in_place
 from keras_cifar.distributed import sharding
 
 cpu = tf.config.list_physical_devices("CPU")[0]
@@ -213,7 +213,7 @@ def numbers(share):
     dataset = tf.data.Dataset.range(1_000_000)
     dataset = dataset.map(lambda index: tf.numpy_function(slow, [index], tf.int64))
     # As all of the package's data sets; it is what makes TensorFlow free the data set first.
-    return pipeline._in_place(dataset)
+    return _in_place(dataset)
 
 
 batches = sharding.shard_batches(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), numbers, None)
