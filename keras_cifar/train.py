@@ -3,12 +3,9 @@
 python -m keras_cifar.train --model resnet32 --data cifar10 --epochs 10
 """
 
-import re
-import time
-
 from keras_cifar.core import cli, environment, recipes
 from keras_cifar.core.config import TrainConfig
-from keras_cifar.core.run_directory import Run
+from keras_cifar.core.run_directory import Run, default_run_dir
 
 
 def main(config: TrainConfig) -> None:
@@ -63,12 +60,6 @@ def train_seeds(config: TrainConfig, run: Run) -> None:
     print(f"test accuracy {summary['mean']:.4f} on average of {config.seeds} seeds{spread}")
     print(f"seeds     {run.seeds}")
     print(f"compare   python -m keras_cifar.compare {run.path} OTHER_RUN ...")
-
-
-def default_run_dir(config: TrainConfig) -> str:
-    """A new directory's name below runs/."""
-    data = re.sub(r"\W+", "-", config.data.rstrip("/").rpartition("/")[2]).strip("-")
-    return f"runs/{config.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def list_models() -> str:

@@ -6,8 +6,10 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 
 from keras_cifar.core.config import TrainConfig
@@ -162,6 +164,12 @@ class Run:
         except Exception as error:  # A damaged file can raise almost anything.
             raise UserError(f"{self.config} is damaged: {reason(error)}") from None
         return config
+
+
+def default_run_dir(config: TrainConfig) -> str:
+    """A new directory's name below runs/."""
+    data = re.sub(r"\W+", "-", config.data.rstrip("/").rpartition("/")[2]).strip("-")
+    return f"runs/{config.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def previous_config(config: TrainConfig, run: Run) -> dict | None:

@@ -13,7 +13,6 @@ from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import replacing, write_json
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
-from keras_cifar.data import batches as pipeline
 from keras_cifar.evaluation import plots
 from keras_cifar.evaluation.metrics import summarize
 
@@ -23,7 +22,7 @@ BATCH_SIZE = 256
 def predict(model: keras.Model, split: Split) -> np.ndarray:
     """Probabilities float32 [N, K] of every example of a split, in order."""
     step = compiled(model, split.image_shape)
-    batches = pipeline.evaluation(split, model.output_shape[-1], BATCH_SIZE)
+    batches = data.evaluation_batches(split, model.output_shape[-1], BATCH_SIZE)
     return np.concatenate([step(images).numpy() for images, _ in batches])[: len(split)]
 
 

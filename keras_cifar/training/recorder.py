@@ -106,7 +106,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_test_batch_end(self, batch, logs=None):
         # Workers stop together, after a training step.
-        if self.interruption.requested and not self.plan.devices.choice.cluster:
+        if self.interruption.requested and not self.plan.devices.spec.cluster:
             raise self._stopped()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -159,10 +159,10 @@ class Recorder(keras.callbacks.Callback):
         Args:
             calls: of the step's replicas, to stop.
         """
-        if not self.plan.devices.choice.cluster:
+        if not self.plan.devices.spec.cluster:
             return self.interruption.requested is not None
         if self.interruption.requested:
-            self.model.call_to_stop()
+            self.model.request_stop()
         return calls > 0
 
     def _is_due(self, before: int) -> bool:

@@ -110,10 +110,10 @@ def fit(
         # At once, so that a directory that cannot be written shows before hours of training.
         checkpoint.save(run.checkpoint, model, TrainingProgress(), step=0)
     position = _restore(plan, run)
-    if devices.choice.cluster:  # alone, nobody reads the whole state for nothing
+    if devices.spec.cluster:  # alone, nobody reads the whole state for nothing
         step = position.step(plan.steps_per_epoch)
-        devices.agree({"the step": step, "the model's state": checkpoint.digest(model)})
-    devices.meet()
+        devices.check_equal({"the step": step, "the model's state": checkpoint.digest(model)})
+    devices.begin_training()
     if devices.is_chief and position != TrainingProgress():
         print(f"going on after {plan.place(position)}", flush=True)
     recorder = Recorder(plan, run, position, interruption)
