@@ -76,7 +76,7 @@ def training_batches(
     seed: int,
     start_step: int = 0,
     share: ReplicaRange | None = None,
-    parts: int = 1,
+    microbatches: int = 1,
 ) -> tf.data.Dataset:
     """Endless batches of (images uint8 [B, H, W, 3], labels float32 [B, K]).
 
@@ -85,16 +85,16 @@ def training_batches(
 
     Args:
         start_step: the step of the run that the first batch is for.
-        share: the replicas to read for. The elements are then pieces: for each part of each batch,
-            for each of these replicas, the examples of the part that `bounds` gives it. All replicas'
-            pieces in order are the batch. A process reads and augments only its own, besides the
+        share: the replicas to read for. The elements are then shards: for each microbatch of each
+            batch, for each of these replicas, the examples of it that `bounds` gives it. All replicas'
+            shards in order are the batch. A process reads and augments only its own, besides the
             partners of what is mixed.
-        parts: into how many equal parts, one after the other, a share's batches are cut.
+        microbatches: into how many equal microbatches, one after another, each batch is split.
     """
     steps = steps_per_epoch(split, batch_size)
     stored, rows, labels = _as_tensors(split)
     transform = augmentation.parse(augment)
-    positions, sizes = _positions(batch_size, share, parts)
+    positions, sizes = _positions(batch_size, share, microbatches)
     order_seed, augment_seed = (seed, 0), (seed, 1)
     first = tf.constant(np.random.default_rng(seed).random(len(split)) < 0.5)
 
@@ -160,28 +160,28 @@ def evaluation_batches(
 
 
 def _positions(
-    batch_size: int, share: ReplicaRange | None, parts: int = 1
+    batch_size: int, share: ReplicaRange | None, microbatches: int = 1
 ) -> tuple[tf.Tensor | None, list[int]]:
     """(positions int32 [n] in a batch of a share's examples, sizes of the pieces that these make).
 
     The positions are None where they are the whole batch.
 
     Raises:
-        UsageError: the parts would not be equal, or a piece empty.
+        UsageError: the microbatches would not be equal, or a shard empty.
     """
     if share is None:
         return None, [batch_size]
-    size = batch_size // parts
-    if batch_size % parts or size < share.total:
+    size = batch_size // microbatches
+    if batch_size % microbatches or size < share.total:
         raise UsageError(
-            f"--batch_size={batch_size} cannot be cut into {parts} equal parts of an image or more "
-            f"for each of {share.total} replicas"
+            f"--batch_size={batch_size} cannot be split into {microbatches} equal microbatches with "
+            f"an image or more for each of {share.total} replicas"
         )
     limits = bounds(size, share.total)[share.first : share.first + share.count + 1]
-    sizes = parts * np.diff(limits).tolist()
+    sizes = microbatches * np.diff(limits).tolist()
     if share.count == share.total:
         return None, sizes
-    starts = size * np.arange(parts)[:, None]
+    starts = size * np.arange(microbatches)[:, None]
     positions = starts + np.arange(limits[0], limits[-1])
     return tf.constant(positions.ravel(), tf.int32), sizes
 

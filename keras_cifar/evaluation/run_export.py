@@ -9,8 +9,8 @@ from keras_cifar.core.errors import UserError, check_utf8, reason
 from keras_cifar.core.files import read
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data.splits import check_class_name
-from keras_cifar.evaluation import evaluator
-from keras_cifar.evaluation import temperature as calibration
+from keras_cifar.evaluation import evaluator, text
+from keras_cifar.evaluation.temperature import find_temperature, scale_logits
 from keras_cifar.exporters import verification
 from keras_cifar.inference.predictor import MAX_LABELS
 
@@ -31,7 +31,7 @@ def export_run(
         out: the base path; None is RUN/export, or RUN/FORMAT for other formats than saved_model.
         version: an integer; None is the next one.
         labels: a text file of names to show for the classes.
-        temperature: as `temperature.find` takes it; None leaves the logits as they are.
+        temperature: as `find_temperature` takes it; None leaves the logits as they are.
 
     Returns:
         (the version's directory, the results of temperature scaling and verification as text).
@@ -52,14 +52,16 @@ def export_run(
     model = models.load(run.model)
     record, lines = {}, []
     if temperature:
-        fitted = record["calibration"] = calibration.find(temperature, run)
-        model = calibration.scaled(model, fitted["temperature"])
+        fitted = record["calibration"] = find_temperature(temperature, run)
+        model = scale_logits(model, fitted["temperature"])
         if "images" in fitted:
-            lines.append(calibration.words(fitted))
+            lines.append(text.temperature_summary(fitted))
     samples = None
     try:
         split = "val" if "val" in config["splits"] else "test"
-        samples = verification.of_dataset(evaluator.load_data(run, split), config["flags"]["data"])
+        samples = verification.of_dataset(
+            evaluator.load_data(config, split), config["flags"]["data"]
+        )
     except UserError as error:
         if exporter.NEEDS_IMAGES:
             raise

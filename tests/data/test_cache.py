@@ -725,7 +725,8 @@ def test_training_and_evaluation_use_the_cache_of_the_run(tmp_path, pictures, de
     decoded.clear()
     evaluator.evaluate_run(run, "val")
     assert decoded == []
-    evaluator.evaluate_run(run, "val", cache_dir=str(tmp_path / "other"))
+    other = evaluator.DataSource(cache_dir=str(tmp_path / "other"))
+    evaluator.evaluate_run(run, "val", other)
     assert len(decoded) == 36
     assert len(left(tmp_path / "other")) == 2
     # Going on with another --cache_dir is the same run.
@@ -823,7 +824,8 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
         with Peak() as peak:
             batches = strategy.distribute_datasets_from_function(
                 lambda context: training_batches(
-                    train, augment="", seed=0, share=ReplicaRange.of(context), parts=2, **arguments
+                    train, augment="", seed=0, share=ReplicaRange.of_input_context(context),
+                    microbatches=2, **arguments
                 )
             )
             iterator = iter(ShardedBatches(batches, None))

@@ -196,7 +196,7 @@ from keras_cifar.core import environment
 environment.import_tensorflow()
 import tensorflow as tf
 from keras_cifar.data.batches import _in_place
-from keras_cifar.distributed import sharding as distribution
+from keras_cifar.distributed import sharding
 
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -216,16 +216,16 @@ def numbers(share):
     return _in_place(dataset)
 
 
-pieces = distribution.pieces(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), numbers, None)
+batches = sharding.shard_batches(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), numbers, None)
 for _ in range(30):
-    iterator = iter(pieces)
+    iterator = iter(batches)
     next(iterator)
     del iterator
     number = len(computed)
     time.sleep(0.03)
     assert len(computed) == number, "the thread reads on"
 # Left to Python's end.
-iterator = iter(pieces)
+iterator = iter(batches)
 next(iterator)
 print("left in peace")
 """

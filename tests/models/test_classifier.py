@@ -16,7 +16,7 @@ CLASSES = 3
 
 def tiny(norm: bool = True) -> classifier.Classifier:
     keras.utils.set_random_seed(1)
-    images, x = classifier.pixels((8, 8, 3))
+    images, x = classifier.image_input((8, 8, 3))
     x = layers.conv_norm(x, 4, 3, name="conv") if norm else layers.conv(x, 4, 3, name="conv")
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     logits = keras.layers.Dense(CLASSES, name="logits")(x)
@@ -257,7 +257,7 @@ def test_recalibration_of_nothing_takes_no_batch_and_changes_nothing(norm, count
 
 def test_recalibration_sees_the_network_without_dropout():
     keras.utils.set_random_seed(0)
-    images, x = classifier.pixels((8, 8, 3))
+    images, x = classifier.image_input((8, 8, 3))
     x = keras.layers.Dropout(0.5, name="drop")(x)
     x = layers.conv_norm(x, 4, 3, name="block")
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
