@@ -33,10 +33,7 @@ def load(data: bytes, expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = safetensors_numpy.load(data)
     except (safetensors.SafetensorError, KeyError):  # KeyError: a dtype that NumPy does not have
         raise ValueError("it is not a safetensors file") from None
-    if _layout(found) != _layout(expected):
+    layouts = [{k: (a.dtype, a.shape) for k, a in each.items()} for each in (found, expected)]
+    if layouts[0] != layouts[1]:
         raise ValueError("its arrays are not the expected ones")
     return {name: found[name] for name in expected}
-
-
-def _layout(arrays: dict[str, np.ndarray]) -> dict[str, tuple]:
-    return {name: (array.dtype, array.shape) for name, array in arrays.items()}

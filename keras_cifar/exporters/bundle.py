@@ -70,14 +70,13 @@ def model_name(base: pathlib.Path) -> str:
 def write_notes(base: pathlib.Path) -> None:
     """Writes models.config and SERVING.md into a base path, where TensorFlow Serving ignores them."""
     name = model_name(base)
-    with replacing(base / CONFIG) as path:
-        path.write_text(
-            f"model_config_list {{\n  config {{\n    name: '{name}'\n"
-            f"    base_path: '/models/{name}'\n    model_platform: 'tensorflow'\n  }}\n}}\n",
-            "utf-8",
-        )
-    with replacing(base / NOTES) as path:
-        path.write_text(_notes(name, base), "utf-8")
+    config = (
+        f"model_config_list {{\n  config {{\n    name: '{name}'\n"
+        f"    base_path: '/models/{name}'\n    model_platform: 'tensorflow'\n  }}\n}}\n"
+    )
+    for file, text in ((CONFIG, config), (NOTES, _notes(name, base))):
+        with replacing(base / file) as path:
+            path.write_text(text, "utf-8")
 
 
 def _notes(name: str, base: pathlib.Path) -> str:

@@ -1,6 +1,7 @@
 """Inference through a server with TensorFlow Serving's REST API; standard library and Pillow."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -8,7 +9,6 @@ import pathlib
 import re
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 
 import numpy as np
@@ -21,11 +21,15 @@ from keras_cifar.inference.predictor import MAX_LABELS
 
 DELAYS = (0.25, 1.0, 3.0)  # seconds between tries of a request: a server restarts within them
 RETRIED = (408, 429, 502, 503, 504)  # statuses of a server or a proxy that is busy or restarting
+_MODEL_URL = re.compile(
+    r"https?://(\[[\da-fA-F:.]+\]|[^\s/:\[\]]+)(:\d{1,5})?(/\S*)?"
+    r"/v1/models/[^\s/:]+(/versions/\d+|/labels/[^\s/:]+)?"
+)
 MAX_RESPONSE = 2**28  # bytes; the probabilities of 128 images in 21,841 classes take 60 MB
 
 
 class RemotePredictor:
-    """A model behind a server, with the interface of `predictor.Predictor`.
+    """A model behind a server, with the methods of `predictor.Predictor`; they raise UserError.
 
     Images are sent as PNG to `serving_bytes`: PNG is lossless and a fifth of the numbers in JSON. They
     have the model's size already, so the server does not resize and the predictions are those of the
@@ -51,18 +55,16 @@ class RemotePredictor:
         """
         self.url = url.rstrip("/")
         self._timeout = timeout
-        if not _is_model_url(self.url):
+        if not _MODEL_URL.fullmatch(self.url):
             raise UsageError(
                 f"--model={url}: a URL must be http://HOST:PORT/v1/models/NAME[/versions/N]"
             )
-        metadata = self._request("/metadata")
+        response = self._request("/metadata")
         try:
-            metadata = metadata["metadata"]
-            images = metadata["signature_def"]["signature_def"]["serving_default"]["inputs"][
-                "images"
-            ]
-            height, width = (int(d["size"]) for d in images["tensor_shape"]["dim"][1:3])
-            names = metadata.get("class_names")
+            signatures = response["metadata"]["signature_def"]["signature_def"]
+            shape = signatures["serving_default"]["inputs"]["images"]["tensor_shape"]
+            height, width = (int(dimension["size"]) for dimension in shape["dim"][1:3])
+            names = response["metadata"].get("class_names")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{self.url} is not a model that keras_cifar exported") from None
         self.size = (height, width)
@@ -76,21 +78,13 @@ class RemotePredictor:
         self.class_names = tuple(map(str, names))
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities float32 [N, K] of uint8 [N, H, W, 3], N of any size.
-
-        Raises:
-            UserError: the server fails.
-        """
+        """Probabilities float32 [N, K] of uint8 [N, H, W, 3], N of any size."""
         encoded = [_png(image) for image in images]
         rows = self._in_batches("serving_bytes", "image_bytes", "probabilities", encoded)
         return rows.reshape(-1, len(self.class_names))
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """Feature vectors float32 [N, D] of uint8 [N, H, W, 3].
-
-        Raises:
-            UserError: the server fails.
-        """
+        """Feature vectors float32 [N, D] of uint8 [N, H, W, 3]."""
         return self._in_batches("features", "images", "features", images.tolist())
 
     def _in_batches(self, signature: str, name: str, output: str, values: list) -> np.ndarray:
@@ -101,7 +95,7 @@ class RemotePredictor:
         return np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
 
     def _batch(self, signature: str, name: str, output: str, values: list) -> np.ndarray:
-        """Requests one output of a signature, float32 [N, ...]; halves a request that is too large."""
+        """Requests an output of a signature, float32 [N, ...]; splits a request that is too large."""
         request = {"signature_name": signature, "inputs": {name: values}}
         try:
             response = self._request(":predict", json.dumps(request).encode())
@@ -130,14 +124,11 @@ class RemotePredictor:
         Raises:
             UserError: the server cannot be reached or fails.
         """
-        for delay in (*DELAYS, None):
-            try:
+        for delay in DELAYS:
+            with contextlib.suppress(_TemporaryError):
                 return self._request_once(suffix, body)
-            except _TemporaryError:
-                if delay is None:
-                    raise
-                time.sleep(delay)
-        raise AssertionError
+            time.sleep(delay)
+        return self._request_once(suffix, body)
 
     def _request_once(self, suffix: str, body: bytes | None) -> object:
         request = urllib.request.Request(self.url + suffix, body)
@@ -151,7 +142,7 @@ class RemotePredictor:
             if error.code == 413:
                 raise _TooLargeError(message) from None
             raise (_TemporaryError if error.code in RETRIED else UserError)(message) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, OverflowError, http.client.HTTPException) as error:
             why = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(why, TimeoutError):
                 why = f"no response in {self._timeout:g} s"
@@ -172,16 +163,6 @@ class _TemporaryError(UserError):
 
 class _TooLargeError(UserError):
     """The request is too large for the server."""
-
-
-def _is_model_url(url: str) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        parts.port  # noqa: B018  raises where it is no number
-    except ValueError:
-        return False
-    path = re.fullmatch(r"(/\S*)?/v1/models/[^/:\s]+(/versions/\d+|/labels/[^/:\s]+)?", parts.path)
-    return bool(path and parts.hostname and not re.search(r"\s", url))
 
 
 def _png(image: np.ndarray) -> dict[str, str]:

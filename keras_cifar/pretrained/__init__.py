@@ -86,29 +86,24 @@ def card(name: str) -> Card:
 
 def describe() -> str:
     """The cards of all networks, as text."""
-    if not names():
-        return "no models come with this installation"
-    parts = []
-    for name in names():
-        facts = card(name)
-        height, width, _ = facts.image_shape
-        temperature = f", temperature {facts.temperature:.3f}" if facts.temperature else ""
-        lines = {
-            "model": f"{facts.model}, images of {width} x {height}",
-            "classes": ", ".join(facts.class_names),
-            "data": facts.data,
-            "recipe": facts.recipe or "none",
-            "accuracy": f"{facts.accuracy:.4f} on {facts.count:,} test images",
-            "calibration": f"expected error {facts.calibration_error:.4f}{temperature}",
-            "limits": facts.limits,
-            "licence": facts.licence,
-            "source": facts.source,
-            "weights": f"{(DIRECTORY / (name + WEIGHTS)).stat().st_size:,} bytes",
-        }
-        parts.append(
-            "\n".join([f"{PREFIX}{name}", *(f"  {key:<13}{text}" for key, text in lines.items())])
-        )
-    return "\n\n".join(parts)
+    return "\n\n".join(map(_describe, names())) or "no models come with this installation"
+
+
+def _describe(name: str) -> str:
+    facts = card(name)
+    height, width, _ = facts.image_shape
+    scaling = f", temperature {facts.temperature:.3f}" if facts.temperature else ""
+    return f"""{PREFIX}{name}
+  model        {facts.model}, images of {width} x {height}
+  classes      {", ".join(facts.class_names)}
+  data         {facts.data}
+  recipe       {facts.recipe or "none"}
+  accuracy     {facts.accuracy:.4f} on {facts.count:,} test images
+  calibration  expected error {facts.calibration_error:.4f}{scaling}
+  limits       {facts.limits}
+  licence      {facts.licence}
+  source       {facts.source}
+  weights      {(DIRECTORY / (name + WEIGHTS)).stat().st_size:,} bytes"""
 
 
 def load(name: str) -> tuple["keras.Model", Card]:

@@ -57,8 +57,7 @@ def load_network(model: str, predictor: Predictor) -> "keras.Model":
     """Loads the Keras model behind a predictor, which gives gradients.
 
     Raises:
-        UserError: `model` is neither a run nor pretrained, or the run's model.keras differs from its
-            export in images or classes.
+        UserError: `model` is neither a run nor pretrained, or the run's export is of another model.
     """
     from keras_cifar import models
 
@@ -73,5 +72,5 @@ def load_network(model: str, predictor: Predictor) -> "keras.Model":
     network = models.load(path)
     shapes = (network.input_shape[1:3], network.output_shape[1])
     if shapes != (tuple(predictor.size), len(predictor.class_names)):
-        raise UserError(f"{path} and {predictor.path} take other images or have other classes")
+        raise UserError(f"{path} and {predictor.path} are for different images or classes")
     return network

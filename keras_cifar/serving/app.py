@@ -26,11 +26,8 @@ from keras_cifar.serving.servable import Versions
 
 PAGE = pathlib.Path(__file__).parent / "page.html"
 
-# Requests in flight; each may hold a body of the largest size.
-MAX_REQUESTS = 256
-
-# How long the rest of a body that is too large is received.
-DISCARD_SECONDS = 2
+MAX_REQUESTS = 256  # in flight; each may hold a body of the largest size
+DISCARD_SECONDS = 2  # for which the rest of a body that is too large is received
 
 # Content-Security-Policy of the page: it loads from and sends to this server alone.
 POLICY = (
@@ -78,7 +75,7 @@ class App:
         self.asgi = Starlette(
             routes=[
                 Route("/", self._page),
-                Route("/metrics", self._show_metrics),
+                Route("/metrics", self._text_of_metrics),
                 # KServe's addresses for probes.
                 Route("/v2/health/live", self._alive),
                 Route("/v2/health/ready", self._alive),
@@ -112,7 +109,7 @@ class App:
         page = PAGE.read_text("utf-8").replace("{{name}}", self._name)
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
-    async def _show_metrics(self, request: Request) -> Response:
+    async def _text_of_metrics(self, request: Request) -> Response:
         return Response(self._metrics.text(), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     async def _alive(self, request: Request) -> Response:
@@ -125,8 +122,8 @@ class App:
         try:
             if self._open > MAX_REQUESTS:
                 raise rest.RequestError("too many requests; try again", 503)
-            kind, answer = self._route(request)
-            response = await answer
+            kind, coroutine = self._route(request)
+            response = await coroutine
         except rest.RequestError as error:
             response = _error(str(error), error.status)
         except ClientDisconnect:
@@ -145,16 +142,16 @@ class App:
         if not match or match[3] not in (None, ":predict"):
             raise rest.RequestError(f"malformed request: {request.method} {request.url.path}")
         name, version, verb, metadata = match.groups()
-        kind, method, answer = "status", "GET", self._status
+        kind, method, handler = "status", "GET", self._status
         if verb:
-            kind, method, answer = "predict", "POST", self._predict
+            kind, method, handler = "predict", "POST", self._predict
         elif metadata:
-            kind, answer = "metadata", self._metadata
+            kind, handler = "metadata", self._metadata
         if request.method != method:
             raise rest.RequestError(f"this address takes {method}, not {request.method}", 405)
         if name != self._name:
             raise rest.RequestError(f"there is no model {name!r}; {self._name!r} is served", 404)
-        return kind, answer(request, int(version) if version else None)
+        return kind, handler(request, int(version) if version else None)
 
     async def _status(self, request: Request, version: int | None) -> Response:
         return _json(self._versions.status(version))
@@ -191,9 +188,8 @@ class App:
                     body += chunk
                     too_large = len(body) > self._max_request
         except TimeoutError:
-            raise rest.RequestError(
-                f"the request took more than {self._timeout:g} s to arrive", 408
-            ) from None
+            message = f"the request took more than {self._timeout:g} s to arrive"
+            raise rest.RequestError(message, 408) from None
         if too_large:
             await self._discard(stream)
             raise rest.RequestError(f"the request has more than {self._max_request:,} bytes", 413)
@@ -207,10 +203,8 @@ class App:
         left = self._max_request
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DISCARD_SECONDS):
-                async for chunk in stream:
+                while left > 0 and (chunk := await anext(stream, None)) is not None:
                     left -= len(chunk)
-                    if left < 0:
-                        return
 
 
 def _no_image(outputs: dict[str, np.ndarray]) -> bool:
@@ -240,24 +234,18 @@ class Metrics:
     def __init__(self, versions: Versions, batcher: Batcher):
         self._registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=self._registry)
-        labels = {"registry": self._registry, "namespace": "keras_cifar"}
+        common = {"registry": self._registry, "namespace": "keras_cifar"}
         self._requests = prometheus.Counter(
-            "requests", "Requests answered.", ("kind", "code"), **labels
+            "requests", "Requests answered.", ("kind", "code"), **common
         )
         self._seconds = prometheus.Histogram(
-            "request_seconds",
-            "Seconds from a request to its response.",
-            ("kind",),
-            **labels,
-            buckets=_SECONDS,
+            "request_seconds", "Seconds per request.", ("kind",), **common, buckets=_SECONDS
         )
-        self._rows = prometheus.Histogram(
-            "batch_rows", "Images computed together.", **labels, buckets=_ROWS
-        )
-        batcher.observe = self._rows.observe
-        waiting = prometheus.Gauge("waiting_rows", "Images waiting to be computed.", **labels)
+        rows = prometheus.Histogram("batch_rows", "Images per batch.", **common, buckets=_ROWS)
+        batcher.observe = rows.observe
+        waiting = prometheus.Gauge("waiting_rows", "Images waiting for a batch.", **common)
         waiting.set_function(lambda: batcher.waiting)
-        version = prometheus.Gauge("model_version", "The version being served.", **labels)
+        version = prometheus.Gauge("model_version", "The version being served.", **common)
         version.set_function(lambda: versions.current.version)
 
     def count(self, kind: str, code: int, seconds: float) -> None:

@@ -17,9 +17,7 @@ from keras_cifar.core.files import versions
 from keras_cifar.inference.predictor import Predictor, find
 from keras_cifar.serving import rest
 
-# Seconds until a version that could not be loaded is tried again: TensorFlow Serving's
-# --load_retry_interval_micros.
-RETRY = 60
+RETRY = 60  # seconds until a failed version is tried again, as TensorFlow Serving does
 
 
 class Servable:
@@ -40,12 +38,10 @@ class Servable:
         Raises:
             UserError: the version is damaged, or cannot be computed here.
         """
-        predictor = Predictor(str(path))
-        self._predictor = predictor  # keeps the variables alive
+        self._predictor = predictor = Predictor(str(path))  # kept, since it owns the variables
         self._batch_size = batch_size
         self.version = int(path.name) if path.name.isdecimal() else 1
-        self.path = path
-        self.class_names = predictor.class_names
+        self.path, self.class_names = path, predictor.class_names
         self._signatures = {
             name: _Signature(name, signature) for name, signature in predictor.signatures.items()
         }
@@ -74,32 +70,26 @@ class Servable:
         signature = self._signatures.get(call.signature)
         if signature is None:
             names = ", ".join(sorted(self._signatures))
-            raise rest.RequestError(
-                f"there is no signature {call.signature!r}; the model has: {names}"
-            )
+            message = f"there is no signature {call.signature!r}; the model has: {names}"
+            raise rest.RequestError(message)
         inputs = rest.tensor(call, signature.input, signature.shape, signature.is_string)
         return self._run[call.signature], inputs
 
     def _compute(self, signature: "_Signature", inputs: np.ndarray) -> dict[str, np.ndarray]:
-        parts = []
+        batches = []
         for start in range(0, len(inputs), self._batch_size):
             batch = tf.constant(inputs[start : start + self._batch_size], signature.dtype)
             outputs = signature.function(**{signature.input: batch})
-            parts.append({name: value.numpy() for name, value in outputs.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            batches.append({name: value.numpy() for name, value in outputs.items()})
+        return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
 
     @functools.cached_property
     def signature_def(self) -> dict:
         """The signatures in the JSON of TensorFlow Serving's metadata."""
         model = saved_model_pb2.SavedModel.FromString((self.path / "saved_model.pb").read_bytes())
-        return {
-            name: json_format.MessageToDict(
-                signature,
-                preserving_proto_field_name=True,
-                always_print_fields_with_no_presence=True,
-            )
-            for name, signature in model.meta_graphs[0].signature_def.items()
-        }
+        style = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
+        signatures = model.meta_graphs[0].signature_def
+        return {name: json_format.MessageToDict(s, **style) for name, s in signatures.items()}
 
 
 class _Signature:

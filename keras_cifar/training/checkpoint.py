@@ -15,7 +15,7 @@ import numpy as np
 from keras_cifar.core import tensors
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import open_file, replacing
-from keras_cifar.models.classifier import METRICS, Classifier
+from keras_cifar.models.classifier import Classifier
 
 KEPT = 2  # checkpoints: the newest, and the previous one in case the newest is damaged
 
@@ -100,29 +100,6 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def _progress(values: dict) -> TrainingProgress:
-    """The progress that a checkpoint stores.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: the values are invalid.
-    """
-    progress = TrainingProgress(**values | {"totals": tuple(values["totals"])})
-    rows = progress.history
-    counts = (progress.steps, progress.rollbacks)
-    valid = (
-        isinstance(rows, list)
-        and all(row.keys() == rows[0].keys() for row in rows)
-        and [row.get("epoch") for row in rows] == list(range(1, len(rows) + 1))
-        and all(isinstance(count, int) and count >= 0 for count in counts)
-        and len(progress.totals) in (0, len(METRICS))
-    )
-    numbers = [*progress.totals, progress.seconds]
-    numbers += [value for row in rows for value in row.values()]
-    if not valid or not all(isinstance(number, (int, float)) for number in numbers):
-        raise ValueError
-    return progress
-
-
 def exists(directory: pathlib.Path) -> bool:
     """Whether there is a checkpoint, intact or damaged."""
     return bool(_files(directory))
@@ -170,8 +147,9 @@ def assign(model: Classifier, data: bytes, source: str | pathlib.Path) -> Traini
         UserError: the data is not a checkpoint, or is of another network or optimizer.
     """
     try:
-        progress = _progress(json.loads(tensors.load_metadata(data)[_PROGRESS]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        stored = json.loads(tensors.load_metadata(data)[_PROGRESS])
+        progress = TrainingProgress(**stored | {"totals": tuple(stored["totals"])})
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"checkpoint {source} is damaged") from None
     try:
         arrays = tensors.load(data, _arrays(model))
