@@ -2,8 +2,9 @@
 
 import json
 import os
-import random as python_random
+import random
 
+import keras
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from keras_cifar import models
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UserError
 from keras_cifar.data import Split, training_batches
+from keras_cifar.models import classifier, layers
 from keras_cifar.training import checkpoint
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.optimizers import compile_model
@@ -19,8 +21,17 @@ from tests.conftest import colour_images
 PROGRESS = TrainingProgress([{"epoch": 1, "loss": 0.1}], 2, (0.1, 1 / 3, 4.0, 2.0, 0.0), 1.5, 1)
 
 
-def build(name="vgg_bn_drop", classes=3, **flags):
-    model = models.build(name, (32, 32, 3), classes)
+def tiny():
+    """A small network with everything that a checkpoint stores: moving statistics and dropout."""
+    images, x = classifier.image_input((16, 16, 3))
+    x = keras.layers.Conv2D(4, 3, strides=2)(x)
+    x = layers.Dropout(0.5)(layers.BatchNormalization()(x))
+    logits = keras.layers.Dense(3, name="logits")(keras.layers.Flatten()(x))
+    return classifier.Classifier.build_from(images, logits, "tiny")
+
+
+def build(name="lenet5", classes=3, **flags):
+    model = tiny() if name == "tiny" else models.build(name, (16, 16, 3), classes)
     compile_model(model, TrainConfig(epochs=4, learning_rate=0.01, **flags), 2, jit_compile=False)
     return model
 
@@ -30,24 +41,23 @@ def restore(directory, model) -> TrainingProgress:
 
 
 def step(model, start):
-    split = Split(*colour_images(16, 32, 3))
+    split = Split(*colour_images(16, 16, 3))
     batches = training_batches(split, 3, 4, "flip", seed=1, start_step=start)
     model.fit(batches, epochs=1, steps_per_epoch=2, verbose=0, shuffle=False)
 
 
-@pytest.mark.parametrize("flags", [{"ema": 0.9}, {"optimizer": "sgd"}], ids=["ema", "sgd"])
-def test_resuming_equals_training_without_a_stop(tmp_path, flags):
-    model = build(**flags)
+def test_resuming_equals_training_without_a_stop(tmp_path):
+    model = build("tiny", ema=0.9)
     step(model, 0)
     checkpoint.save(tmp_path, model, PROGRESS, 2)
     step(model, 2)
 
-    other = build(**flags)
+    other = build("tiny", ema=0.9)
     assert restore(tmp_path, other) == PROGRESS
     step(other, 2)
     assert checkpoint.digest(other) == checkpoint.digest(model)
-    # Dropout's random states were restored: with others, the weights would be far apart.
-    third = build(**flags)
+    # Dropout's random states were restored: with others, the weights differ much.
+    third = build("tiny", ema=0.9)
     restore(tmp_path, third)
     for layer in third._flatten_layers():
         if hasattr(layer, "seed_generator"):
@@ -59,7 +69,7 @@ def test_resuming_equals_training_without_a_stop(tmp_path, flags):
 
 @pytest.fixture(scope="module")
 def lenet():
-    return build("lenet5")
+    return build()
 
 
 def filled(model, value) -> None:
@@ -81,24 +91,23 @@ def two(tmp_path, lenet):
     return tmp_path
 
 
+def flip(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0",
+    "first": lambda data: flip(data, 0),
+    "header": lambda data: flip(data, 300),
+    "middle": lambda data: flip(data, len(data) // 2),
+    "last": lambda data: flip(data, len(data) - 1),
+}
+
+
 def damage(path, how: str) -> None:
-    data = bytearray(path.read_bytes())
-    if how == "missing":
-        path.unlink()
-        return
-    if how == "empty":
-        data = b""
-    elif how == "truncated":
-        data = data[:-1]
-    elif how == "longer":
-        data += b"\0"
-    else:
-        place = {"first": 0, "header": 300, "middle": len(data) // 2, "last": len(data) - 1}[how]
-        data[place] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGES = ["missing", "empty", "truncated", "longer", "first", "header", "middle", "last"]
+    path.write_bytes(DAMAGES[how](path.read_bytes()))
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -107,16 +116,15 @@ def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(two, lenet, capsys
     damage(newest, how)
     assert restore(two, lenet).steps == 1
     assert value_of(lenet) == 1
-    said = capsys.readouterr().out
-    if how != "missing":
-        assert f"checkpoint {newest.name} is damaged; resuming from the previous one" in said
-        assert said.count("\n") == 1
+    out = capsys.readouterr().out
+    assert f"checkpoint {newest.name} is damaged; resuming from the previous one" in out
+    assert out.count("\n") == 1
     # The damaged file is removed by the next save.
     checkpoint.save(two, lenet, TrainingProgress(steps=1, seconds=2.0), 1)
     assert newest not in checkpoint._files(two)
 
 
-@pytest.mark.parametrize("how", DAMAGES[1:])
+@pytest.mark.parametrize("how", DAMAGES)
 def test_two_damaged_checkpoints_are_one_error(two, lenet, how):
     for path in checkpoint._files(two):
         damage(path, how)
@@ -147,15 +155,14 @@ def test_the_last_two_are_kept(two, lenet):
 
 
 def test_a_checkpoint_of_another_network_or_optimizer_is_refused(two):
-    for other in (build("lenet5", classes=4), build("lenet5", optimizer="sgd")):
+    for other in (build(classes=4), build(optimizer="sgd")):
         with pytest.raises(UserError, match="another network or optimizer"):
             restore(two, other)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_hostile_contents_with_a_right_checksum_are_one_line(two, lenet, seed):
+def test_hostile_contents_with_a_right_checksum_are_one_line(two, lenet):
     """Whoever writes a file can write its checksum too."""
-    chance = python_random.Random(seed)
+    chance = random.Random(0)
     _, whole = checkpoint.read(two)
     end = 8 + int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:end])
@@ -178,7 +185,7 @@ def test_hostile_contents_with_a_right_checksum_are_one_line(two, lenet, seed):
         header_with(lambda h: h["__metadata__"].update(position="[" * 100_000)),
         header_with(lambda h: h.pop("variable_0")),
     ]  # fmt: skip
-    for _ in range(150):
+    for _ in range(300):
         data = bytearray(whole[: end + 100] if chance.random() < 0.5 else whole)
         for _ in range(chance.randint(1, 8)):
             data[chance.randrange(min(len(data), end))] = chance.randrange(256)
