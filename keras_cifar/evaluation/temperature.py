@@ -10,7 +10,7 @@ import scipy.optimize
 import scipy.special
 
 from keras_cifar import models
-from keras_cifar.core.config import NOT_COMPARED
+from keras_cifar.core.config import COMPARED
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
@@ -84,12 +84,11 @@ def find(text: str, run: Run) -> dict:
     except ValueError:
         other = run if text == "auto" else Run(text)
     mine, theirs = (each.read_config()["flags"] for each in (run, other))
-    free = {*NOT_COMPARED, "seed", "val_fraction"}
-    for flag in sorted((mine.keys() | theirs.keys()) - free):
-        if mine.get(flag) != theirs.get(flag):
+    for flag in sorted(COMPARED - {"seed", "val_fraction"}):
+        if mine[flag] != theirs[flag]:
             raise UserError(
-                f"{other.path} was trained with --{flag}={theirs.get(flag)} and {run.path} with "
-                f"{mine.get(flag)}: its temperature would be another"
+                f"{other.path} was trained with --{flag}={theirs[flag]} and {run.path} with "
+                f"{mine[flag]}: its temperature would be another"
             )
     split = evaluator.load_data(other, "val").split("val")
     return fit_model(models.load(other.model), split)

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import json
 import os
 import re
@@ -17,10 +16,10 @@ from PIL import Image
 
 from keras_cifar import data, evaluate, export, models, train
 from keras_cifar.core import cli
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import FLAGS, TrainConfig
 from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.core.files import versions
-from keras_cifar.core.run_directory import Run
+from keras_cifar.core.run_directory import Run, default_run_dir
 from keras_cifar.data import batches as pipeline
 from keras_cifar.evaluation import evaluator
 from keras_cifar.training import checkpoint, recorder, trainer
@@ -29,7 +28,7 @@ from tests.conftest import write_folder
 
 def config(folder, **flags) -> TrainConfig:
     defaults = {"model": "lenet5", "data": f"folder:{folder}", "epochs": 2, "batch_size": 16}
-    return TrainConfig(**defaults | flags)
+    return TrainConfig.from_flags(**defaults | flags)
 
 
 def train_to(path, folder, **flags) -> Run:
@@ -57,7 +56,7 @@ def same(a, b) -> bool:
 def test_the_run_directory_is_the_contract(trained_run, image_folder):
     written = json.loads(trained_run.config.read_text())
     assert written["flags"]["augment"] == "crop(2)|flip"
-    assert set(written["flags"]) == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert set(written["flags"]) == set(FLAGS)
     assert written["class_names"] == ["class_0", "class_1", "class_2"]
     assert written["strategy"] == "none"
     assert written["versions"]["tensorflow"] == tf.__version__
@@ -410,10 +409,12 @@ def test_list_models_has_a_line_a_network(capsys):
 
 
 def test_default_run_directories_are_below_runs():
-    assert train.default_run_dir(TrainConfig(data="folder:/a/My Photos/")).startswith(
+    assert default_run_dir(TrainConfig.from_flags(data="folder:/a/My Photos/")).startswith(
         "runs/resnet32-My-Photos-"
     )
-    assert train.default_run_dir(TrainConfig(data="digits")).startswith("runs/resnet32-digits-")
+    assert default_run_dir(TrainConfig.from_flags(data="digits")).startswith(
+        "runs/resnet32-digits-"
+    )
 
 
 def test_evaluate_writes_figures_and_prints_the_table(trained_run, capsys):
