@@ -16,9 +16,7 @@ class UserError(Exception):
 
 
 class LostWorkerError(UserError):
-    """Another worker of the run was lost. The process exits without waiting for TensorFlow's threads, which
-    may still wait for that worker.
-    """
+    """Another worker was lost. The process exits without waiting for TensorFlow's blocked threads."""
 
 
 class StoppedError(UserError):

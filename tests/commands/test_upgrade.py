@@ -58,9 +58,10 @@ def test_finished_run_is_evaluated_with_the_same_metrics(old):
 def test_finished_run_is_reported_and_exported_again(old):
     argv = ("finished", "--out=report.html")
     assert run("report", report.main, report.ReportOptions, *argv, arguments="RUN") == 0
-    assert "0.7214" in (old / "report.html").read_text() or "72.14" in (
-        old / "report.html"
-    ).read_text()
+    assert (
+        "0.7214" in (old / "report.html").read_text()
+        or "72.14" in (old / "report.html").read_text()
+    )
     assert run("export", export.main, export.ExportOptions, "--run=finished") == 0
     loaded = tf.saved_model.load(str(old / "finished/export/2"))
     earlier = tf.saved_model.load(str(old / "finished/export/1"))
@@ -92,7 +93,7 @@ def test_finished_run_is_not_trained_again(old, capsys):
 
 def test_unfinished_run_resumes_and_ends_as_it_would_have(old, capsys):
     assert run("train", train.main, TrainConfig, *UNFINISHED, "--run_dir=unfinished") == 0
-    assert "resuming from step 2 of 4 in epoch 2 of 2" in capsys.readouterr().out
+    assert "going on after step 2 of 4 in epoch 2 of 2" in capsys.readouterr().out
     ends = []
     for directory in ("whole", "unfinished/checkpoint"):
         path = max((old / directory).glob("step-000000008-epoch-00002-*.safetensors"))

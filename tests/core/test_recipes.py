@@ -117,7 +117,11 @@ def test_recipe_trains(name, pictures, tmp_path):
 
 def test_recipe_gives_its_flags_and_those_beside_it_win_wherever_they_stand():
     plain = parsed("--recipe=he_resnet20")
-    assert (plain.model.model, plain.optimizer.learning_rate, plain.data.data) == ("resnet20", 0.1, "cifar10")
+    assert (plain.model.model, plain.optimizer.learning_rate, plain.data.data) == (
+        "resnet20",
+        0.1,
+        "cifar10",
+    )
     for argv in (["--recipe=he_resnet20", "--epochs=3"], ["--epochs=3", "--recipe", "he_resnet20"]):
         assert parsed(*argv) == plain.replace(epochs=3)
 
