@@ -8,7 +8,7 @@ import math
 import pathlib
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import check, option
+from keras_cifar.core.options import check, option
 from keras_cifar.exporters import FORMATS
 
 GROUP = "Export"

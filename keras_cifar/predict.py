@@ -12,7 +12,7 @@ import sys
 
 from keras_cifar import pretrained
 from keras_cifar.core import cli, environment
-from keras_cifar.core.config import check, option
+from keras_cifar.core.options import check, option
 
 PREDICTION, WITH_URL = "Prediction", "With a URL"
 
@@ -21,12 +21,8 @@ PREDICTION, WITH_URL = "Prediction", "With a URL"
 class PredictOptions:
     """The command's flags."""
 
-    model: str = option(
-        "", "a run, an export or its version, its URL, or pretrained:NAME", PREDICTION
-    )
-    list_pretrained: bool = option(
-        False, "print what is known of each pretrained model", PREDICTION
-    )
+    model: str = option("", "a run, an export, its URL, or pretrained:NAME", PREDICTION)
+    list_pretrained: bool = option(False, "print the cards of pretrained models", PREDICTION)
     top_k: int = option(3, "classes to name for each image", PREDICTION)
     format: str = option("text", "of what goes to stdout", PREDICTION, ("text", "csv", "json"))
     features: str | None = option(None, "also write feature vectors to this .npz file", PREDICTION)

@@ -13,8 +13,9 @@ import os
 import re
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import BATCH_SIZE, check, option
+from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import UserError
+from keras_cifar.core.options import check, option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import keras_cifar
 from keras_cifar import pretrained
 from keras_cifar.core import cli
-from keras_cifar.core.config import check, option
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import replacing, write_json
+from keras_cifar.core.options import check, option
 from keras_cifar.core.run_directory import Run
 from keras_cifar.export import check_temperature
 
