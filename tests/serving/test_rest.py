@@ -124,7 +124,7 @@ def test_answers_are_in_the_requests_format():
 
     def answer(key, outputs):
         call = rest.Call("s", key == "instances", [])
-        return json.loads(rest.answer(call, outputs), parse_constant=lambda name: None)
+        return json.loads(rest.response(call, outputs), parse_constant=lambda name: None)
 
     assert answer("instances", outputs) == {"predictions": [row]}
     assert answer("inputs", outputs) == {"outputs": {name: [v] for name, v in row.items()}}
