@@ -242,9 +242,7 @@ def test_an_invalid_temperature_is_status_2(capsys, value):
     assert "must be auto, a number above 0, or a run directory" in capsys.readouterr().err
 
 
-def test_the_temperature_of_another_run_is_fitted_to_its_model_and_images(
-    trained_run, tmp_path, capsys
-):
+def test_the_temperature_of_another_run_is_fitted_to_its_images(trained_run, tmp_path, capsys):
     other = Run(shutil.copytree(trained_run.path, tmp_path / "other"))
     model = models.load(other.model)
     kernel, bias = model.get_layer("logits").get_weights()
@@ -263,7 +261,7 @@ def test_the_temperature_of_another_run_is_fitted_to_its_model_and_images(
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "words"),
+    ("flag", "value", "message"),
     [
         ("epochs", 4, "was trained with --epochs=4 and .* its temperature would be another"),
         ("val_fraction", 0.0, "there is no validation split: the run was made with --val_fraction"),
@@ -272,7 +270,7 @@ def test_the_temperature_of_another_run_is_fitted_to_its_model_and_images(
     ],
 )
 def test_the_temperature_of_a_run_of_other_flags_is_refused(
-    trained_run, tmp_path, capsys, flag, value, words
+    trained_run, tmp_path, capsys, flag, value, message
 ):
     other = Run(shutil.copytree(trained_run.path, tmp_path / "other"))
     config = other.read_config()
@@ -280,10 +278,10 @@ def test_the_temperature_of_a_run_of_other_flags_is_refused(
     other.config.write_text(json.dumps(config))
     out = tmp_path / "m"
     status = command(f"--run={trained_run.path}", f"--out={out}", f"--temperature={other.path}")
-    assert status == (1 if words else 0)
-    if words:
+    assert status == (1 if message else 0)
+    if message:
         (line,) = capsys.readouterr().err.splitlines()
-        assert re.search(words, line)
+        assert re.search(message, line)
         assert not out.exists()
 
 

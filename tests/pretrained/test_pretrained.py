@@ -26,12 +26,12 @@ def make(*argv) -> int:
     """The exit status of the script in this process."""
     argv = [str(argument) for argument in argv]
     options = make_pretrained.PretrainedOptions
-    return cli._make("make_pretrained", make_pretrained.main, options, "RUN NAME", argv)
+    return cli._execute("make_pretrained", make_pretrained.main, options, "RUN NAME", argv)
 
 
 def classify(*argv) -> int:
     argv = [str(argument) for argument in argv]
-    return cli._make("predict", predict.main, predict.PredictOptions, "IMAGE ...", argv)
+    return cli._execute("predict", predict.main, predict.PredictOptions, "IMAGE ...", argv)
 
 
 @pytest.fixture(scope="module")
