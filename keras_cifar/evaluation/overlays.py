@@ -13,12 +13,7 @@ SIDE = 224  # pixels that the sides of an overlay have at least
 
 
 class OverlayWriter:
-    """Writes into a folder where a network sees the class of each image; `on_batch` of predictions.
-
-    Args:
-        model: as `grad_cam.GradCam` takes it.
-        folder: is created.
-    """
+    """Writes an overlay for each image into a folder; the `on_batch` of `predictions`."""
 
     def __init__(self, model: keras.Model, folder: str):
         self._grad_cam = grad_cam.GradCam(model)

@@ -23,15 +23,7 @@ def export_run(
     labels: str | None = None,
     temperature: str | None = None,
 ) -> tuple[pathlib.Path, str]:
-    """Exports a run's selected model.
-
-    Args:
-        directory: the run's.
-        format: a module of `exporters`.
-        out: the base path; None is RUN/export, or RUN/FORMAT for other formats than saved_model.
-        version: an integer; None is the next one.
-        labels: a text file of names to show for the classes.
-        temperature: as `find_temperature` takes it; None leaves the logits as they are.
+    """Exports a run's selected model; the arguments are the flags of `export`.
 
     Returns:
         (the version's directory, the results of temperature scaling and verification as text).

@@ -30,9 +30,8 @@ def export(
 ) -> pathlib.Path:
     """Writes `base/<version>/` with model.tflite, model_int8.tflite and labels.txt.
 
-    Arguments are as in `saved_model.export`. Both models take `images` uint8 [N, H, W, 3] and return
-    `probabilities` float32 [N, K] and `label_index` int64 [N]. The integers have the ranges of the
-    network's values on `samples.training`.
+    Arguments are as in `saved_model.export`. Both models have the inputs and outputs of
+    `folding.function`; the integers have the ranges of the network's values on `samples.training`.
 
     Raises:
         UserError: there are no training images, the extra `formats` is not installed, or LiteRT

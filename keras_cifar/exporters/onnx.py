@@ -25,8 +25,8 @@ def export(
 ) -> pathlib.Path:
     """Writes `base/<version>/` with model.onnx and labels.txt; arguments as `saved_model.export`.
 
-    The model takes `images` uint8 [N, H, W, 3] and returns `probabilities` float32 [N, K] and
-    `label_index` int64 [N]. Its metadata `class_names` holds the class names, one a line.
+    The model has the inputs and outputs of `folding.function`. Its metadata `class_names` holds the
+    class names, one a line.
 
     Raises:
         UserError: the extra `formats` is not installed, or ONNX Runtime differs from the model.

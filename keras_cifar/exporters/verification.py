@@ -1,10 +1,9 @@
 """Verifies that an export predicts what the model predicts, before it appears."""
 
-import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -28,13 +27,9 @@ HALF_BOUND = 0.1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """Images to verify an export with.
+    """Images to verify an export with: uint8 [N, H, W, 3], and a description of them.
 
-    Attributes:
-        images: uint8 [N, H, W, 3], to compare predictions on.
-        origin: a description of the images.
-        training: uint8 [M, H, W, 3] of the training split, from which integer formats measure the
-            ranges of their values; None where there are none.
+    `training` are images of the training split, from which integer formats measure their ranges.
     """
 
     images: np.ndarray
@@ -43,10 +38,7 @@ class Samples:
 
 
 def of_dataset(dataset: Dataset, spec: str) -> Samples:
-    """Images of validation, or of test where nothing was held out, evenly spread over the split.
-
-    The labels are not used, so the test split stays unseen.
-    """
+    """Validation images, or test images where nothing was held out; their labels are not used."""
     name = "test" if dataset.val is None else "val"
     split = dataset.split(name)
     training = dataset.train.spread(IMAGES).images
@@ -70,17 +62,6 @@ def in_batches(classify: Callable, images: np.ndarray) -> np.ndarray:
     starts = range(0, len(images), BATCH_SIZE)
     batches = [np.asarray(classify(images[s : s + BATCH_SIZE])) for s in starts]
     return np.concatenate(batches).astype(np.float32)
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Computes in float32 where GPUs would round products to the 10 bits of TensorFloat-32."""
-    before = tf.config.experimental.tensor_float_32_execution_enabled()
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    try:
-        yield
-    finally:
-        tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
 def compare(expected: np.ndarray, found: np.ndarray) -> dict:
@@ -118,12 +99,17 @@ def verify(
         UserError: the export differs too much.
     """
     samples = samples or noise(model.input_shape[1:3])
-    with full_precision():
+    # GPUs would round products to the 10 bits of TensorFloat-32.
+    tensor_float = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
         expected = in_batches(lambda images: model(images, training=False), samples.images)
         differences = {
             name: compare(expected, in_batches(classify, samples.images))
             for name, classify in classifiers.items()
         }
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(tensor_float)
     default = {"largest_difference": bound(model)}
     limits = {name: (limits or {}).get(name, default) for name in classifiers}
     for name, row in differences.items():

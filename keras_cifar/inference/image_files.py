@@ -74,9 +74,10 @@ def decode(files: Iterator[tuple[str, str | None]], size: tuple[int, int]) -> It
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         try:
             while True:
-                while len(started) <= AHEAD and (
-                    batch := list(itertools.islice(files, BATCH_SIZE))
-                ):
+                while len(started) <= AHEAD:
+                    batch = list(itertools.islice(files, BATCH_SIZE))
+                    if not batch:
+                        break
                     waiting, decoded = collections.deque(enumerate(batch)), [None] * len(batch)
                     # A task per thread, not per file: a task costs as much as decoding a small image.
                     tasks = [pool.submit(_decode, waiting, decoded, size) for _ in range(THREADS)]

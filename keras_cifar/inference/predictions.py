@@ -25,12 +25,10 @@ def classify_files(
     Args:
         predictor: a Predictor or a RemotePredictor.
         arguments: files, folders and globs, as `image_files.find` takes them.
-        top_k: classes to name for each image.
         on_batch: is called with each batch of `image_files.decode` and its predictions.
 
     Returns:
-        A prediction for each file as --format=json prints it, and the feature vectors of the files
-        without an error, none unless they are wanted.
+        (a prediction for each file as --format=json prints it, the feature vectors if requested).
     """
     predictions, features = [], []
     with tqdm.tqdm(desc="classifying", unit=" files", leave=False, disable=None) as progress:
@@ -52,9 +50,7 @@ def classify_files(
 
 
 def _top_classes(predictor, images: np.ndarray, top_k: int) -> list[list[dict]]:
-    """The most probable classes of each image, the first of equal ones first."""
-    if not len(images):
-        return []
+    """The most probable classes of each image; equal ones in the order of the classes."""
     probabilities = predictor.classify(images)
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
     return [

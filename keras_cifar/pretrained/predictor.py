@@ -15,12 +15,7 @@ URLS = ("http://", "https://")
 
 
 class PretrainedPredictor(Predictor):
-    """A Predictor of weights that come with the package, by the functions of an export.
-
-    Raises:
-        UsageError: there is no such name.
-        UserError: one of its files is damaged.
-    """
+    """A Predictor of a pretrained network, by the functions that an export would have."""
 
     def __init__(self, name: str):
         from keras_cifar.exporters import saved_model
@@ -37,11 +32,7 @@ class PretrainedPredictor(Predictor):
 def load_predictor(
     model: str, timeout: float, labels: str | None = None
 ) -> Predictor | RemotePredictor:
-    """Loads what classifies images.
-
-    Args:
-        model: a run, an export, a URL or pretrained:NAME.
-        timeout, labels: as RemotePredictor takes them.
+    """Loads the predictor of a run, an export, a URL or pretrained:NAME.
 
     Raises:
         UserError: there is no such model, or it is damaged.

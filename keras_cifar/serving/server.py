@@ -27,11 +27,11 @@ def run(
     max_batch_size: int,
     batch_wait: float,
 ) -> None:
-    """Serves a model until SIGTERM or SIGINT comes; the arguments are the flags of `serve`.
+    """Serves a model; the arguments are the flags of `serve`.
 
     Raises:
-        StoppedError: a signal came; requests in flight were answered.
-        UserError: the address is taken, or there is no model that can be loaded.
+        StoppedError: SIGTERM or SIGINT came; requests in flight were answered.
+        UserError: the address is taken, or there is no valid model.
     """
     with _listen(host, port) as listener:
         versions = Versions(model, max_batch_size)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -106,28 +108,13 @@ def test_the_card_describes_the_network(installed, trained_run):
     assert str(config["flags"]["data"]) not in (installed / "tiny.json").read_text()
 
 
-def test_the_script_prints_size_accuracy_and_files(installed, capsys):
-    assert make(installed / "run", "again", "--data=x") == 0
-    out = capsys.readouterr().out
-    size = (installed / "again.safetensors").stat().st_size
-    assert f"{size:,} bytes" in out
-    assert str(installed / "again.json") in out
-    assert pretrained.names() == ["again", "tiny"]
-    for suffix in (".json", ".safetensors"):
-        (installed / f"again{suffix}").unlink()
-
-
 @pytest.mark.parametrize(
     ("argv", "status", "message"),
     [
         (["RUN", "x"], 2, "--data=TEXT is needed"),
         (["RUN", "--data=x"], 2, "give a run directory and a name"),
         (["RUN", "../x", "--data=x"], 2, "must consist of lower-case letters"),
-        (
-            ["RUN", "x", "--data=x", "--temperature=0"],
-            2,
-            "must be auto, a number above 0, or a run",
-        ),
+        (["RUN", "x", "--data=x", "--temperature=0"], 2, "must be auto, a number above 0"),
         (["/nowhere", "x", "--data=x"], 1, "/nowhere does not exist"),
     ],
 )
@@ -137,6 +124,12 @@ def test_wrong_usage_is_one_line(installed, argv, status, message, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_the_script_shows_its_flags():
+    command = [sys.executable, make_pretrained.__file__, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.startswith("usage: python scripts/make_pretrained.py [flags] RUN NAME\n")
 
 
 def test_weights_that_are_too_large_or_change_the_accuracy_are_refused(installed, monkeypatch):
@@ -160,8 +153,11 @@ def test_weights_that_are_too_large_or_change_the_accuracy_are_refused(installed
     assert pretrained.names() == ["tiny"]
 
 
-def test_temperature_is_in_what_is_loaded(copied, trained_run):
+def test_the_loaded_network_has_the_temperature(copied, trained_run, capsys):
     assert make(trained_run.path, "cool", "--data=x", "--temperature=auto") == 0
+    out = capsys.readouterr().out
+    assert f"{(copied / 'cool.safetensors').stat().st_size:,} bytes" in out
+    assert str(copied / "cool.json") in out
     validation = evaluator.load_data(trained_run.read_config(), "val").split("val")
     fitted = fit_to_split(models.load(trained_run.model), validation)
     (plain, _), (model, card) = pretrained.load("tiny"), pretrained.load("cool")
@@ -259,19 +255,11 @@ def test_it_predicts_what_the_export_of_the_run_predicts(installed, trained_run)
     assert mine.classify(images[:0]).shape == (0, 3)
 
 
-def test_predict_takes_a_pretrained_name(installed, trained_run, tmp_path, capsys):
-    images, _ = colour_images(3, 20, 3, seed=9)
-    for index, pixels in enumerate(images):
-        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
-    found = []
-    for model in ("pretrained:tiny", trained_run.path):
-        assert classify(f"--model={model}", "--format=json", tmp_path) == 0
-        found.append(json.loads(capsys.readouterr().out))
-    for mine, theirs in zip(*found, strict=True):
-        assert mine["file"] == theirs["file"]
-        for a, b in zip(mine["top"], theirs["top"], strict=True):
-            assert a["label"] == b["label"]
-            assert a["probability"] == pytest.approx(b["probability"], abs=0.01)
+def test_predict_takes_a_pretrained_name(installed, tmp_path, capsys):
+    Image.new("RGB", (20, 20), "white").save(tmp_path / "white.png")
+    assert classify("--model=pretrained:tiny", "--format=json", tmp_path) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["top"][0]["label"] == "class_2"
     assert classify("--model=pretrained:big", tmp_path) == 2
     assert "choose one of: tiny" in capsys.readouterr().err
 
