@@ -71,8 +71,8 @@ class TrainingStep:
         """Runs one step on all replicas.
 
         Args:
-            iterator: yields what `train_step` takes, or each microbatch of it.
-            train_step: (images, labels) -> METRICS, used where nothing is accumulated.
+            iterator: yields (images, labels) of each replica's shard, or of each microbatch of it.
+            train_step: computes METRICS from the shard where there are no microbatches.
 
         Returns:
             float [5]: METRICS.
