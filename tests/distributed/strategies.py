@@ -172,9 +172,9 @@ def train(run: Run, config: TrainConfig, devices: strategy.DistributedContext) -
     with contextlib.nullcontext() if run.dropout else without_dropout(model.logits_model):
         history = model.fit(
             plan.batches(0),
-            epochs=config.epochs,
+            epochs=config.fit.epochs,
             validation_data=plan.validation(),
-            validation_freq=config.epochs,
+            validation_freq=config.fit.epochs,
             callbacks=[recording],
             verbose=0,
         ).history
@@ -184,7 +184,7 @@ def train(run: Run, config: TrainConfig, devices: strategy.DistributedContext) -
     if not run.deployed:
         return found
     with model.averaged():
-        model.recompute_statistics(iter(plan.batches(3)), config.precise_bn_batches)
+        model.recompute_statistics(iter(plan.batches(3)), config.fit.precise_bn_batches)
         found |= copied("deployed", model.weights, devices)
         found["figures|deployed"] = np.array(model.evaluate(plan.validation(), verbose=0))
     return found
@@ -478,7 +478,7 @@ CASES = (
 
 
 def compute(flags: dict, names: list[str], path: pathlib.Path) -> None:
-    config, found = TrainConfig(**flags), {}
+    config, found = TrainConfig.from_flags(**flags), {}
     try:
         with strategy.DistributedContext(strategy.choose(config), config) as devices:
             for name in names:
