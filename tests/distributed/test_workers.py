@@ -296,7 +296,7 @@ def test_run_that_lost_a_worker_goes_on_to_the_very_same_end(tmp_path, victim):
             assert workers.ended(1 - victim, time.monotonic()).status in (0, 1)
         assert len(results_so_far(workers.run)) < 4
         run = whole(root)
-        assert "going on after epoch" in workers.output(0)
+        assert "resuming from epoch" in workers.output(0)
         return run
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
