@@ -16,7 +16,8 @@ import numpy as np
 from keras_cifar.core import tensors
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import open_file, replacing
-from keras_cifar.models.classifier import METRICS, Classifier
+from keras_cifar.models.classifier import Classifier
+from keras_cifar.models.training_step import METRICS
 
 KEPT = 2  # checkpoints: the newest, and one to go back to where that is damaged
 
@@ -31,7 +32,7 @@ class TrainingProgress:
     Attributes:
         history: a row for each epoch that is complete.
         steps: done in the epoch after these.
-        totals: the sums of `classifier.METRICS` over these steps.
+        totals: the sums of `training_step.METRICS` over these steps.
         seconds: that these steps took.
         rollbacks: how often the run went back because the loss was not finite.
     """
