@@ -13,6 +13,8 @@ import pytest
 
 from keras_cifar import launch
 from keras_cifar.core import cli, environment
+from keras_cifar.core.config import TrainConfig
+from keras_cifar.distributed import launcher
 
 FAST = [sys.executable, "-I", "-S", "-u", "-c"]  # Python without what takes time to start
 FOREVER = "import time; print('here', flush=True); time.sleep(60)"
@@ -21,10 +23,11 @@ LAUNCHER = """
 import os, sys
 from keras_cifar import launch
 from keras_cifar.core import cli
+from keras_cifar.distributed import launcher
 
 def main(options, scripts):
     commands = [[sys.executable, "-I", "-S", "-u", "-c", script] for script in scripts]
-    launch.run_workers(commands, [dict(os.environ)] * len(commands), grace=5)
+    launcher.run_workers(commands, [dict(os.environ)] * len(commands), grace=5)
 
 cli.run("launch", main, launch.LaunchOptions, "", "SCRIPT ...", tensorflow=False)
 """
@@ -39,13 +42,13 @@ time.sleep(60)
 
 def run(*scripts, grace=5.0):
     commands = [[*FAST, script] for script in scripts]
-    launch.run_workers(commands, [dict(os.environ)] * len(scripts), grace)
+    launcher.run_workers(commands, [dict(os.environ)] * len(scripts), grace)
 
 
 def ended(*scripts, grace=5.0):
     """(status, message, seconds) of a run that does not succeed."""
     started = time.perf_counter()
-    with pytest.raises(launch.EndedError) as caught:
+    with pytest.raises(launcher.EndedError) as caught:
         run(*scripts, grace=grace)
     return caught.value.status, str(caught.value), time.perf_counter() - started
 
@@ -55,7 +58,7 @@ def until(path):
     return f"import os, time\nwhile not os.path.exists({str(path)!r}): time.sleep(0.01)\n"
 
 
-def launcher(*scripts, **kwargs):
+def start_launcher(*scripts, **kwargs):
     command = [sys.executable, "-c", LAUNCHER, "--workers", str(len(scripts)), "--", *scripts]
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
     return subprocess.Popen(command, **kwargs)
@@ -121,7 +124,7 @@ def test_of_a_progress_bar_the_last_state_is_shown(written, shown, capfdbinary):
 
 def test_long_lines_of_several_workers_are_not_mixed():
     script = "import sys\nfor s in [sys.stdout, sys.stderr] * 5: print(str(%d) * 300_000, file=s)"
-    process = launcher(script % 0, script % 1, stderr=subprocess.STDOUT)
+    process = start_launcher(script % 0, script % 1, stderr=subprocess.STDOUT)
     lines = process.communicate()[0].splitlines()
     assert process.returncode == 0
     assert len(lines) == 20
@@ -134,7 +137,7 @@ def test_the_end_of_the_reader_ends_the_workers():
         "try:\n    while True: print('y')\n"
         "except BrokenPipeError: os._exit(1)"
     )
-    with launcher(script) as process:
+    with start_launcher(script) as process:
         pids = family_of(process, 1)
         process.stdout.close()
         assert process.wait(10) == 1
@@ -206,7 +209,7 @@ def test_who_ignores_sigterm_is_killed_after_the_grace(capfd, tmp_path):
 
 def test_a_command_that_cannot_be_started_ends_the_others(capfd):
     with pytest.raises(OSError, match="too long"):
-        launch.run_workers(
+        launcher.run_workers(
             [[*FAST, FAMILY], [*FAST, FAMILY]],
             [dict(os.environ), {"a": "a" * 2_000_000}],  # longer than Linux takes
         )
@@ -220,7 +223,7 @@ def test_a_command_that_cannot_be_started_ends_the_others(capfd):
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
 def test_a_signal_ends_everything(number, status, word):
-    with launcher(FAMILY, FAMILY) as process:
+    with start_launcher(FAMILY, FAMILY) as process:
         pids = family_of(process)
         assert all(map(alive, pids))
         process.send_signal(number)
@@ -246,7 +249,7 @@ def test_a_signal_between_two_starts_loses_no_worker(monkeypatch):
 
 def test_a_killed_launcher_leaves_no_worker():
     script = FAMILY.replace("child.pid", "0").replace("subprocess.Popen", "list")
-    with launcher(script, script) as process:
+    with start_launcher(script, script) as process:
         pids = [pid for pid in family_of(process) if pid]
         assert len(pids) == 2
         assert all(map(alive, pids))
@@ -256,7 +259,7 @@ def test_a_killed_launcher_leaves_no_worker():
 
 
 def test_a_worker_of_a_launcher_that_has_died_does_not_begin():
-    command = [sys.executable, "-c", launch.TIED]
+    command = [sys.executable, "-c", launcher.DIE_WITH_PARENT]
     for pid, output in ((os.getpid(), b"begun\n"), (1 << 22, b"")):
         done = subprocess.run([*command, str(pid), "/bin/echo", "begun"], capture_output=True)
         assert (done.stdout, done.stderr) == (output, b"")
@@ -285,7 +288,7 @@ def machine(monkeypatch, tmp_path):
 
 def test_a_worker_runs_in_its_environment(capfd):
     commands = [[*FAST, "import os; print(os.environ['NUMBER'])"]] * 2
-    launch.run_workers(commands, [{"NUMBER": "one"}, {"NUMBER": "two"}])
+    launcher.run_workers(commands, [{"NUMBER": "one"}, {"NUMBER": "two"}])
     assert sorted(capfd.readouterr().out.splitlines()) == ["[0] one", "[1] two"]
 
 
@@ -348,11 +351,11 @@ def test_workers_share_the_gpus_that_nvidia_smi_lists(machine, tmp_path, gpus, s
 
 
 def test_ports_are_free_and_different(monkeypatch):
-    used = launch.free_ports(1)[0]
-    monkeypatch.setattr(launch, "PORTS", range(used, used + 40))
+    used = launcher.free_ports(1)[0]
+    monkeypatch.setattr(launcher, "PORTS", range(used, used + 40))
     with socket.socket() as taken:
         taken.bind(("", used))
-        ports = launch.free_ports(20)
+        ports = launcher.free_ports(20)
     assert len(set(ports)) == 20
     assert set(ports) < set(range(used + 1, used + 40))
     for port in ports:
@@ -361,8 +364,8 @@ def test_ports_are_free_and_different(monkeypatch):
 
 
 def test_ports_are_not_those_of_outgoing_connections():
-    assert min(launch.PORTS) > 1024
-    assert max(launch.PORTS) < 32_768
+    assert min(launcher.PORTS) > 1024
+    assert max(launcher.PORTS) < 32_768
 
 
 # The command line
@@ -379,7 +382,7 @@ def commands(monkeypatch):
     """The command lines that would have been run."""
     found = []
     monkeypatch.setattr(
-        launch, "run_workers", lambda commands, environments: found.extend(commands)
+        launcher, "run_workers", lambda commands, environments: found.extend(commands)
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return found
@@ -387,7 +390,7 @@ def commands(monkeypatch):
 
 def flags_of(command):
     assert command[:4] == [sys.executable, "-u", "-m", "keras_cifar.train"]
-    return cli.parse(launch.TrainConfig, command[4:])
+    return cli.parse(TrainConfig, command[4:])
 
 
 def test_workers_train_as_one_cluster_into_one_run_directory(commands):

@@ -223,8 +223,8 @@ def test_one_task_of_slurm_is_no_cluster(gpus, environ):
         ({"workers": "a:1,b:1", "worker_index": 2}, "", "worker 2 is not among the 2 workers"),
         (WORKERS | {"replicas": 2}, "", "--replicas is for one machine"),
         (WORKERS | {"strategy": "mirrored"}, "", "--workers needs --strategy=multiworker"),
-        ({}, "{", "TF_CONFIG is not as TensorFlow defines it"),
-        ({}, "[1]", "TF_CONFIG is not as TensorFlow defines it"),
+        ({}, "{", "TF_CONFIG is malformed"),
+        ({}, "[1]", "TF_CONFIG is malformed"),
         ({}, {"cluster": {"worker": ["a:1"], "ps": ["b:1"]}}, "TF_CONFIG has the job 'ps'"),
         (
             {},
