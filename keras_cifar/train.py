@@ -30,8 +30,8 @@ def main(config: TrainConfig) -> None:
     if config.seeds:
         train_seeds(config, run)
         return
-    figures = trainer.train(config, run)
-    if figures is None:
+    metrics = trainer.train(config, run)
+    if metrics is None:
         print("this worker is done; worker 0 has the results")
         return
     files = [("model", run.model), ("history", run.history), ("curves", run.curves)]
@@ -42,8 +42,8 @@ def main(config: TrainConfig) -> None:
     if run.export.exists():
         files += [("export", run.export)]
     print(
-        f"\ntest accuracy {figures['accuracy']:.4f}, error {1 - figures['accuracy']:.2%}, loss "
-        f"{figures['loss']:.4f} on {figures['count']:,} images"
+        f"\ntest accuracy {metrics['accuracy']:.4f}, error {1 - metrics['accuracy']:.2%}, loss "
+        f"{metrics['loss']:.4f} on {metrics['count']:,} images"
     )
     for name, path in files:
         print(f"{name:<10}{path}")

@@ -31,7 +31,7 @@ def train(config: TrainConfig, run: Run) -> dict | None:
     """Trains, selects, tests and exports; goes on where an earlier call on the same run stopped.
 
     Returns:
-        The figures of the test split, as in `RUN/eval/test.json`; None at workers other than the
+        The metrics of the test split, as in `RUN/eval/test.json`; None at workers other than the
         chief, which alone reads and writes the run directory.
 
     Raises:
@@ -67,15 +67,15 @@ def train(config: TrainConfig, run: Run) -> dict | None:
 
         model = models.load(run.model)
         dataset = plan.dataset
-        figures = evaluator.evaluate(
+        metrics = evaluator.evaluate(
             model, "test", dataset.test, dataset.class_names, config.data, run
         )
         if config.export and not versions(run.export):
             samples = verification.of_dataset(dataset, config.data)
             path = saved_model.export(model, run.export, dataset.class_names, samples=samples)
-            print(verification.words(path), flush=True)
+            print(verification.summary(path), flush=True)
         report(run, model, dataset)
-        return figures
+        return metrics
 
 
 def report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:

@@ -725,7 +725,8 @@ def test_training_and_evaluation_use_the_cache_of_the_run(tmp_path, pictures, de
     decoded.clear()
     evaluator.evaluate_run(run, "val")
     assert decoded == []
-    evaluator.evaluate_run(run, "val", cache_dir=str(tmp_path / "other"))
+    other = evaluator.DataSource(cache_dir=str(tmp_path / "other"))
+    evaluator.evaluate_run(run, "val", other)
     assert len(decoded) == 36
     assert len(left(tmp_path / "other")) == 2
     # Going on with another --cache_dir is the same run.

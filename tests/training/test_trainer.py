@@ -446,7 +446,8 @@ def test_evaluate_on_other_data_of_the_same_classes(trained_run, tmp_path):
 def test_evaluate_refuses_other_classes(trained_run, tmp_path):
     write_folder(tmp_path / "other", {"train": 30, "test": 6}, classes=2)
     with pytest.raises(UserError, match="class_0, class_1 and the run was trained on"):
-        evaluator.evaluate_run(trained_run, "test", f"folder:{tmp_path / 'other'}")
+        other = evaluator.DataSource(f"folder:{tmp_path / 'other'}")
+        evaluator.evaluate_run(trained_run, "test", other)
 
 
 def test_evaluate_without_validation_split_says_why(tmp_path, image_folder):
