@@ -165,15 +165,15 @@ def register() -> None:
 
 
 def train(run: Run, config: TrainConfig, context: strategy.DistributedContext) -> dict:
-    plan = planning.prepare(dataclasses.replace(config, **BASE | run.flags), context)
+    plan = planning.prepare(config.replace(**BASE | run.flags), context)
     model, config = plan.model, plan.config
     recording = Recording(context)
     with contextlib.nullcontext() if run.dropout else model._without_dropout():
         history = model.fit(
             plan.batches(0),
-            epochs=config.epochs,
+            epochs=config.fit.epochs,
             validation_data=plan.validation(),
-            validation_freq=config.epochs,
+            validation_freq=config.fit.epochs,
             callbacks=[recording],
             verbose=0,
         ).history
@@ -183,7 +183,7 @@ def train(run: Run, config: TrainConfig, context: strategy.DistributedContext) -
     if not run.deployed:
         return found
     with model.averaged():
-        model.recompute_statistics(iter(plan.batches(3)), config.precise_bn_batches)
+        model.recompute_statistics(iter(plan.batches(3)), config.fit.precise_bn_batches)
         found |= copied("deployed", model.weights, context)
         found["metrics|deployed"] = np.array(model.evaluate(plan.validation(), verbose=0))
     return found
@@ -524,9 +524,11 @@ CASES = (
 
 
 def compute(flags: dict, names: list[str], path: pathlib.Path) -> None:
-    config, found = TrainConfig(**flags), {}
+    config, found = TrainConfig.from_flags(**flags), {}
     try:
-        with strategy.DistributedContext(strategy.choose(config), config) as context:
+        with strategy.DistributedContext(
+            strategy.choose(config.devices), config.devices
+        ) as context:
             for name in names:
                 start = time.process_time()
                 keras.utils.clear_session(free_memory=False)

@@ -393,15 +393,17 @@ def test_workers_train_as_one_cluster_into_one_run_directory(commands):
         execute(["--workers", "3", "--", "--model", "nin", "--data", "digits", "--noexport"]) == 0
     )
     parsed = [flags_of(command)[0] for command in commands]
-    assert [config.worker_index for config in parsed] == [0, 1, 2]
+    assert [config.devices.worker_index for config in parsed] == [0, 1, 2]
     for config in parsed:
-        assert config.strategy == "multiworker"
-        assert config.model == "nin"
-        assert not config.export
-        assert config.run_dir == parsed[0].run_dir
-        assert config.workers == parsed[0].workers
-    assert re.fullmatch(r"runs/nin-digits-[\d-]+", parsed[0].run_dir)
-    hosts, ports = zip(*(each.split(":") for each in parsed[0].workers.split(",")), strict=True)
+        assert config.devices.strategy == "multiworker"
+        assert config.model.model == "nin"
+        assert not config.output.export
+        assert config.output.run_dir == parsed[0].run_dir
+        assert config.devices.workers == parsed[0].workers
+    assert re.fullmatch(r"runs/nin-digits-[\d-]+", parsed[0].output.run_dir)
+    hosts, ports = zip(
+        *(each.split(":") for each in parsed[0].devices.workers.split(",")), strict=True
+    )
     assert hosts == ("127.0.0.1",) * 3
     assert len(set(ports)) == 3
 
@@ -412,8 +414,8 @@ def test_the_users_run_directory_is_kept(flags, commands, tmp_path):
     file.write_text("--run_dir=mine\n")
     flags = [flag.replace("FILE", str(file)) for flag in flags]
     assert execute(["--workers=1", "--", *flags]) == 0
-    assert [flags_of(command)[0].run_dir for command in commands] == ["mine"]
-    assert flags_of(commands[0])[0].strategy == "multiworker"
+    assert [flags_of(command)[0].output.run_dir for command in commands] == ["mine"]
+    assert flags_of(commands[0])[0].devices.strategy == "multiworker"
 
 
 @pytest.mark.parametrize(
