@@ -85,7 +85,7 @@ def disturb(
     }
     write_json(run.disturbances(name), record)
     few = chosen.take(np.arange(min(count, PICTURED))).images
-    plots.gallery(disturbances.gallery(few, seed), run.gallery(name))
+    plots.save(plots.gallery(disturbances.gallery(few, seed)), run.gallery(name))
     return record
 
 

@@ -162,4 +162,4 @@ def picture(entries: list[Entry], path: pathlib.Path) -> None:
     ]
     if not curves:
         raise UserError("there is nothing to draw: no run has completed an epoch")
-    plots.progress(curves, path)
+    plots.save(plots.progress(curves), path)

@@ -82,7 +82,9 @@ def report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:
     """Writes the run's report. A run is whole without it: what fails here is a line of warning."""
     try:
         found = record.load(run)
-        page.write(run.report, [found], [gallery.of(found, model, dataset.split(found.split))])
+        page.write(
+            run.report, [found], [gallery.from_model(found, model, dataset.split(found.split))]
+        )
     except Exception as error:
         print(f"no report: {run.report} cannot be written: {reason(error)}", file=sys.stderr)
 

@@ -142,7 +142,7 @@ def test_picture_shows_each_run_and_the_band_of_seeds(tmp_path, command):
     assert one.shape == two.shape
     assert (one != two).any()
     # The light blue of the band is in no other.
-    light = [(np.abs(x - (199, 221, 236)).max(axis=-1) < 6).sum() for x in (one, band)]
+    light = [(np.abs(x - (199, 219, 250)).max(axis=-1) < 6).sum() for x in (one, band)]
     assert light[1] > 1000 > light[0]
 
 
