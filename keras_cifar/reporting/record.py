@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from keras_cifar.core.config import SPLITS, TrainConfig
+from keras_cifar.core.config import FLAGS, SPLITS
 from keras_cifar.core.errors import UserError, one_line, reason
 from keras_cifar.core.files import read
 from keras_cifar.core.run_directory import Run
@@ -70,7 +70,7 @@ class Record:
 
     def flags(self) -> dict:
         """Model, data, and all other flags that are not at their default and decide the result."""
-        defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+        defaults = {name: field.default for name, field in FLAGS.items()}
         return {
             name: value
             for name, value in self.config["flags"].items()
