@@ -20,7 +20,6 @@ MISTAKES = 24
 SHOWN = 3  # of the most probable classes
 MAX_SIDE = 96  # pixels; a report holds hundreds of images
 MAX_PNG_SIDE = 64  # pixels; larger images are smaller as JPEG
-NEIGHBOURS = 16  # images that are disturbed with the one that is shown, as clutter mixes several
 
 
 def load(run: Run, record: Record, max_mistakes: int = MISTAKES, disturbed: bool = True) -> Gallery:
@@ -90,15 +89,12 @@ def _disturbed(record: Record, split: Split) -> dict[str, list[str]]:
     """The first image at each strength of the evaluated disturbances."""
     if not record.disturbances:
         return {}
-    images = split.take(np.arange(min(NEIGHBOURS, len(split)))).images
-    seed = record.disturbances["seed"]
+    images = split.take(np.arange(min(disturbances.NEIGHBOURS, len(split)))).images
+    measured = record.disturbances["disturbances"]
     return {
-        name: [
-            _url(disturbances.apply(name, images, strength, seed)[0])
-            for strength in range(1, len(row["strengths"]) + 1)
-        ]
-        for name, row in record.disturbances["disturbances"].items()
-        if name in disturbances.DISTURBANCES
+        name: [_url(pixels) for pixels in shown[1:]]
+        for name, shown in disturbances.gallery(images, record.disturbances["seed"]).items()
+        if name in measured
     }
 
 

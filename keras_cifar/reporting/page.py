@@ -8,13 +8,13 @@ import importlib.resources
 import pathlib
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 
 from keras_cifar.core.config import FLAGS
 from keras_cifar.core.errors import one_line
 from keras_cifar.core.files import replacing
 from keras_cifar.evaluation import plots
+from keras_cifar.reporting import comparison
 from keras_cifar.reporting.record import SCALARS, Record
 
 NONE = "\N{EN DASH}"  # stands for a missing value
@@ -59,8 +59,9 @@ def render(records: list[Record], galleries: list[Gallery]) -> str:
         script=Markup(script),
         script_hash=digest,
         runs=runs,
+        fields=FLAGS,
         curves=_curves(records, "all") if len(records) > 1 else None,
-        differing=_differing(records),
+        differing=comparison.differing([record.config["flags"] for record in records]),
         data={"runs": [_data(record) for record in records]},
     )
 
@@ -76,7 +77,7 @@ def _environment() -> jinja2.Environment:
         # Text of a run's files may hold line ends and terminal commands.
         finalize=lambda v: v if isinstance(v, Markup) or type(v) is not str else one_line(v),
     )
-    environment.filters |= {"percent": _percent, "number": _number}
+    environment.filters |= {"percent": _percent, "number": _number, "flag": _flag}
     return environment
 
 
@@ -92,38 +93,34 @@ def _number(value: float | None, digits: int = 4) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
+def _flag(value: object) -> str:
+    return NONE if value in (None, "") else str(value)
+
+
 # ---- What the template shows of a run
 
 
 def _run(number: int, record: Record, gallery: Gallery) -> dict:
-    metrics = record.metrics or {}
+    identifier, metrics = f"run{number}", record.metrics or {}
+    matrix = reliability = None
+    if len(names := metrics.get("per_class", ())) > plots.MAX_NUMBERED:
+        title = f"Confusion matrix of {len(names)} classes; a table of the most confused follows"
+        figure = plots.confusion(metrics["confusion"], list(names))
+        matrix = Markup(plots.svg(figure, title, f"{identifier}-matrix"))
+    if "calibration" in metrics:
+        figure = plots.reliability(metrics["calibration"]["bins"])
+        title = "Accuracy by probability of the predicted class"
+        reliability = Markup(plots.svg(figure, title, f"{identifier}-reliability"))
     return {
         "number": number,
-        "id": f"run{number}",
+        "id": identifier,
         "record": record,
         "metrics": metrics,
         "gallery": gallery,
-        "curves": _curves([record], f"run{number}"),
-        "flags": _flags(record),
-        "confusion": _confusion(record, number) if metrics else None,
-        "calibration": _calibration(metrics, number),
-        "disturbances": _disturbances(record, gallery),
+        "curves": _curves([record], identifier),
+        "matrix": matrix,
+        "reliability": reliability,
     }
-
-
-def _flags(record: Record) -> list[tuple]:
-    """(flag, value, default, description) of the flags that are not at their default."""
-    rows = []
-    for name, value in record.flags().items():
-        field = FLAGS.get(name)
-        default, what = (field.default, field.metadata["help"]) if field else (None, NONE)
-        rows.append((f"--{name}", _text(value), _text(default), what))
-    return rows
-
-
-def _text(value: object) -> str:
-    """The value of a flag."""
-    return NONE if value in (None, "") else str(value)
 
 
 def _curves(records: list[Record], identifier: str) -> list[tuple[str, Markup]]:
@@ -136,60 +133,6 @@ def _curves(records: list[Record], identifier: str) -> list[tuple[str, Markup]]:
         chart = plots.svg(figure, f"{title} over the epochs", f"{identifier}-{metric}")
         drawn.append((title, Markup(chart)))
     return drawn
-
-
-def _differing(records: list[Record]) -> list[tuple[str, list[str]]]:
-    """(flag, its value in each run) of the flags that differ."""
-    all_flags = [record.flags() for record in records]
-    names = dict.fromkeys(name for flags in all_flags for name in flags)
-    defaults = {name: field.default for name, field in FLAGS.items()}
-    rows = [
-        (f"--{name}", [_text(flags.get(name, defaults.get(name))) for flags in all_flags])
-        for name in names
-    ]
-    return [row for row in rows if len(set(row[1])) > 1]
-
-
-def _confusion(record: Record, number: int) -> dict:
-    """The matrix: a table of (name, (count, share of the true class) of each), or a drawing."""
-    names, matrix = list(record.metrics["per_class"]), record.metrics["confusion"]
-    if len(names) > plots.MAX_NUMBERED:
-        title = f"Confusion matrix of {len(names)} classes; a table of the most confused follows"
-        drawing = plots.svg(plots.confusion(matrix, names), title, f"run{number}-matrix")
-        return {"drawing": Markup(drawing)}
-    rows = [
-        (name, [(count, count / max(sum(counts), 1)) for count in counts])
-        for name, counts in zip(names, matrix, strict=True)
-    ]
-    return {"names": names, "rows": rows}
-
-
-def _calibration(metrics: dict, number: int) -> dict | None:
-    found = metrics.get("calibration")
-    if not found:
-        return None
-    error = found["expected_calibration_error"]
-    title = f"Accuracy by probability; expected calibration error {error:.4f}"
-    svg = plots.svg(plots.reliability(found["bins"]), title, f"run{number}-reliability")
-    return {"error": error, "bins": found["bins"], "svg": Markup(svg)}
-
-
-def _disturbances(record: Record, gallery: Gallery) -> dict | None:
-    if not record.disturbances:
-        return None
-    found = record.disturbances
-    rows = [
-        {
-            "name": name,
-            "unit": row.get("unit", ""),
-            "cells": list(zip(row["strengths"], row["accuracy"], strict=True)),
-            "mean": float(np.mean(row["accuracy"])),
-            "images": gallery.disturbed.get(name, []),
-        }
-        for name, row in found["disturbances"].items()
-    ]
-    most = max((len(row["cells"]) for row in rows), default=0)
-    return found | {"rows": rows, "levels": list(range(1, most + 1))}
 
 
 def _data(record: Record) -> dict:

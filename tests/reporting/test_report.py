@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import types
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from keras_cifar.core import cli
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.files import write_json
 from keras_cifar.core.run_directory import Run
-from keras_cifar.evaluation import plots
+from keras_cifar.evaluation import disturbances, plots
 from keras_cifar.evaluation.evaluator import load_data, predict
 from keras_cifar.models import load as load_model
 from keras_cifar.reporting import gallery, page, record
@@ -265,7 +264,7 @@ def test_runs_are_shown_side_by_side(two, charts):
     document = Document(text)
     differing = text[text.index("Flags that differ") :]
     differing = differing[: differing.index("</tbody>")]
-    assert re.findall("<code>(--[a-z_]+)</code>", differing) == ["--learning_rate", "--augment"]
+    assert re.findall("<code>(--[a-z_]+)</code>", differing) == ["--augment", "--learning_rate"]
     assert "0.5" in differing
     compared = text[text.index('id="compared"') : text.index('id="run1"')]
     loss, error = re.findall(
@@ -344,12 +343,9 @@ def test_images_that_have_changed_since_the_evaluation_are_not_shown(evaluated_r
 
 
 def test_a_disturbed_image_is_shown_at_each_strength(evaluated_run, monkeypatch):
-    def apply(name, images, strength, seed):
-        return np.full_like(images, 10 * strength)
-
-    fake = types.SimpleNamespace(DISTURBANCES={"jpeg": None}, apply=apply)
-    monkeypatch.setattr(gallery, "disturbances", fake)
-    reports.disturb(evaluated_run)  # rotation, which is no more, and jpeg
+    few = {name: disturbances.DISTURBANCES[name] for name in ("jpeg", "noise")}
+    monkeypatch.setattr(disturbances, "DISTURBANCES", few)
+    reports.disturb(evaluated_run, ("jpeg", "gone"))  # of a version with other disturbances
     found = record.load(evaluated_run)
     images = gallery.load(evaluated_run, found)
     assert set(images.disturbed) == {"jpeg"}
