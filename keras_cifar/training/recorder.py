@@ -193,7 +193,7 @@ class Recorder(keras.callbacks.Callback):
     def _write_history(self) -> None:
         if self.history:
             write_history(self.history, self.run.history)
-            plots.curves(self.history, self.run.curves)
+            plots.save(plots.curves([self.history]), self.run.curves)
 
     def _stopped(self) -> StoppedError:
         number = self.signals.received

@@ -89,7 +89,9 @@ def write_report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:
     """Writes the report of a run. It is optional: a failure is printed as a warning."""
     try:
         found = record.load(run)
-        page.write(run.report, [found], [gallery.of(found, model, dataset.split(found.split))])
+        page.write(
+            run.report, [found], [gallery.from_model(found, model, dataset.split(found.split))]
+        )
     except Exception as error:
         print(f"warning: {run.report} cannot be written: {reason(error)}", file=sys.stderr)
 
