@@ -21,9 +21,10 @@ REQUIRES = [
     "tensorboard>=2.20,<3",  # TensorFlow 2.21 writes summaries only where it is installed
     "numpy>=2.1,<3",
     "Pillow>=12,<14",
+    "safetensors>=0.6,<1",  # checkpoints and the weights that come with the package
     "absl-py>=2.1,<3",
-    "scikit-learn>=1.6,<2",  # the digits; figures of evaluation
-    "scipy>=1.13,<2",  # the minimum that calibration looks for
+    "scikit-learn>=1.6,<2",  # the digits; metrics of evaluation
+    "scipy>=1.13,<2",  # the minimum that temperature scaling looks for
     "matplotlib>=3.9,<4",  # curves and confusion matrices
     "Jinja2>=3.1,<4",  # the report, escaped
     "psutil>=5.9,<8",  # whether a data set fits into memory
@@ -62,7 +63,7 @@ setup(
         "dev": [
             *FORMATS,
             *SERVE,
-            "jsonschema>=4.18,<5",  # requests and answers against TensorFlow Serving's documentation
+            "jsonschema>=4.18,<5",  # requests and responses against TensorFlow Serving's documentation
             "openvino>=2025.0",  # as another runtime that reads the SavedModel
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
