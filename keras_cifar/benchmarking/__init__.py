@@ -2,9 +2,6 @@
 process of its own.
 """
 
-import contextlib
-import importlib.metadata
-
 from keras_cifar.benchmarking.options import BenchmarkOptions
 
 
@@ -34,6 +31,9 @@ def measure(options: BenchmarkOptions) -> dict:
 
 def machine() -> str:
     """The processors of this machine and the versions of the frameworks, in a line."""
+    import contextlib
+    import importlib.metadata
+
     from keras_cifar.core import environment
 
     found = [environment.machine()]
