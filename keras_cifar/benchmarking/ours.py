@@ -161,7 +161,8 @@ def predict(turns: Turns) -> None:
     turns.repeat(lambda: predictor.classify(images), len(images))
 
 
+WORK = {"step": step, "profile": profile, "pipeline": batches_of, "fit": fit, "predict": predict}
+
 if __name__ == "__main__":
-    kinds = {f.__name__: f for f in (step, profile, fit, predict)} | {"pipeline": batches_of}
     turns = Turns()
-    kinds[turns.settings["what"]](turns)
+    WORK[turns.settings["what"]](turns)
