@@ -2,11 +2,12 @@
 
 import dataclasses
 
-from keras_cifar.core.config import DTYPE_POLICIES, check, option
+from keras_cifar.core.config import DTYPE_POLICIES
+from keras_cifar.core.options import POSITIVE, Options, option
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchmarkOptions:
+class BenchmarkOptions(Options):
     """What is measured, and for how long."""
 
     model: str = option("resnet32", "network; peers have resnetN and vgg_bn_drop", "Work")
@@ -14,7 +15,7 @@ class BenchmarkOptions:
         "digits", "as of train; README's numbers are of CIFAR-10, --data=folder:PATH", "Work"
     )
     augment: str = option("crop(4)|flip", "as of train", "Work")
-    batch_size: int = option(128, "images a step", "Work")
+    batch_size: int = option(128, "images a step", "Work", limit=POSITIVE)
     dtype_policy: str = option("float32", "of ours; the peers have float32", "Work", DTYPE_POLICIES)
     peers: bool = option(False, "compare with plain Keras, PyTorch and PaddlePaddle", "Comparison")
     growth: bool = option(
@@ -30,12 +31,7 @@ class BenchmarkOptions:
         "instead: requests a second and latency of serve, beside Model.predict in FastAPI",
         "Comparison",
     )
-    steps: int = option(20, "of an epoch, with --distribution", "Comparison")
-    rounds: int = option(5, "turns of each contender", "Comparison")
-    seconds: float = option(5.0, "of a turn", "Comparison")
+    steps: int = option(20, "of an epoch, with --distribution", "Comparison", limit=POSITIVE)
+    rounds: int = option(5, "turns of each contender", "Comparison", limit=POSITIVE)
+    seconds: float = option(5.0, "of a turn", "Comparison", limit=POSITIVE)
     json: str | None = option(None, "also write all measurements to this file", "Output")
-
-    def __post_init__(self):
-        for name in ("batch_size", "rounds", "seconds", "steps"):
-            value = getattr(self, name)
-            check(value > 0, f"--{name}={value} must be greater than 0")

@@ -135,7 +135,7 @@ def fit(turns: Turns) -> None:
     """Images a second of training as `train` does it, with all callbacks."""
     settings = turns.settings
     with tempfile.TemporaryDirectory() as directory:
-        config = TrainConfig(
+        config = TrainConfig.from_flags(
             model=settings["model"],
             data=settings["data"] or "digits",
             augment=settings["augment"],
