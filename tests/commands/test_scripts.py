@@ -123,7 +123,7 @@ def test_srun_gets_options_that_it_has_and_a_valid_training_command():
     options = [re.fullmatch(r"--([a-z-]+)(?:=(.+))?", word).groups() for word in words[1:begin]]
     assert {name for name, _ in options} <= SRUN_OPTIONS
     assert ("kill-on-bad-exit", "1") in options
-    assert train_config(words[begin:]).run_dir == "$run_dir"
+    assert train_config(words[begin:]).output.run_dir == "$run_dir"
 
 
 @pytest.fixture
@@ -152,13 +152,13 @@ def test_a_restarted_job_has_the_same_run_directory(job, tmp_path):
     assert place == str(tmp_path)
     assert runs[0].returncode == 3
     assert "--cpus-per-task=8" in words
-    assert train_config(words[words.index("python") :]).run_dir == "runs/slurm-12"
+    assert train_config(words[words.index("python") :]).output.run_dir == "runs/slurm-12"
 
 
 def test_a_job_can_resume_the_run_of_another(job, tmp_path):
     done = job(SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="13", RUN_DIR="runs/slurm-12")
     words = done.stdout.splitlines()
-    assert train_config(words[words.index("python") :]).run_dir == "runs/slurm-12"
+    assert train_config(words[words.index("python") :]).output.run_dir == "runs/slurm-12"
 
 
 def test_outside_slurm_the_batch_file_says_what_to_do(job):
