@@ -133,18 +133,11 @@ class TakesTurns(keras.callbacks.Callback):
 
 def fit(turns: Turns) -> None:
     """Images a second of training as `train` does it, with all callbacks."""
-    settings = turns.settings
+    names = ("model", "data", "augment", "batch_size", "dtype_policy")
+    flags = {name: turns.settings[name] for name in names}
+    flags |= {"steps_per_epoch": turns.settings["steps"], "epochs": 10**6, "val_fraction": 0.0}
     with tempfile.TemporaryDirectory() as directory:
-        config = TrainConfig.from_flags(
-            model=settings["model"],
-            data=settings["data"] or "digits",
-            augment=settings["augment"],
-            batch_size=settings["batch_size"],
-            steps_per_epoch=settings["steps"],
-            dtype_policy=settings["dtype_policy"],
-            epochs=10**6,
-            val_fraction=0.0,
-        )
+        config = TrainConfig.from_flags(**flags)
         plan = planning.prepare(config)
         trainer.fit(plan, Run(pathlib.Path(directory)), callbacks=(TakesTurns(turns),))
 
