@@ -1,4 +1,4 @@
-"""Evaluates a run's selected model: figures, per-class table, confusion matrix.
+"""Evaluates a run's selected model: metrics, a table of the classes, the confusion matrix.
 
 python -m keras_cifar.evaluate --run RUN --split test
 python -m keras_cifar.evaluate --run RUN --disturb
@@ -45,23 +45,20 @@ class EvaluateOptions:
 
 def main(options: EvaluateOptions) -> None:
     """Runs the command."""
-    from keras_cifar.evaluation import evaluator, metrics, robustness
+    from keras_cifar.evaluation import evaluator, robustness, text
 
     run, split = Run(options.run), options.split
-    source = run, split, options.data, options.data_dir, options.cache_dir
+    source = evaluator.DataSource(options.data, options.data_dir, options.cache_dir)
     if options.disturb:
-        model, dataset, spec = evaluator.load_run(*source)
-        images = dataset.split(split)
-        record = robustness.disturb(
-            model, split, images, spec, run, options.disturb_seed, options.max_images
-        )
-        print(f"{robustness.table(record)}\n\n{split} {robustness.words(record)}")
-        print(f"figures   {run.disturbances(split)}\npictures  {run.gallery(split)}")
+        seed, max_images = options.disturb_seed, options.max_images
+        record = robustness.disturb_run(run, split, source, seed, max_images)
+        print(f"{text.disturbance_table(record)}\n\n{split} {text.disturbance_summary(record)}")
+        print(f"metrics     {run.disturbances(split)}\nimages      {run.gallery(split)}")
         return
-    figures = evaluator.evaluate_run(*source)
-    print(f"{metrics.table(figures)}\n\n{split} {metrics.words(figures)}")
-    print(f"figures   {run.evaluation(split)}\nanswers   {run.predictions(split)}")
-    print(f"confusion {run.confusion(split)}")
+    metrics = evaluator.evaluate_run(run, split, source)
+    print(f"{text.metrics_table(metrics)}\n\n{split} {text.metrics_summary(metrics)}")
+    print(f"metrics     {run.evaluation(split)}\npredictions {run.predictions(split)}")
+    print(f"confusion   {run.confusion(split)}")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def check_temperature(text: str | None) -> None:
 def main(options: ExportOptions) -> None:
     """Runs the command."""
     from keras_cifar import models
-    from keras_cifar.evaluation import evaluator
-    from keras_cifar.evaluation import temperature as calibration
+    from keras_cifar.evaluation import evaluator, text
+    from keras_cifar.evaluation.temperature import find_temperature, scale_logits
     from keras_cifar.exporters import bundle, verification
 
     run = Run(options.run)
@@ -77,12 +77,14 @@ def main(options: ExportOptions) -> None:
 
     record = {}
     if options.temperature:
-        record = {"calibration": calibration.find(options.temperature, run)}
-        model = calibration.scaled(model, record["calibration"]["temperature"])
+        record = {"calibration": find_temperature(options.temperature, run)}
+        model = scale_logits(model, record["calibration"]["temperature"])
     samples = None
     try:
         split = "val" if "val" in config["splits"] else "test"
-        samples = verification.of_dataset(evaluator.load_data(run, split), config["flags"]["data"])
+        samples = verification.of_dataset(
+            evaluator.load_data(config, split), config["flags"]["data"]
+        )
     except UserError as error:
         if exporter.NEEDS_IMAGES:
             raise
@@ -90,8 +92,8 @@ def main(options: ExportOptions) -> None:
 
     path = exporter.export(model, base, class_names, options.version, samples, **record)
     if "images" in record.get("calibration", ()):
-        print(calibration.words(record["calibration"]))
-    print(f"export    {path}\n{verification.words(path)}")
+        print(text.temperature_summary(record["calibration"]))
+    print(f"export    {path}\n{verification.summary(path)}")
     if options.format == "saved_model":
         print(f"classify pictures: python -m keras_cifar.predict --model {path} IMAGE ...")
         for what, line in bundle.commands(base).items():

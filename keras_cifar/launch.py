@@ -19,10 +19,10 @@ import threading
 import time
 import typing
 
-from keras_cifar import train
 from keras_cifar.core import cli, environment
 from keras_cifar.core.config import TrainConfig, check, option
 from keras_cifar.core.errors import UsageError, UserError
+from keras_cifar.core.run_directory import default_run_dir
 from keras_cifar.distributed.rendezvous import PORTS
 
 GRACE = 10.0  # seconds that workers have to end after SIGTERM
@@ -79,7 +79,7 @@ def train_commands(count: int, train_flags: list[str]) -> list[list[str]]:
         f"--strategy={config.strategy} after --: workers are what --strategy=multiworker is for",
     )
     # The default contains the time, and all must have the same.
-    run_dir = config.run_dir or train.default_run_dir(config)
+    run_dir = config.run_dir or default_run_dir(config)
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(count))
     common = [sys.executable, "-u", "-m", "keras_cifar.train", *train_flags]
     common += [f"--run_dir={run_dir}", "--strategy=multiworker", f"--workers={addresses}"]

@@ -199,7 +199,7 @@ def find_files(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
 
 def _pictures(folder: str) -> list[tuple[str, str | None]]:
     """(file, None) of each picture below a folder, and (folder, reason) of those that are locked."""
-    from keras_cifar.data import images as image
+    from keras_cifar.data.images import SUFFIXES
 
     found = []
 
@@ -211,7 +211,7 @@ def _pictures(folder: str) -> list[tuple[str, str | None]]:
         found += [
             (os.path.join(directory, name), None)
             for name in names
-            if os.path.splitext(name)[1].lower() in image.SUFFIXES and not name.startswith(".")
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
         ]
     return sorted(found, key=lambda item: item[0].split(os.sep))
 
@@ -251,7 +251,7 @@ def _read(left: collections.deque, done: list, size: tuple[int, int]) -> None:
 
     Several threads do so at once; each takes what comes next.
     """
-    from keras_cifar.data import images as image
+    from keras_cifar.data.images import ImageError, load_image
 
     while left:
         try:
@@ -261,8 +261,8 @@ def _read(left: collections.deque, done: list, size: tuple[int, int]) -> None:
         pixels = None
         if error is None:
             try:
-                pixels = image.load(file, size)
-            except image.ImageError as problem:
+                pixels = load_image(file, size)
+            except ImageError as problem:
                 error = str(problem)
         done[position] = (file, pixels, error)
 

@@ -3,12 +3,9 @@
 python -m keras_cifar.train --model resnet32 --data cifar10 --epochs 10
 """
 
-import re
-import time
-
 from keras_cifar.core import cli, environment, recipes
 from keras_cifar.core.config import TrainConfig
-from keras_cifar.core.run_directory import Run
+from keras_cifar.core.run_directory import Run, default_run_dir
 
 
 def main(config: TrainConfig) -> None:
@@ -33,8 +30,8 @@ def main(config: TrainConfig) -> None:
     if config.seeds:
         train_seeds(config, run)
         return
-    figures = trainer.train(config, run)
-    if figures is None:
+    metrics = trainer.train(config, run)
+    if metrics is None:
         print("this worker is done; worker 0 has the results")
         return
     files = [("model", run.model), ("history", run.history), ("curves", run.curves)]
@@ -45,8 +42,8 @@ def main(config: TrainConfig) -> None:
     if run.export.exists():
         files += [("export", run.export)]
     print(
-        f"\ntest accuracy {figures['accuracy']:.4f}, error {1 - figures['accuracy']:.2%}, loss "
-        f"{figures['loss']:.4f} on {figures['count']:,} images"
+        f"\ntest accuracy {metrics['accuracy']:.4f}, error {1 - metrics['accuracy']:.2%}, loss "
+        f"{metrics['loss']:.4f} on {metrics['count']:,} images"
     )
     for name, path in files:
         print(f"{name:<10}{path}")
@@ -63,12 +60,6 @@ def train_seeds(config: TrainConfig, run: Run) -> None:
     print(f"test accuracy {summary['mean']:.4f} on average of {config.seeds} seeds{spread}")
     print(f"seeds     {run.seeds}")
     print(f"compare   python -m keras_cifar.compare {run.path} OTHER_RUN ...")
-
-
-def default_run_dir(config: TrainConfig) -> str:
-    """A new directory's name below runs/."""
-    data = re.sub(r"\W+", "-", config.data.rstrip("/").rpartition("/")[2]).strip("-")
-    return f"runs/{config.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def list_models() -> str:

@@ -17,7 +17,6 @@ import tensorflow as tf
 from keras_cifar import data, models
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.run_directory import Run
-from keras_cifar.data import batches as pipeline
 from keras_cifar.data.splits import allocate
 from keras_cifar.exporters import saved_model
 from keras_cifar.inference.predictor import Predictor
@@ -55,7 +54,7 @@ def train_function(settings: dict):
     model = models.build(settings["model"], SHAPE, CLASSES)
     model.compile(optimizers.Adam(1e-3), jit_compile=environment.use_xla("none")[0])
     size = settings["batch_size"]
-    batch = next(iter(pipeline.training(random_split(size), CLASSES, size, "", 0)))
+    batch = next(iter(data.training_batches(random_split(size), CLASSES, size, "", 0)))
     batches = iter(tf.data.Dataset.from_tensors(batch).repeat())
     run = model.make_train_function()
     return lambda: run(batches, tf.constant(1))
@@ -112,7 +111,7 @@ def batches_of(turns: Turns) -> None:
     else:
         split = random_split(settings["images"])
     size = settings["batch_size"]
-    batches = iter(pipeline.training(split, CLASSES, size, settings["augment"], 0))
+    batches = iter(data.training_batches(split, CLASSES, size, settings["augment"], 0))
     turns.repeat(lambda: next(batches), size)
 
 

@@ -6,8 +6,10 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 
 from keras_cifar.core.config import TrainConfig
@@ -20,7 +22,7 @@ MAX_CONFIG = 2**26  # bytes of config.json; a class name takes some 20, ImageNet
 MAX_HISTORY = 2**26  # bytes of history.csv; an epoch takes some 150
 
 
-MAX_FIGURES = 2**28  # bytes of test.json; the confusion matrix of 5,000 classes has 100 MB
+MAX_METRICS = 2**28  # bytes of test.json; the confusion matrix of 5,000 classes has 100 MB
 
 
 LOCK = ".lock"
@@ -48,10 +50,10 @@ class Run:
         self.report = self.path / "report.html"
         self.seeds = self.path / "seeds.json"
 
-    def read_figures(self, split: str, data: str) -> dict | None:
+    def read_metrics(self, split: str, data: str) -> dict | None:
         """What was found on a split of `data`, as `evaluation` wrote it.
 
-        None where nothing was, or `evaluate --data` has put the figures of other images there since.
+        None where nothing was, or `evaluate --data` has put the metrics of other images there since.
 
         Raises:
             UserError: the file is damaged.
@@ -60,11 +62,11 @@ class Run:
         if not path.exists():
             return None
         try:
-            figures = json.loads(read(path, MAX_FIGURES))
-            float(figures["accuracy"]), figures["data"]
+            metrics = json.loads(read(path, MAX_METRICS))
+            float(metrics["accuracy"]), metrics["data"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {reason(error)}") from None
-        return figures if figures["data"] == data else None
+        return metrics if metrics["data"] == data else None
 
     def read_history(self) -> list[dict[str, float]]:
         """A dict an epoch, as history.csv has them; none before the first.
@@ -88,11 +90,11 @@ class Run:
         return Run(self.path / f"seed_{seed}", restart=self.path)
 
     def evaluation(self, split: str) -> pathlib.Path:
-        """The file with the figures of a split."""
+        """The file with the metrics of a split."""
         return self.path / "eval" / f"{split}.json"
 
     def predictions(self, split: str) -> pathlib.Path:
-        """The file with the labels and probabilities that the figures of a split are made of."""
+        """The file with the labels and probabilities that the metrics of a split are made of."""
         return self.path / "eval" / f"{split}.npz"
 
     def confusion(self, split: str) -> pathlib.Path:
@@ -100,7 +102,7 @@ class Run:
         return self.path / "eval" / f"{split}_confusion.png"
 
     def disturbances(self, split: str) -> pathlib.Path:
-        """The file with the figures of a split's images under disturbances."""
+        """The file with the metrics of a split's images under disturbances."""
         return self.path / "eval" / f"{split}_disturbances.json"
 
     def gallery(self, split: str) -> pathlib.Path:
@@ -162,6 +164,12 @@ class Run:
         except Exception as error:  # A damaged file can raise almost anything.
             raise UserError(f"{self.config} is damaged: {reason(error)}") from None
         return config
+
+
+def default_run_dir(config: TrainConfig) -> str:
+    """A new directory's name below runs/."""
+    data = re.sub(r"\W+", "-", config.data.rstrip("/").rpartition("/")[2]).strip("-")
+    return f"runs/{config.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def previous_config(config: TrainConfig, run: Run) -> dict | None:

@@ -10,10 +10,26 @@ import pkgutil
 import sys
 
 from keras_cifar.core.errors import UsageError, one_line, unknown
+from keras_cifar.data.batches import (
+    evaluation_batches,
+    evaluation_steps,
+    steps_per_epoch,
+    training_batches,
+)
 from keras_cifar.data.cache import Cache
 from keras_cifar.data.splits import BadImages, Dataset, Split, Splits, finish
 
-__all__ = ["BadImages", "Dataset", "Split", "Splits", "load"]
+__all__ = [
+    "BadImages",
+    "Dataset",
+    "Split",
+    "Splits",
+    "evaluation_batches",
+    "evaluation_steps",
+    "load",
+    "steps_per_epoch",
+    "training_batches",
+]
 
 NO_SOURCES = {"augmentation", "batches", "cache", "images", "splits", "tfds"}
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import open_file
-from keras_cifar.data import images as image
 from keras_cifar.data.cache import Cache
+from keras_cifar.data.images import resize_images
 from keras_cifar.data.splits import BadImages, Split, Splits, allocate
 
 PIXELS = 32 * 32 * 3  # bytes of an image: all red, then all green, then all blue, row by row
@@ -312,7 +312,7 @@ def _split(batches: list, image_size: int | None, where: str) -> Split:
         small, images = images, allocate(count, (image_size, image_size, 3), where)
         for start in range(0, count, 1000):
             part = slice(start, start + 1000)
-            images[part] = image.resize(small[part], (image_size, image_size))
+            images[part] = resize_images(small[part], (image_size, image_size))
     return Split(images, np.concatenate([labels for _, labels in batches]))
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, UserError
-from keras_cifar.data import Split, augmentation
-from keras_cifar.data.splits import ALIGNMENT
+from keras_cifar.data import augmentation
+from keras_cifar.data.splits import ALIGNMENT, Split
 from keras_cifar.distributed.sharding import ReplicaRange, bounds, endless
 
 # The tensors of each split, so that several pipelines share one copy.
@@ -55,7 +55,7 @@ def _in_place(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def steps_in(split: Split, batch_size: int) -> int:
+def steps_per_epoch(split: Split, batch_size: int) -> int:
     """Full batches in one pass over a split.
 
     Raises:
@@ -68,7 +68,7 @@ def steps_in(split: Split, batch_size: int) -> int:
     return len(split) // batch_size
 
 
-def training(
+def training_batches(
     split: Split,
     classes: int,
     batch_size: int,
@@ -76,7 +76,7 @@ def training(
     seed: int,
     start_step: int = 0,
     share: ReplicaRange | None = None,
-    parts: int = 1,
+    microbatches: int = 1,
 ) -> tf.data.Dataset:
     """Endless batches of (images uint8 [B, H, W, 3], labels float32 [B, K]).
 
@@ -85,16 +85,16 @@ def training(
 
     Args:
         start_step: the step of the run that the first batch is for.
-        share: the replicas to read for. The elements are then pieces: for each part of each batch,
-            for each of these replicas, the examples of the part that `bounds` gives it. All replicas'
-            pieces in order are the batch. A process reads and augments only its own, besides the
+        share: the replicas to read for. The elements are then shards: for each microbatch of each
+            batch, for each of these replicas, the examples of it that `bounds` gives it. All replicas'
+            shards in order are the batch. A process reads and augments only its own, besides the
             partners of what is mixed.
-        parts: into how many equal parts, one after the other, a share's batches are cut.
+        microbatches: into how many equal microbatches, one after another, each batch is split.
     """
-    steps = steps_in(split, batch_size)
+    steps = steps_per_epoch(split, batch_size)
     stored, rows, labels = _as_tensors(split)
     transform = augmentation.parse(augment)
-    positions, sizes = _positions(batch_size, share, parts)
+    positions, sizes = _positions(batch_size, share, microbatches)
     order_seed, augment_seed = (seed, 0), (seed, 1)
     first = tf.constant(np.random.default_rng(seed).random(len(split)) < 0.5)
 
@@ -123,11 +123,11 @@ def training(
 
 
 def evaluation_steps(split: Split, batch_size: int) -> int:
-    """The batches of `evaluation` in one pass over a split: the last may be filled up."""
+    """The batches of `evaluation_batches` in one pass over a split: the last may be filled up."""
     return -(-len(split) // batch_size)
 
 
-def evaluation(
+def evaluation_batches(
     split: Split, classes: int, batch_size: int, share: ReplicaRange | None = None
 ) -> tf.data.Dataset:
     """Every example once, in order, as (images uint8 [B, H, W, 3], labels float32 [B, K]).
@@ -136,8 +136,8 @@ def evaluation(
     images whose label is all zero, which `Classifier` does not count.
 
     Args:
-        share: the replicas to read for. The elements are then pieces, as in `training`, and begin
-            again after those of `evaluation_steps` batches, without end.
+        share: the replicas to read for. The elements are then pieces, as in `training_batches`, and
+            begin again after those of `evaluation_steps` batches, without end.
     """
     stored, rows, labels = _as_tensors(split)
     positions, sizes = _positions(batch_size, share)
@@ -160,28 +160,28 @@ def evaluation(
 
 
 def _positions(
-    batch_size: int, share: ReplicaRange | None, parts: int = 1
+    batch_size: int, share: ReplicaRange | None, microbatches: int = 1
 ) -> tuple[tf.Tensor | None, list[int]]:
     """(positions int32 [n] in a batch of a share's examples, sizes of the pieces that these make).
 
     The positions are None where they are the whole batch.
 
     Raises:
-        UsageError: the parts would not be equal, or a piece empty.
+        UsageError: the microbatches would not be equal, or a shard empty.
     """
     if share is None:
         return None, [batch_size]
-    size = batch_size // parts
-    if batch_size % parts or size < share.total:
+    size = batch_size // microbatches
+    if batch_size % microbatches or size < share.total:
         raise UsageError(
-            f"--batch_size={batch_size} cannot be cut into {parts} equal parts of an image or more "
-            f"for each of {share.total} replicas"
+            f"--batch_size={batch_size} cannot be split into {microbatches} equal microbatches with "
+            f"an image or more for each of {share.total} replicas"
         )
     limits = bounds(size, share.total)[share.first : share.first + share.count + 1]
-    sizes = parts * np.diff(limits).tolist()
+    sizes = microbatches * np.diff(limits).tolist()
     if share.count == share.total:
         return None, sizes
-    starts = size * np.arange(parts)[:, None]
+    starts = size * np.arange(microbatches)[:, None]
     positions = starts + np.arange(limits[0], limits[-1])
     return tf.constant(positions.ravel(), tf.int32), sizes
 

@@ -27,12 +27,12 @@ import tqdm
 
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import sync
-from keras_cifar.data import images as image
+from keras_cifar.data.images import VERSION
 from keras_cifar.data.splits import Split, pixel_digests
 
 # Of the files of an entry. What decodes is part of the name too, so that no entry outlives it.
 LAYOUT = 2
-DECODER = [LAYOUT, image.VERSION, PIL.__version__, tf.__version__]
+DECODER = [LAYOUT, VERSION, PIL.__version__, tf.__version__]
 
 SAMPLE = 16  # images of an entry that are compared with their digests when it is opened
 
@@ -68,7 +68,7 @@ class Cache:
         shape: tuple[int, int, int, int],
         what: str,
         fill: Callable[[Write], np.ndarray],
-        unusable: Mapping[int, str] = types.MappingProxyType({}),
+        unreadable: Mapping[int, str] = types.MappingProxyType({}),
     ) -> Split:
         """Makes an entry, unless another process does so at the same time, and opens it.
 
@@ -77,7 +77,7 @@ class Cache:
             shape: (N, H, W, 3).
             what: the split, for messages.
             fill: writes all images and returns the labels, int64 [N].
-            unusable: when `fill` has returned, the rows that it found no picture for, and why.
+            unreadable: when `fill` has returned, the rows that it found no picture for, and why.
 
         Raises:
             UserError: the directory cannot be written, or the disk is too full; and what `fill`
@@ -96,7 +96,7 @@ class Cache:
             temporary = place / f"{name}.building-{secrets.token_hex(8)}"
             try:
                 temporary.mkdir()
-                _write(temporary, cache_key, shape, what, fill, unusable)
+                _write(temporary, cache_key, shape, what, fill, unreadable)
                 _install(temporary, place / name)
             except OSError as error:
                 raise UserError(
@@ -165,7 +165,7 @@ def _open(path: pathlib.Path) -> Split | None:
             images,
             np.load(path / "labels.npy"),
             digests=np.load(path / "digests.npy"),
-            unusable=tuple((range(len(images))[row], str(why)) for row, why in about["unusable"]),
+            unreadable=tuple((range(len(images))[row], str(why)) for row, why in about["unusable"]),
         )
         if list(images.shape) != about["shape"] or images.dtype != np.uint8:
             return None
@@ -189,7 +189,7 @@ def _write(
     shape: tuple,
     what: str,
     fill: Callable,
-    unusable: Mapping[int, str],
+    unreadable: Mapping[int, str],
 ) -> None:
     """Writes the files of an entry into the directory `path` and puts them on the disk."""
     digests = np.empty((shape[0], 16), np.uint8)
@@ -222,7 +222,7 @@ def _write(
         "cache_key": cache_key,
         "decoder": DECODER,
         "shape": shape,
-        "unusable": sorted(unusable.items()),
+        "unusable": sorted(unreadable.items()),
         "bytes": header + shape[0] * stride,
         "fingerprint": Split(
             np.empty((0, *shape[1:]), np.uint8), labels, None, digests

@@ -4,8 +4,8 @@
 
 import numpy as np
 
-from keras_cifar.data import images as image
 from keras_cifar.data.cache import Cache
+from keras_cifar.data.images import resize_images
 from keras_cifar.data.splits import BadImages, Split, Splits, hold_out
 
 SIDE = 32  # pixels; CIFAR's, so that every model of the chapter takes them
@@ -21,7 +21,7 @@ def load(
     digits = load_digits()
     grey = np.round(digits.images * (255 / LEVELS)).astype(np.uint8)
     side = image_size or SIDE
-    images = image.resize(np.repeat(grey[..., None], 3, axis=-1), (side, side)).numpy()
+    images = resize_images(np.repeat(grey[..., None], 3, axis=-1), (side, side)).numpy()
     labels = digits.target.astype(np.int64)
     everything = Split(images, labels)
     test = hold_out(labels, 0.2, seed=0)

@@ -13,8 +13,8 @@ import tqdm
 
 from keras_cifar.core import files
 from keras_cifar.core.errors import UserError, check_directory, reason
-from keras_cifar.data import images as image
 from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
+from keras_cifar.data.images import MAX_FILE, SUFFIXES, ImageError, load_image, resize_each
 from keras_cifar.data.splits import BadImages, Skipped, Split, Splits, check_class_name
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
@@ -63,7 +63,7 @@ def load(
     size = (image_size, image_size) if image_size else None
     splits, skipped = {}, []
     for split in ("train", *sorted(found.keys() - {"train"})):  # train first: it decides the size
-        splits[split], unusable = _read(
+        splits[split], unreadable = _read(
             found[split],
             names,
             size,
@@ -72,7 +72,7 @@ def load(
             cache=cache,
             bad_images=bad_images,
         )
-        skipped += [Skipped(split, path, why) for path, why in unusable]
+        skipped += [Skipped(split, path, why) for path, why in unreadable]
         size = splits[split].image_shape[:2]
     return Splits(
         splits["train"], splits.get("val"), splits["test"], names, str(root), tuple(skipped)
@@ -88,7 +88,7 @@ def _classes(folder: str) -> dict[str, list[str]]:
             paths = [
                 path
                 for file, path, _ in _entries(directory)
-                if os.path.splitext(file)[1].lower() in image.SUFFIXES
+                if os.path.splitext(file)[1].lower() in SUFFIXES
             ]
             if not paths:
                 raise UserError(f"class folder {directory} has no images; fill it or remove it")
@@ -137,7 +137,7 @@ def _relative(path: str) -> str:
     return "/".join(path.rsplit("/", 2)[1:])
 
 
-class _Unusable:
+class _Unreadable:
     """The pictures of a split that cannot be used: each is added once it is found.
 
     Attributes:
@@ -154,7 +154,7 @@ class _Unusable:
         Raises:
             UserError: none is to be left out, or so many are not.
         """
-        path, share = self._paths[row], self._bad_images.largest_share
+        path, share = self._paths[row], self._bad_images.max_share
         if not self._bad_images.skip:
             raise UserError(
                 f"{path} cannot be used: {why}; mend it, take it out or give --on_bad_image=skip"
@@ -189,8 +189,8 @@ def _read(
     labels = [index for index, name in enumerate(names) for _ in classes.get(name, ())]
     if not paths:  # Only a test split of too few files can be empty; `finish` says so.
         return Split(np.empty((0, *size, 3), np.uint8), np.array(labels, np.int64)), []
-    unusable = _Unusable(paths, what, bad_images)
-    digests, length = _digest(paths, what, unusable)
+    unreadable = _Unreadable(paths, what, bad_images)
+    digests, length = _digest(paths, what, unreadable)
     contents = hashlib.sha256()
     for label, path, digest in zip(labels, paths, digests, strict=True):
         contents.update(b"%d/%s/%s" % (label, os.fsencode(_relative(path)), digest))
@@ -202,37 +202,37 @@ def _read(
 
     def fill(write):
         workers = 1 if length < SMALL * len(paths) else os.cpu_count()
-        _decode(paths, digests, shape, given, workers, write, unusable)
+        _decode(paths, digests, shape, given, workers, write, unreadable)
         return np.array(labels, np.int64)
 
     split = cache.find(cache_key)
     if split is None:
-        shape = (len(paths), *(size or _first_size(paths, digests, unusable)), 3)
-        split = cache.make(cache_key, shape, what, fill, unusable.found)
+        shape = (len(paths), *(size or _first_size(paths, digests, unreadable)), 3)
+        split = cache.make(cache_key, shape, what, fill, unreadable.found)
     if size and split.image_shape[:2] != size:  # It was made beside another train.
         raise _other_size(paths[0], split.image_shape, size)
-    if not split.unusable:
+    if not split.unreadable:
         return split, []
-    for row, why in split.unusable:
-        unusable.add(row, why)
-    rows = np.setdiff1d(np.arange(len(paths)), [row for row, _ in split.unusable])
+    for row, why in split.unreadable:
+        unreadable.add(row, why)
+    rows = np.setdiff1d(np.arange(len(paths)), [row for row, _ in split.unreadable])
     split = split.take(rows)
     for label in np.setdiff1d(labels, split.labels):
         raise UserError(f"class {names[label]!r} of {what} has no picture that can be used")
-    return split, [(paths[row], why) for row, why in split.unusable]
+    return split, [(paths[row], why) for row, why in split.unreadable]
 
 
-def _first_size(paths: list[str], digests: list[bytes], unusable: _Unusable) -> tuple[int, int]:
+def _first_size(paths: list[str], digests: list[bytes], unreadable: _Unreadable) -> tuple[int, int]:
     """(height, width) of the first picture that can be used."""
     for row, path in enumerate(paths):
         try:
             return _picture(path, digests[row], None).shape[:2]
-        except image.ImageError as error:
-            unusable.add(row, str(error))
+        except ImageError as error:
+            unreadable.add(row, str(error))
     raise AssertionError("no share is so large that all are left out")
 
 
-def _digest(paths: list[str], what: str, unusable: _Unusable) -> tuple[list[bytes], int]:
+def _digest(paths: list[str], what: str, unreadable: _Unreadable) -> tuple[list[bytes], int]:
     """A hash of the contents of each file, and the bytes of all of them together.
 
     A file that cannot be read has the hash of the reason.
@@ -245,8 +245,8 @@ def _digest(paths: list[str], what: str, unusable: _Unusable) -> tuple[list[byte
             for row, path in enumerate(block, start):
                 try:
                     contents = _contents(path)
-                except image.ImageError as error:
-                    unusable.add(row, str(error))
+                except ImageError as error:
+                    unreadable.add(row, str(error))
                     contents = b"unreadable: " + str(error).encode()
                 digests.append(_hash(contents))
                 length += len(contents)
@@ -270,9 +270,9 @@ def _announce(paths: list[str]) -> None:
 def _contents(path: str) -> bytes:
     """All bytes of a file, or an ImageError."""
     try:
-        return files.read(path, image.MAX_FILE)
+        return files.read(path, MAX_FILE)
     except OSError as error:
-        raise image.ImageError(reason(error)) from None
+        raise ImageError(reason(error)) from None
 
 
 def _hash(contents: bytes) -> bytes:
@@ -286,9 +286,9 @@ def _decode(
     given: bool,
     workers: int,
     write: Write,
-    unusable: _Unusable,
+    unreadable: _Unreadable,
 ) -> None:
-    """Decodes the files into rows of `shape` [N, H, W, 3], in blocks; unusable ones are black."""
+    """Decodes the files into rows of `shape` [N, H, W, 3], in blocks; unreadable ones are black."""
     size = shape[1:3]
     block = in_block(shape[1:])
 
@@ -296,8 +296,8 @@ def _decode(
         for index in part:
             try:
                 picture = _picture(paths[index], digests[index], size if given else None)
-            except image.ImageError as error:
-                unusable.add(index, str(error))
+            except ImageError as error:
+                unreadable.add(index, str(error))
                 picture = np.zeros((*size, 3), np.uint8)
             if not given and picture.shape[:2] != size:
                 raise _other_size(paths[index], picture.shape, size)
@@ -306,7 +306,7 @@ def _decode(
     def decode(start):
         part = range(start, min(start + block, len(paths)))
         groups = _together(pictures(part))
-        write(start, np.concatenate([image.resize_all(group, size) for group in groups]))
+        write(start, np.concatenate([resize_each(group, size) for group in groups]))
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
@@ -339,7 +339,7 @@ def _picture(path: str, digest: bytes, size: tuple[int, int] | None) -> np.ndarr
     contents = _contents(path)
     if _hash(contents) != digest:
         raise UserError(f"{path} was changed while the folder was read; start again")
-    return image.load(contents, size, exact=False)
+    return load_image(contents, size, exact=False)
 
 
 def _other_size(path: str, shape: tuple, size: tuple[int, int]) -> UserError:

@@ -1,9 +1,9 @@
 """The one definition of preprocessing: encoded image -> uint8 RGB pixels at the model's size.
 
-`load` reads files with Pillow, which knows all of `FORMATS` and EXIF; `decode` does the same inside a
-TensorFlow graph for the formats TensorFlow knows. Both end in the same `on_white` and `resize`, and
-give equal pixels for JPEG, PNG, BMP and GIF. They differ where TensorFlow has no way: EXIF
-orientation, CMYK colours and palette transparency are Pillow's alone.
+`load_image` reads files with Pillow, which knows all of `FORMATS` and EXIF; `decode_image` does the
+same inside a TensorFlow graph for the formats TensorFlow knows. Both end in the same `on_white` and
+`resize_images`, and give equal pixels for JPEG, PNG, BMP and GIF. Pillow alone applies EXIF
+orientation, CMYK colours and palette transparency.
 """
 
 import contextlib
@@ -43,14 +43,14 @@ SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffi
 # Pixels of a picture. Pillow refuses more, before it decodes any, also inside of others (ICO); it is
 # more than the largest camera sensor in use has (151 megapixels, Phase One IQ4). Bytes of a file:
 # three for each of these pixels.
-MAX_PICTURE = 2 * Image.MAX_IMAGE_PIXELS
-MAX_FILE = 3 * MAX_PICTURE
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+MAX_FILE = 3 * MAX_PIXELS
 
 # Passes over its pixels that the largest picture may ask for; a smaller one may ask for more. A JPEG
 # has one for each of its scans, 10 in a progressive one as they are made, which can have 31 bytes.
 MAX_PASSES = 20
 
-_TOO_MUCH = f"an animated WebP, or more than {MAX_PICTURE:,} pixels (a decompression bomb?)"
+_TOO_MUCH = f"an animated WebP, or more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
 
 # Pixels of the rows that are converted at a time where that takes many bytes for each of them.
 BAND = 2**20
@@ -90,10 +90,10 @@ class _Budget:
                 self._changed.notify_all()
 
 
-_BUDGET = _Budget(MAX_PICTURE)
+_BUDGET = _Budget(MAX_PIXELS)
 
 
-def load(
+def load_image(
     source: str | pathlib.Path | bytes, size: tuple[int, int] | None = None, *, exact: bool = True
 ) -> np.ndarray:
     """Reads an image file as a person would see it.
@@ -104,7 +104,7 @@ def load(
     Args:
         source: the file, or its contents.
         size: (height, width) in pixels, or None for the picture's own.
-        exact: False leaves the last step to `resize_all`, which is cheaper for many pictures.
+        exact: False leaves the last step to `resize_each`, which is cheaper for many pictures.
 
     Returns:
         uint8 [height, width, 3], RGB.
@@ -124,19 +124,19 @@ def load(
                 _BUDGET.take(picture.width * picture.height),
             ):
                 passes = _scans(file) if picture.format in ("JPEG", "MPO") else 1
-                if passes * picture.width * picture.height > MAX_PASSES * MAX_PICTURE:
+                if passes * picture.width * picture.height > MAX_PASSES * MAX_PIXELS:
                     raise ImageError(f"it has {passes:,} scans, too many for a picture of its size")
                 pixels = _pixels(picture, size)
                 if pixels.shape[-1] == 4:
                     pixels = _opaque(pixels)
-                return resize_all([pixels], size)[0] if exact and size is not None else pixels
+                return resize_each([pixels], size)[0] if exact and size is not None else pixels
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
         raise ImageError("not an image in a format that can be read") from None
     except Image.DecompressionBombError:
         raise ImageError(
-            f"the picture has more than {MAX_PICTURE:,} pixels (a decompression bomb?)"
+            f"the picture has more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
         ) from None
     except MemoryError:
         raise ImageError("the picture is too large for the memory") from None
@@ -144,7 +144,7 @@ def load(
         raise ImageError(reason(error)) from None
 
 
-def resize_all(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+def resize_each(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     """Resizes uint8 [height, width, 3] each to uint8 [N, *size, 3]; those of one size at once.
 
     A call costs 0.5 ms and an image in it 0.05 ms (64 x 64 to 32 x 32).
@@ -154,7 +154,7 @@ def resize_all(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     for shape in np.unique(shapes, axis=0):
         rows = np.flatnonzero((shapes == shape).all(1))
         stack = np.stack([pictures[row] for row in rows])
-        resized[rows] = stack if tuple(shape) == tuple(size) else resize(stack, size).numpy()
+        resized[rows] = stack if tuple(shape) == tuple(size) else resize_images(stack, size).numpy()
     return resized
 
 
@@ -206,7 +206,7 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
-def decode(encoded: tf.Tensor) -> tf.Tensor:
+def decode_image(encoded: tf.Tensor) -> tf.Tensor:
     """Decodes one JPEG, PNG, BMP, GIF (first frame) or WebP image inside a graph.
 
     Args:
@@ -217,7 +217,7 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
 
     Raises:
         tf.errors.InvalidArgumentError: the bytes are no image, one of more pixels than
-            MAX_PICTURE (of all frames of a GIF), or an animated WebP.
+            MAX_PIXELS (of all frames of a GIF), or an animated WebP.
     """
 
     def jpeg():
@@ -236,7 +236,7 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
         return tf.cond(opaque, lambda: pixels[..., :3], lambda: _opaque_in_graph(pixels))
 
     is_jpeg = tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff"
-    small = _work(encoded, is_jpeg) <= MAX_PICTURE
+    small = _work(encoded, is_jpeg) <= MAX_PIXELS
     with tf.control_dependencies([tf.debugging.Assert(small, [_TOO_MUCH])]):
         pixels = tf.cond(is_jpeg, jpeg, other)
     return tf.ensure_shape(pixels, (None, None, 3))
@@ -277,7 +277,7 @@ def _work(encoded: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
         lossy = number(26, 27) % 2**14 * (number(28, 29) % 2**14)
         extended = (number(24, 25, 26) + 1) * (number(27, 28, 29) + 1)
         # TensorFlow 2.21 writes animations beyond the end of what it allocated: the process dies.
-        extended = tf.where(header[20] & 2 == 0, extended, MAX_PICTURE + 1)
+        extended = tf.where(header[20] & 2 == 0, extended, MAX_PIXELS + 1)
         return tf.where(
             header[15] == ord("L"), lossless, tf.where(header[15] == ord("X"), extended, lossy)
         )
@@ -307,8 +307,8 @@ def _opaque_in_graph(pixels: tf.Tensor) -> tf.Tensor:
     return bands.concat()
 
 
-def decode_all(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf.Tensor]:
-    """`decode` and `resize` of many images inside a graph, in parallel; bad ones stop no others.
+def decode_images(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes and resizes many images inside a graph, in parallel; a bad one stops no others.
 
     A graph cannot catch an error, but a tf.data pipeline can leave out what has one.
 
@@ -322,7 +322,7 @@ def decode_all(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf
     """
 
     def finished(number, contents):
-        return number, resize(decode(contents), size)
+        return number, resize_images(decode_image(contents), size)
 
     count = tf.size(encoded, tf.int64)
     numbers = tf.range(count)
@@ -346,7 +346,7 @@ def on_white(pixels: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.round(colour * alpha + 255.0 * (1.0 - alpha)), tf.uint8)
 
 
-def resize(pixels: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+def resize_images(pixels: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     """Resizes uint8 [..., height, width, 3] to `size` (height, width): bilinear, antialiased.
 
     The whole picture is kept, so its proportions change where they differ from those of `size`.

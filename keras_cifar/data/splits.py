@@ -21,14 +21,14 @@ class Split:
         labels: int64 [N], indices into the class names.
         rows: int64 [N], the rows of `stored` that are this split's; None is all of them.
         digests: uint8 [M, 16], `pixel_digests` of `stored`, where they are known already.
-        unusable: (row of `stored`, why) of pictures that could not be decoded; black there.
+        unreadable: (row of `stored`, why) of pictures that could not be decoded; black there.
     """
 
     stored: np.ndarray
     labels: np.ndarray
     rows: np.ndarray | None = None
     digests: np.ndarray | None = None
-    unusable: tuple[tuple[int, str], ...] = ()
+    unreadable: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,11 +81,11 @@ class BadImages:
 
     Attributes:
         skip: they are left out, instead of stopping at the first.
-        largest_share: of a split's pictures that may be left out.
+        max_share: of a split's pictures that may be left out.
     """
 
     skip: bool = False
-    largest_share: float = 0.0
+    max_share: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

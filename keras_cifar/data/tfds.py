@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import read
-from keras_cifar.data import images as image
 from keras_cifar.data.cache import Cache, in_block
+from keras_cifar.data.images import decode_image, resize_images
 from keras_cifar.data.splits import BadImages, Split, Splits, hold_out
 
 CONNECT_TIMEOUT = 10  # seconds; TFDS itself tries again for more than 3 minutes
@@ -212,7 +212,7 @@ def _batches(builder, split: str, size: tuple[int, int]) -> tf.data.Dataset:
     import tensorflow_datasets as tfds
 
     def decode(encoded, label):
-        return image.resize(image.decode(encoded), size), label
+        return resize_images(decode_image(encoded), size), label
 
     options = {"split": split, "decoders": {"image": tfds.decode.SkipDecoding()}}
     if builder.info.file_format in tfds.core.file_adapters.FileFormat.with_random_access():

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, reason
-from keras_cifar.distributed.rendezvous import PORTS, split
+from keras_cifar.distributed.rendezvous import PORTS, split_address
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cluster:
     def __post_init__(self):
         for address in self.addresses:
             try:
-                split(address)
+                split_address(address)
             except UsageError:
                 raise UsageError(
                     f"{self.source}: {address!r} is not of the form host:port"

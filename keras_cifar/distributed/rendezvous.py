@@ -62,7 +62,7 @@ class Rendezvous:
         self._line: str | None = None
         self._unfit: str | None = None
         self._failure = self._thread = None
-        self._chief, *_ = [split(address) for address in self.addresses]
+        self._chief, *_ = [split_address(address) for address in self.addresses]
         if len(self.addresses) == 1:
             return
         listener = None
@@ -87,7 +87,7 @@ class Rendezvous:
             self.close()
             raise
 
-    def gather(self, value) -> list:
+    def all_gather(self, value) -> list:
         """The JSON value of every worker, in their order; waits until each has given one.
 
         Raises:
@@ -138,7 +138,7 @@ class Rendezvous:
     def _listen(self) -> socket.socket:
         address = self.addresses[self.index]
         try:
-            return listen(split(address)[1])
+            return listen(split_address(address)[1])
         except OSError as error:
             why = os.strerror(error.errno)
             raise UserError(f"worker {self.index} cannot use {address}: {why}") from None
@@ -412,7 +412,7 @@ def encode(kind: str, content=None) -> bytes:
     return len(data).to_bytes(4) + data
 
 
-def split(address: str) -> tuple[str, int]:
+def split_address(address: str) -> tuple[str, int]:
     """(host, port) of "host:port" or "[::1]:port"."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:

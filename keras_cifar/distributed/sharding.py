@@ -1,4 +1,4 @@
-"""Which replica reads what: per-replica shards of batches."""
+"""Splits each batch into a shard for every replica; decides which process reads which shard."""
 
 import contextlib
 import dataclasses
@@ -10,32 +10,32 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class ReplicaRange:
-    """The replicas that one process feeds: `count` from `first` on, of `total` in all processes."""
+    """The replicas that one process feeds: `count` of the `total`, beginning with `first`."""
 
     first: int = 0
     count: int = 1
     total: int = 1
 
     @classmethod
-    def of(cls, context: tf.distribute.InputContext) -> "ReplicaRange":
-        """That of the process for which `strategy.distribute_datasets_from_function` asks."""
+    def of_input_context(cls, context: tf.distribute.InputContext) -> "ReplicaRange":
+        """The range of the process that `strategy.distribute_datasets_from_function` asks for."""
         count = context.num_replicas_in_sync // context.num_input_pipelines
         return cls(context.input_pipeline_id * count, count, context.num_replicas_in_sync)
 
 
 def bounds(examples: int, replicas: int) -> list[int]:
-    """Where the parts of each replica begin and end, as equal as can be: replicas + 1 positions."""
+    """Splits examples as equally as possible: the boundaries of the shards, replicas + 1 positions."""
     return [examples * replica // replicas for replica in range(replicas + 1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedBatches:
-    """Batches that are cut into the replicas' pieces; iterate over these, not over the data set.
+    """Batches that are split into per-replica shards. Iterate over this object, not over `dataset`.
 
     Attributes:
-        dataset: yields (images, labels) for each replica of this process; endless where `steps` is
-            given.
-        steps: batches in a pass; None is until it ends.
+        dataset: yields a shard (images, labels) for each replica of this process; endless if `steps`
+            is given.
+        steps: batches in a pass; None means until the data set ends.
     """
 
     dataset: tf.data.Dataset | tf.distribute.DistributedDataset
@@ -74,91 +74,98 @@ def _stop_reading(reader: tf.Tensor, nothing: tf.data.Dataset) -> None:
         )
 
 
-def pieces(
+def shard_batches(
     strategy: tf.distribute.Strategy,
     make: Callable[[ReplicaRange], tf.data.Dataset],
     steps: int | None,
 ) -> ShardedBatches:
-    """The pieces that `make` yields one after another for the replicas of a share."""
+    """Distributes shards: `make(replicas)` yields them one after another for a range of replicas."""
     dataset = strategy.distribute_datasets_from_function(
-        lambda context: make(ReplicaRange.of(context))
+        lambda context: make(ReplicaRange.of_input_context(context))
     )
     return ShardedBatches(dataset, steps)
 
 
-def cut(
+def split_batches(
     strategy: tf.distribute.Strategy,
     dataset: tf.data.Dataset,
     steps: int | None,
-    parts: int | None,
+    microbatches: int | None,
 ) -> ShardedBatches:
-    """Cuts whole batches (images [B, ...], labels [B, K]) for the replicas.
+    """Splits whole batches (images [B, ...], labels [B, K]) into per-replica shards.
 
     Args:
-        steps: batches in a pass; None is as many as the data set has.
-        parts: in training, of a batch, one after another. Fewer examples than parts, or in a part
-            than replicas, go whole into each, with labels of so much less weight. None is for
-            evaluation: there a batch is filled with examples whose label is all zero.
+        steps: batches in a pass; None means as many as the data set has.
+        microbatches: of each batch in training. Where there are fewer examples than microbatches or
+            replicas, each gets all of them, with proportionally smaller labels. None is for
+            evaluation: a small batch is padded with examples whose label is all zero.
 
     Raises:
-        ValueError: there are no batches, or nobody knows how many.
+        ValueError: the data set is empty, or its number of steps is unknown.
     """
-    known = int(dataset.cardinality())
-    if known == 0:
-        raise ValueError("the data set is empty")
-    if steps is None and known > 0:
-        steps = known
-    if steps is None and known == tf.data.INFINITE_CARDINALITY:
-        raise ValueError("the data set is endless: give the number of steps")
-    if steps is None and strategy.num_replicas_in_sync > 1:
-        raise ValueError("the data set does not know its length: give the number of steps")
+    steps = _steps(strategy, dataset, steps)
     if steps is not None:
         dataset = dataset.repeat()
 
-    def make(share: ReplicaRange) -> tf.data.Dataset:
-        if share.total * (parts or 1) == 1:
+    def make(replicas: ReplicaRange) -> tf.data.Dataset:
+        shards = replicas.total * (microbatches or 1)
+        if shards == 1:
             return dataset
-        number = share.total * (parts or 1)
-        replicas = range(share.first, share.first + share.count)
-        mine = [part * share.total + r for part in range(parts or 1) for r in replicas]
+        own = range(replicas.first, replicas.first + replicas.count)
+        indices = [m * replicas.total + r for m in range(microbatches or 1) for r in own]
 
-        def pieces_of(images, labels):
-            size = tf.shape(labels)[0]
-            if parts is None:
-                missing = tf.maximum(number - size, 0)
-                images, labels = (
-                    tf.pad(x, [[0, missing], *[[0, 0]] * (x.shape.rank - 1)])
-                    for x in (images, labels)
-                )
-                size += missing
+        def split(images, labels):
+            if microbatches is None:
+                images, labels = _pad(images, shards), _pad(labels, shards)
 
-            def piece(index):
-                part = _nth(index // share.total, parts or 1, images, labels)
-                return _nth(index % share.total, share.total, *part)
+            def shard(index):
+                microbatch = _shard(index // replicas.total, microbatches or 1, images, labels)
+                return _shard(index % replicas.total, replicas.total, *microbatch)
 
-            indices = tf.data.Dataset.from_tensor_slices(tf.constant(mine))
-            return indices.map(piece)
+            return tf.data.Dataset.from_tensor_slices(tf.constant(indices)).map(shard)
 
-        return endless(dataset.flat_map(pieces_of).prefetch(tf.data.AUTOTUNE))
+        return endless(dataset.flat_map(split).prefetch(tf.data.AUTOTUNE))
 
-    return pieces(strategy, make, steps)
+    return shard_batches(strategy, make, steps)
 
 
-def _nth(index, number: int, images, labels) -> tuple:
-    """One of so many equal shares of examples; all of them where they are fewer, for their share."""
+def _steps(strategy: tf.distribute.Strategy, dataset: tf.data.Dataset, steps: int | None):
+    """The batches in a pass; None where one device reads until the data set ends."""
+    known = int(dataset.cardinality())
+    if known == 0:
+        raise ValueError("the data set is empty")
+    if steps is not None:
+        return steps
+    if known > 0:
+        return known
+    if known == tf.data.INFINITE_CARDINALITY:
+        raise ValueError("the data set is endless: give the number of steps")
+    if strategy.num_replicas_in_sync > 1:
+        raise ValueError("the data set does not know its length: give the number of steps")
+    return None
+
+
+def _pad(values: tf.Tensor, size: int) -> tf.Tensor:
+    """Appends zeros along the first axis, up to `size` examples."""
+    missing = tf.maximum(size - tf.shape(values)[0], 0)
+    return tf.pad(values, [[0, missing], *[[0, 0]] * (values.shape.rank - 1)])
+
+
+def _shard(index, count: int, images, labels) -> tuple:
+    """Shard `index` of `count`; all examples with labels / count where there are fewer than that."""
     size = tf.shape(labels)[0]
-    whole = size < number
-    start, end = size * index // number, size * (index + 1) // number
+    whole = size < count
+    start, end = size * index // count, size * (index + 1) // count
     start, end = tf.where(whole, 0, start), tf.where(whole, size, end)
-    # Each of them then counts once in all.
-    weight = tf.cast(tf.where(whole, 1 / number, 1.0), labels.dtype)
+    # The replicas together then count each example once.
+    weight = tf.cast(tf.where(whole, 1 / count, 1.0), labels.dtype)
     return images[start:end], labels[start:end] * weight
 
 
 def endless(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """The same data set, which says that it has no end.
+    """Declares a data set endless.
 
-    Where tf.distribute does not know that, it asks all replicas in each step whether they have data
-    left, and hides the static shapes.
+    Otherwise tf.distribute asks all replicas in each step whether they have data left, and hides the
+    static shapes.
     """
     return dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))

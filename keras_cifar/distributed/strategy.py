@@ -24,7 +24,7 @@ MEET_SHARE, MEET_SECONDS = 0.75, 30.0
 
 
 # How TensorFlow reports that another worker is gone, stuck or restarted.
-LOST = (
+LOST_WORKER_ERRORS = (
     tf.errors.UnavailableError,
     tf.errors.DeadlineExceededError,
     tf.errors.AbortedError,
@@ -98,21 +98,21 @@ def choose(config: TrainConfig) -> StrategySpec:
 
 
 class DistributedContext:
-    """A choice that was started; a context that ends the other workers when this one fails.
+    """A spec that was started; a context that ends the other workers when this one fails.
 
     Attributes:
-        choice: what was chosen.
+        spec: what was chosen.
         strategy: TensorFlow's.
     """
 
     def __init__(
         self,
-        choice: StrategySpec,
+        spec: StrategySpec,
         config: TrainConfig,
         facts: Mapping | None = None,
         start: bool = True,
     ):
-        """Starts the choice; call it before TensorFlow computes anything.
+        """Starts the spec; call it before TensorFlow computes anything.
 
         Args:
             facts: what all workers must have in common, by name; JSON.
@@ -121,36 +121,36 @@ class DistributedContext:
         Raises:
             UsageError, UserError: another worker is missing or differs, or a port is taken.
         """
-        self.choice, self._timeout = choice, config.peer_timeout
-        cluster = choice.cluster
-        self._group, self._met = None, False
+        self.spec, self._timeout = spec, config.peer_timeout
+        cluster = spec.cluster
+        self._rendezvous, self._training = None, False
         if not start:
             self.strategy = tf.distribute.get_strategy()
             return
         if cluster is None:
-            self.strategy = _one_machine(choice)
+            self.strategy = _one_machine(spec)
             return
-        self._group = Rendezvous(
+        self._rendezvous = Rendezvous(
             cluster.addresses, cluster.index, config.startup_timeout, config.peer_timeout
         )
         with self:
-            self.agree(facts or {})
-            self.strategy = _multiworker(choice, config.peer_timeout)
+            self.check_equal(facts or {})
+            self.strategy = _multiworker(spec, config.peer_timeout)
 
     @property
     def is_chief(self) -> bool:
         """Whether this process writes."""
-        return self.choice.cluster is None or self.choice.cluster.index == 0
+        return self.spec.cluster is None or self.spec.cluster.index == 0
 
-    def agree(self, facts: Mapping) -> None:
+    def check_equal(self, facts: Mapping) -> None:
         """Waits for all workers and compares; each gives the same names.
 
         Raises:
             UserError: a value differs from the chief's.
         """
-        if self._group is None:
+        if self._rendezvous is None:
             return
-        everyone = self._group.gather(dict(facts))
+        everyone = self._rendezvous.all_gather(dict(facts))
         for index, theirs in enumerate(everyone):
             differences = [
                 f"{name} is {theirs.get(name)!r} there and {value!r} at worker 0"
@@ -159,16 +159,16 @@ class DistributedContext:
             ]
             if differences:
                 raise UserError(
-                    f"worker {index} ({self.choice.cluster.addresses[index]}) differs: "
+                    f"worker {index} ({self.spec.cluster.addresses[index]}) differs: "
                     f"{'; '.join(differences)}"
                 )
 
     def broadcast(self, data: bytes) -> bytes:
         """The chief's `data`, at every worker."""
-        if self._group is None:
+        if self._rendezvous is None:
             return data
-        if not self._met:
-            self.agree({})  # A chief that fails before it has the data is heard at once here.
+        if not self._training:
+            self.check_equal({})  # A chief that fails before it has the data is heard at once here.
         size = int.from_bytes(self._add_up(len(data).to_bytes(8, "little"), 8), "little")
         return self._add_up(data, size)
 
@@ -192,29 +192,30 @@ class DistributedContext:
         parts = [add(tf.constant(chief[i : i + BROADCAST_BYTES])).numpy() for i in starts]
         return b"".join(part.astype(np.uint8).tobytes() for part in parts)
 
-    def meet(self) -> None:
+    def begin_training(self) -> None:
         """Ends the talk that precedes training; from here on TensorFlow watches the others."""
-        if self._group is not None:
-            self._group.close()
-            self._met = True
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+            self._training = True
 
     def __enter__(self) -> "DistributedContext":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if error is None or self._group is None:
+        if error is None or self._rendezvous is None:
             return
-        lost_peer = isinstance(error, LOST)
+        lost_peer = isinstance(error, LOST_WORKER_ERRORS)
         if lost_peer:
             # Before training the group knows more: the other has said why it ends.
-            why = None if self._met else self._group.failure()
-            error = LostWorkerError(why or lost(error, self.choice.cluster, self._timeout))
-        self._group.abort(reason(error))
+            why = None if self._training else self._rendezvous.failure()
+            why = why or describe_lost_worker(error, self.spec.cluster, self._timeout)
+            error = LostWorkerError(why)
+        self._rendezvous.abort(reason(error))
         if lost_peer:
             raise error from None
 
 
-def lost(error: tf.errors.OpError, cluster: Cluster, timeout: float) -> str:
+def describe_lost_worker(error: tf.errors.OpError, cluster: Cluster, timeout: float) -> str:
     """One line on the worker that TensorFlow's error is about."""
     others = set(range(len(cluster.addresses))) - {cluster.index}
     # At the start TensorFlow names those who came and then those who did not; later, who noticed.
@@ -234,17 +235,17 @@ def lost(error: tf.errors.OpError, cluster: Cluster, timeout: float) -> str:
     return f"{who}; nothing that was saved is lost: start all workers again to go on from there"
 
 
-def _one_machine(choice: StrategySpec) -> tf.distribute.Strategy:
-    if choice.name == "none":
+def _one_machine(spec: StrategySpec) -> tf.distribute.Strategy:
+    if spec.name == "none":
         return tf.distribute.get_strategy()
-    if choice.devices[0].startswith("CPU"):
-        _split_cpu(len(choice.devices))
-    return tf.distribute.MirroredStrategy(list(choice.devices))
+    if spec.devices[0].startswith("CPU"):
+        _split_cpu(len(spec.devices))
+    return tf.distribute.MirroredStrategy(list(spec.devices))
 
 
-def _multiworker(choice: StrategySpec, timeout: float) -> tf.distribute.Strategy:
-    cluster = choice.cluster
-    gpus = sum(device.startswith("GPU") for device in choice.devices)
+def _multiworker(spec: StrategySpec, timeout: float) -> tf.distribute.Strategy:
+    cluster = spec.cluster
+    gpus = sum(device.startswith("GPU") for device in spec.devices)
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
         task_type="worker",

@@ -1,4 +1,4 @@
-"""Figures from predictions. NumPy in, numbers out."""
+"""Metrics of predictions: NumPy in, numbers out."""
 
 import numpy as np
 import sklearn.metrics
@@ -14,22 +14,21 @@ RESAMPLED = 2**20  # images of resamples in memory at a time
 BINS = 15  # of confidence, as in Guo et al. 2017, arXiv:1706.04599
 MAX_CONFUSED = 20  # pairs of classes
 MAX_MISTAKES = 48  # images
-SHOWN = 3  # of the confused pairs, in words
 
 
 def summarize(probabilities: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> dict:
-    """Loss, accuracy and top-5 accuracy with intervals, per-class figures, confusion, calibration.
+    """Loss, accuracy and top-5 accuracy with intervals, metrics of each class, confusion, calibration.
 
     Args:
         probabilities: float [N, K].
         labels: int [N], the true classes.
 
     Returns:
-        What `RUN/eval/<split>.json` holds beside the split's name. The loss is the mean
-        cross-entropy in nats. `confusion` has a row for each true class. Precision, recall and F1
-        are 0 where they are undefined. `intervals` are those of `bootstrap`, `calibration` is that of
-        this module. `confused` has the pairs of classes that are taken for each other most, `mistakes`
-        the wrong answers of the highest probability; both most first, and in order where equal.
+        What `RUN/eval/<split>.json` holds beside the split's name. `loss` is the mean cross-entropy in
+        nats. `confusion` has a row for each true class. Undefined precision, recall and F1 are 0.
+        `intervals` are those of `bootstrap`, `calibration` is the result of `calibration_error`.
+        `confused` lists the most confused pairs of classes, most images first; `mistakes` lists the
+        wrong predictions, most confident first. Equal entries keep their order.
     """
     classes = range(len(class_names))
     predicted = probabilities.argmax(axis=1)
@@ -52,7 +51,7 @@ def summarize(probabilities: np.ndarray, labels: np.ndarray, class_names: tuple[
             "top5_accuracy": bootstrap(among_five),
             "loss": bootstrap(losses),
         },
-        "calibration": calibration(probabilities, labels),
+        "calibration": calibration_error(probabilities, labels),
         "per_class": {
             name: {
                 "precision": float(precision[i]),
@@ -89,7 +88,7 @@ def bootstrap(values: np.ndarray) -> list[float]:
     return np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
 
 
-def calibration(probabilities: np.ndarray, labels: np.ndarray) -> dict:
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> dict:
     """How far the largest probability is from the accuracy: Guo et al. 2017, section 2.
 
     Args:
@@ -151,31 +150,3 @@ def _mistakes(probabilities: np.ndarray, labels: np.ndarray, class_names: tuple)
         }
         for row in rows[order]
     ]
-
-
-def words(summary: dict) -> str:
-    """The figures of the whole split as text, below the table."""
-
-    def figure(name: str) -> str:
-        low, high = summary["intervals"][name]
-        return f"{summary[name]:.4f} ({low:.4f} to {high:.4f})"
-
-    pairs = (f"{c['true']} as {c['predicted']} {c['count']:,}" for c in summary["confused"][:SHOWN])
-    return (
-        f"accuracy {figure('accuracy')}, top-5 {figure('top5_accuracy')}, loss {figure('loss')} on "
-        f"{summary['count']:,} images, in brackets {summary['intervals']['level']:.0%} intervals\n"
-        f"calibration error {summary['calibration']['expected_calibration_error']:.4f}; "
-        f"most confused: {', '.join(pairs) or 'none'}"
-    )
-
-
-def table(summary: dict) -> str:
-    """The per-class figures as text."""
-    width = max(5, *(len(name) for name in summary["per_class"]))
-    lines = [f"{'class':{width}}  precision  recall      f1   count"]
-    for name, row in summary["per_class"].items():
-        lines.append(
-            f"{name:{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}"
-            f"  {row['count']:6}"
-        )
-    return "\n".join(lines)

@@ -10,6 +10,7 @@ from keras_cifar.core.files import write_json
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
 from keras_cifar.evaluation import disturbances, evaluator, plots
+from keras_cifar.evaluation.evaluator import DataSource
 
 # Of the images that are disturbed at a time: each byte takes some twenty meanwhile.
 DISTURBED_BYTES = 2**22
@@ -17,8 +18,20 @@ DISTURBED_BYTES = 2**22
 PICTURED = 16  # images of which the first is drawn and the others give clutter
 
 
+def disturb_run(run: Run, name: str, source: DataSource, seed: int, max_images: int | None) -> dict:
+    """`disturb` of a run's selected model; `source` and errors as `evaluator.evaluate_run`."""
+    model, dataset, spec = evaluator.load_run(run, name, source)
+    return disturb(model, name, dataset.split(name), spec, run, seed, max_images)
+
+
 def disturb(
-    model: keras.Model, name: str, split: Split, spec: str, run: Run, seed: int, most: int | None
+    model: keras.Model,
+    name: str,
+    split: Split,
+    spec: str,
+    run: Run,
+    seed: int,
+    max_images: int | None,
 ) -> dict:
     """Writes `RUN/eval/<name>_disturbances.json` and `.png`; returns what the JSON holds.
 
@@ -26,14 +39,14 @@ def disturb(
         name: of the split: train, val or test.
         spec: the --data that it comes from, for the record.
         seed: of what is random in the disturbances.
-        most: so many images at most, as in `choose`; None is all.
+        max_images: evaluated, as in `choose`; None is all.
 
     Returns:
         The accuracy under each disturbance at each strength, without any (`clean_accuracy`) and the
         mean over all disturbances and strengths (`mean_accuracy`). `count` is of the images that were
         looked at, `fingerprint` that of the whole split.
     """
-    chosen = choose(split, seed, most)
+    chosen = choose(split, seed, max_images)
     count = len(chosen)
     size = max(1, DISTURBED_BYTES // int(np.prod(split.image_shape)))
     step = evaluator.compiled(model, split.image_shape)
@@ -76,36 +89,13 @@ def disturb(
     return record
 
 
-def choose(split: Split, seed: int, most: int | None) -> Split:
+def choose(split: Split, seed: int, max_images: int | None) -> Split:
     """So many images at most, evenly spread over a split.
 
     They are in a random order: splits are often sorted by class, and clutter is to be of all.
     """
-    spread = split.spread(most or len(split))
+    spread = split.spread(max_images or len(split))
     return spread.take(np.random.default_rng(seed).permutation(len(spread)))
-
-
-def table(record: dict) -> str:
-    """The accuracies as text: a line a disturbance, a column a strength."""
-    rows = record["disturbances"]
-    width = max(map(len, ["disturbance", *rows]))
-    levels = "".join(f"{level:>8}" for level in range(1, disturbances.LEVELS + 1))
-    lines = [f"{'disturbance':{width}}{levels}    mean  strengths"]
-    for name, row in rows.items():
-        figures = [*row["accuracy"], np.mean(row["accuracy"])]
-        values = ", ".join(f"{value:g}" for value in row["strengths"])
-        lines.append(
-            f"{name:{width}}{''.join(f'{f:8.4f}' for f in figures)}  {values} {row['unit']}"
-        )
-    return "\n".join(lines)
-
-
-def words(record: dict) -> str:
-    """The figures of all disturbances together as text, below the table."""
-    return (
-        f"accuracy {record['clean_accuracy']:.4f} as they are, {record['mean_accuracy']:.4f} in the "
-        f"mean over disturbances and strengths, on {record['count']:,} images"
-    )
 
 
 def _count_right(step: Callable, images: np.ndarray, labels: np.ndarray) -> int:

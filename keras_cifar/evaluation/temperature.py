@@ -20,7 +20,7 @@ from keras_cifar.evaluation import evaluator, metrics
 RANGE = (0.05, 20.0)
 
 
-def fit(logits: np.ndarray, labels: np.ndarray) -> dict:
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> dict:
     """The temperature that fits best.
 
     Args:
@@ -44,8 +44,8 @@ def fit(logits: np.ndarray, labels: np.ndarray) -> dict:
     temperature = float(np.exp(found.x))
 
     def error(logits: np.ndarray) -> float:
-        figures = metrics.calibration(scipy.special.softmax(logits, 1), labels)
-        return figures["expected_calibration_error"]
+        found = metrics.calibration_error(scipy.special.softmax(logits, 1), labels)
+        return found["expected_calibration_error"]
 
     return {
         "temperature": temperature,
@@ -57,16 +57,7 @@ def fit(logits: np.ndarray, labels: np.ndarray) -> dict:
     }
 
 
-def words(fitted: dict) -> str:
-    """What `fit` found, as a line."""
-    return (
-        f"temperature {fitted['temperature']:.3f}: on {fitted['images']:,} validation images the loss "
-        f"goes from {fitted['loss_before']:.4f} to {fitted['loss_after']:.4f}, the calibration error "
-        f"from {fitted['ece_before']:.4f} to {fitted['ece_after']:.4f}"
-    )
-
-
-def find(text: str, run: Run) -> dict:
+def find_temperature(text: str, run: Run) -> dict:
     """What --temperature stands for.
 
     Args:
@@ -74,7 +65,7 @@ def find(text: str, run: Run) -> dict:
             run, for what fits that one's model on its own, so that the run may have trained on all.
 
     Returns:
-        {"temperature"} for a number, otherwise as `fit`.
+        {"temperature"} for a number, otherwise as `fit_temperature`.
 
     Raises:
         UserError: there are no such images, or the other run has other flags (any seed will do).
@@ -83,7 +74,8 @@ def find(text: str, run: Run) -> dict:
         return {"temperature": float(text)}
     except ValueError:
         other = run if text == "auto" else Run(text)
-    mine, theirs = (each.read_config()["flags"] for each in (run, other))
+    config = other.read_config()
+    mine, theirs = run.read_config()["flags"], config["flags"]
     free = {*NOT_COMPARED, "seed", "val_fraction"}
     for flag in sorted((mine.keys() | theirs.keys()) - free):
         if mine.get(flag) != theirs.get(flag):
@@ -91,17 +83,17 @@ def find(text: str, run: Run) -> dict:
                 f"{other.path} was trained with --{flag}={theirs.get(flag)} and {run.path} with "
                 f"{mine.get(flag)}: its temperature would be another"
             )
-    split = evaluator.load_data(other, "val").split("val")
-    return fit_model(models.load(other.model), split)
+    split = evaluator.load_data(config, "val").split("val")
+    return fit_to_split(models.load(other.model), split)
 
 
-def fit_model(model: keras.Model, split: Split) -> dict:
-    """`fit` of a model with a layer called `logits`, on the images of a split."""
+def fit_to_split(model: keras.Model, split: Split) -> dict:
+    """`fit_temperature` of a model with a layer called `logits`, on the images of a split."""
     logits = keras.Model(model.inputs[0], model.get_layer("logits").output)
-    return fit(evaluator.predict(logits, split), split.labels)
+    return fit_temperature(evaluator.predict(logits, split), split.labels)
 
 
-def scaled(model: keras.Model, temperature: float) -> keras.Model:
+def scale_logits(model: keras.Model, temperature: float) -> keras.Model:
     """The model with its logits divided by a temperature, on the same weights."""
     logits = model.get_layer("logits").output
     cooled = keras.layers.Rescaling(1 / temperature, dtype="float32", name="temperature")(logits)

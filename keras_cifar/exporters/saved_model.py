@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_cifar.core.errors import unwritten
 from keras_cifar.core.files import new_version
-from keras_cifar.data import images as image
+from keras_cifar.data.images import decode_images
 from keras_cifar.exporters import LABELS, bundle, folding, labels_text, verification
 from keras_cifar.exporters.verification import Samples
 
@@ -105,7 +105,7 @@ def functions(model: keras.Model, class_names: tuple[str, ...]) -> tf.Module:
 
     @tf.function(input_signature=[encoded], autograph=False)
     def serving_bytes(image_bytes):
-        images, good = image.decode_all(image_bytes, size)
+        images, good = decode_images(image_bytes, size)
         # A call, so that the network is stored, and loaded, once for both.
         answer = serving_default(images)
         # What is no image has an answer that no image has, and the others have theirs.

@@ -133,7 +133,7 @@ def check(
     (directory / FILE).write_text(to_json(stored | {"figures": figures} | more) + "\n", "utf-8")
 
 
-def words(directory: pathlib.Path) -> str:
+def summary(directory: pathlib.Path) -> str:
     """What the check of an export found, a line for each form."""
     stored = json.loads((directory / FILE).read_text("utf-8"))
     return "\n".join(

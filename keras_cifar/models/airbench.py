@@ -55,7 +55,7 @@ def airbench(
     Args:
         widths: filters of each group.
     """
-    images, x = classifier.pixels(input_shape)
+    images, x = classifier.image_input(input_shape)
     x = layers.AddMirrored(name="mirrored")(x)
     x = layers.Whitening(2, name="whitening")(x)
     x = layers.SigmoidGelu(name="whitening_gelu")(x)

@@ -40,7 +40,7 @@ def alexnet(
     def relu(x, name):
         return keras.layers.ReLU(name=f"{name}_relu")(x)
 
-    images, x = classifier.pixels(input_shape)
+    images, x = classifier.image_input(input_shape)
     if is_small(input_shape):
         x = layers.conv(x, 96, 5, name="conv1_conv")
     else:

@@ -25,7 +25,7 @@ AUXILIARY_WEIGHT = 0.3
 NOMINAL_BATCH = 128.0
 
 # What a training step adds up: the first three as evaluation, the weight being that of the examples.
-METRICS = ("loss", "right answers", "weight", "norm of the gradient", "calls to stop")
+METRICS = ("loss", "right answers", "weight", "norm of the gradient", "stop requests")
 
 # What a Keras optimizer has of it; at most one is set.
 CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
@@ -58,7 +58,7 @@ class Classifier(keras.Model):
         """Builds the model.
 
         Args:
-            images: the keras.Input that `pixels` made.
+            images: the keras.Input of `image_input`.
             logits: KerasTensor [B, K] of unnormalised log-probabilities.
             auxiliary: further logits, each trained with AUXILIARY_WEIGHT.
         """
@@ -171,7 +171,7 @@ class Classifier(keras.Model):
         Returns:
             float [5], of the whole batch: the sum of the cross-entropies, the number of right
             answers, the weight of the examples, the norm of the gradient before it is clipped, and
-            how many replicas' processes were told to stop (`call_to_stop`).
+            how many replicas' processes were told to stop (`request_stop`).
         """
         alone = layers.replicas() == 1
         return self._update(*self._gradients(*data, divide=alone), divided=alone)
@@ -497,7 +497,7 @@ class Classifier(keras.Model):
                 break
         return _means(totals)
 
-    def call_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Has every process of the run see, in `totals` after the same step, that it is to stop."""
         self._stop.assign(tf.ones_like(self._stop))
 
@@ -524,8 +524,8 @@ class Classifier(keras.Model):
                 "the data must be (images, labels) with one-hot or mixed labels [B, K]; for weights, "
                 f"scale the labels; got {spec}"
             )
-        parts = self.accumulate_steps if training else None
-        return sharding.cut(self.distribute_strategy, x, steps, parts)
+        microbatches = self.accumulate_steps if training else None
+        return sharding.split_batches(self.distribute_strategy, x, steps, microbatches)
 
     def train_on_batch(self, *args, **kwargs):
         raise NotImplementedError("train_on_batch: call fit on the batch")
@@ -606,7 +606,7 @@ class Classifier(keras.Model):
                 weight.assign(value)
 
 
-def pixels(input_shape: tuple[int, int, int]) -> tuple:
+def image_input(input_shape: tuple[int, int, int]) -> tuple:
     """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same in [-1, 1]."""
     images = keras.Input(input_shape, dtype="uint8", name="images")
     return images, keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(images)

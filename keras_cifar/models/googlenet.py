@@ -84,7 +84,7 @@ def googlenet(
     def normalise(x, name):
         return x if batch_norm else layers.LocalResponseNormalization(name=name)(x)
 
-    images, x = classifier.pixels(input_shape)
+    images, x = classifier.image_input(input_shape)
     if is_small(input_shape):
         x = conv(x, 64, 3, name="stem1")
     else:

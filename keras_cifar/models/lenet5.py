@@ -22,7 +22,7 @@ def lenet5(
     input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10, name: str = "lenet5"
 ) -> classifier.Classifier:
     """Builds the network."""
-    images, x = classifier.pixels(input_shape)
+    images, x = classifier.image_input(input_shape)
     for index, filters in enumerate((6, 16), start=1):
         x = keras.layers.Conv2D(filters, 5, activation="tanh", name=f"conv{index}")(x)
         x = keras.layers.AveragePooling2D(2, name=f"conv{index}_pool")(x)

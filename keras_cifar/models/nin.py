@@ -32,7 +32,7 @@ def nin(
     input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10, name: str = "nin"
 ) -> classifier.Classifier:
     """Builds the network."""
-    images, x = classifier.pixels(input_shape)
+    images, x = classifier.image_input(input_shape)
     x = mlpconv(x, 5, (192, 160, 96), "block1")
     x = layers.max_pool(x, 3, 2, name="block1_pool", padding="same")
     x = layers.Dropout(DROPOUT, name="block1_drop")(x)

@@ -54,7 +54,7 @@ def resnet(
         block: (x, filters, stride, name) -> x, such as `bottleneck_block`.
         blocks: how many in each of the four stages.
     """
-    images, x = classifier.pixels(input_shape)
+    images, x = classifier.image_input(input_shape)
     if is_small(input_shape):
         x = layers.conv_norm(x, WIDTHS[0], 3, name="stem")
     else:

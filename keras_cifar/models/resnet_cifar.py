@@ -54,7 +54,7 @@ def resnet_cifar(
     blocks, rest = divmod(depth - 2, 6)
     if rest or blocks < 1:
         raise ValueError(f"the depth must be 6n + 2, such as 20 or 32; got {depth}")
-    images, x = classifier.pixels(input_shape)
+    images, x = classifier.image_input(input_shape)
     x = layers.conv_norm(x, WIDTHS[0], 3, name="stem")
     for stage, filters in enumerate(WIDTHS):
         for block in range(blocks):

@@ -68,7 +68,7 @@ def vgg(
         groups: how many convolutions in each of the five groups.
         batch_norm: the `_bn` variant.
     """
-    images, x = classifier.pixels(input_shape)
+    images, x = classifier.image_input(input_shape)
     for index, (count, filters) in enumerate(zip(groups, WIDTHS, strict=True)):
         x = conv_group(x, filters, (0.0,) * count, batch_norm, f"group{index + 1}")
     x = keras.layers.Flatten(name="flatten")(x)
@@ -85,7 +85,7 @@ def vgg_bn_drop(
     name: str = "vgg_bn_drop",
 ) -> classifier.Classifier:
     """Builds the chapter's network: 16 layers, BN and dropout in the groups, 512 units in the head."""
-    images, x = classifier.pixels(input_shape)
+    images, x = classifier.image_input(input_shape)
     for index, (count, filters) in enumerate(zip(GROUPS["vgg16"], WIDTHS, strict=True)):
         rate = FIRST_DROPOUT if index == 0 else DROPOUT
         x = conv_group(x, filters, (rate,) * (count - 1) + (0.0,), True, f"group{index + 1}")

@@ -35,7 +35,7 @@ class Card:
         recipe: with which it was trained; None where there is none.
         accuracy: on the test images, of these very weights.
         count: of the test images.
-        temperature: what the logits are divided by (`calibration`); None where they are left.
+        temperature: what the logits are divided by (temperature scaling); None where they are left.
         calibration_error: expected calibration error on the test images, after that (Guo et al. 2017,
             arXiv:1706.04599).
         limits: what it is not good for.
@@ -119,7 +119,7 @@ def load(name: str) -> tuple["keras.Model", Card]:
     mine = card(name)
     from keras_cifar import models
     from keras_cifar.core import tensors
-    from keras_cifar.evaluation import temperature as calibration
+    from keras_cifar.evaluation.temperature import scale_logits
 
     model = models.build(mine.model, mine.image_shape, len(mine.class_names)).deployable
     path = DIRECTORY / f"{name}{WEIGHTS}"
@@ -128,7 +128,7 @@ def load(name: str) -> tuple["keras.Model", Card]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {reason(error)}") from None
     assign(model, stored)
-    return (calibration.scaled(model, mine.temperature) if mine.temperature else model), mine
+    return (scale_logits(model, mine.temperature) if mine.temperature else model), mine
 
 
 def rounded(model: "keras.Model") -> dict:

@@ -13,7 +13,7 @@ from keras_cifar.core.files import replacing, write_json
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
 from keras_cifar.evaluation import evaluator, metrics
-from keras_cifar.evaluation import temperature as calibration
+from keras_cifar.evaluation.temperature import find_temperature, scale_logits
 from keras_cifar.pretrained import Card
 
 TOLERANCE = 0.001  # by which float16 may change the test accuracy; less than this, either way
@@ -28,7 +28,7 @@ def save(
         data: what the run's images are, in words; the card has no paths.
         limits: what the network is not good for, in words.
         licence: of the weights.
-        temperature: as `calibration.find` takes it; None leaves the logits as they are.
+        temperature: as `find_temperature` takes it; None leaves the logits as they are.
 
     Returns:
         (the card, the test accuracy before rounding, the bytes of the weights).
@@ -51,7 +51,7 @@ def save(
             f"the weights of {run.path} take {len(contents):,} bytes, more than "
             f"{pretrained.LARGEST:,}, which everybody who installs the package would get"
         )
-    divisor = calibration.find(temperature, run)["temperature"] if temperature else None
+    divisor = find_temperature(temperature, run)["temperature"] if temperature else None
     # As it will be loaded.
     small = models.build(flags["model"], shape, len(config["class_names"])).deployable
     try:
@@ -59,8 +59,8 @@ def save(
     except ValueError:
         raise UserError(f"{run.model} is not what --model={flags['model']} makes now") from None
     if divisor:
-        small = calibration.scaled(small, divisor)
-    split = evaluator.load_data(run, "test").test
+        small = scale_logits(small, divisor)
+    split = evaluator.load_data(config, "test").test
     probabilities = evaluator.predict(small, split)
     before = _accuracy(evaluator.predict(model, split), split)
     after = _accuracy(probabilities, split)
@@ -69,7 +69,7 @@ def save(
             f"in float16 the test accuracy of {run.path} is {after:.4f}, and it was {before:.4f}: a "
             f"difference of {TOLERANCE} or more"
         )
-    figures = metrics.calibration(probabilities, split.labels)
+    error = metrics.calibration_error(probabilities, split.labels)
     card = Card(
         model=flags["model"],
         image_shape=shape,
@@ -79,7 +79,7 @@ def save(
         accuracy=after,
         count=len(split),
         temperature=divisor,
-        calibration_error=figures["expected_calibration_error"],
+        calibration_error=error["expected_calibration_error"],
         limits=limits,
         licence=licence,
         source=f"trained with keras_cifar {keras_cifar.__version__}, revision "

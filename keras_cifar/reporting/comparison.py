@@ -9,6 +9,7 @@ import numpy as np
 from keras_cifar.core.config import NOT_COMPARED
 from keras_cifar.core.errors import UserError, check_directory
 from keras_cifar.core.run_directory import Run
+from keras_cifar.evaluation.text import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Result:
         flags: of the run.
         parameters: that are trained.
         history: a dict an epoch, as in history.csv; empty before the first one.
-        figures: of the test images, as in test.json; None where they were not looked at.
+        metrics: of the test images, as in test.json; None where they were not looked at.
     """
 
     flags: dict
     parameters: int
     history: list[dict[str, float]]
-    figures: dict | None
+    metrics: dict | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,8 @@ def load(path: str) -> Entry:
 def _result(run: Run) -> Result:
     config = run.read_config()
     flags = config["flags"]
-    figures = run.read_figures("test", flags["data"])
-    return Result(flags, config.get("parameter_count", 0), run.read_history(), figures)
+    metrics = run.read_metrics("test", flags["data"])
+    return Result(flags, config.get("parameter_count", 0), run.read_history(), metrics)
 
 
 # ---- Words
@@ -92,7 +93,7 @@ def table(entries: list[Entry]) -> str:
     rows = [("run", "test accuracy", "", "error", "time", "images/s", "epochs", "parameters")]
     for entry in entries:
         rows.append((entry.name, *_accuracy(entry), *_effort(entry)))
-    return _aligned(rows, left=3)
+    return aligned(rows, left=3)
 
 
 def differences(entries: list[Entry]) -> str:
@@ -105,15 +106,15 @@ def differences(entries: list[Entry]) -> str:
         values = [str(entry.flags.get(name, "-")) for entry in entries]
         if len(set(values)) > 1:
             rows.append((f"--{name}", *values))
-    return _aligned(rows, left=len(rows[0])) if len(rows) > 1 else ""
+    return aligned(rows, left=len(rows[0])) if len(rows) > 1 else ""
 
 
 def _accuracy(entry: Entry) -> tuple[str, str, str]:
     """Test accuracy, how sure it is, and error."""
-    found = [result.figures for result in entry.results if result.figures]
+    found = [result.metrics for result in entry.results if result.metrics]
     if not found:
         return "not tested", "", ""
-    values = [figures["accuracy"] for figures in found]
+    values = [metrics["accuracy"] for metrics in found]
     mean = statistics.fmean(values)
     if len(entry.results) > 1:
         sure = f"{len(values)} of {len(entry.results)} seeds"
@@ -144,19 +145,6 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _aligned(rows: list[tuple], left: int) -> str:
-    """A table as text, of which so many columns begin at the left and the others end at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            f"{cell:<{width}}" if index < left else f"{cell:>{width}}"
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def picture(entries: list[Entry], path: pathlib.Path) -> None:

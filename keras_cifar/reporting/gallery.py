@@ -12,6 +12,7 @@ from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
 from keras_cifar.evaluation import disturbances, evaluator, grad_cam
+from keras_cifar.evaluation.evaluator import DataSource
 from keras_cifar.reporting.page import Gallery
 from keras_cifar.reporting.record import Record
 
@@ -37,7 +38,9 @@ def load(run: Run, record: Record, most: int = MISTAKES, disturbed: bool = True)
     try:
         spec = record.figures["data"]
         spec = None if spec == record.config["flags"]["data"] else spec
-        split = evaluator.load_data(run, record.split, spec).split(record.split)
+        split = evaluator.load_data(record.config, record.split, DataSource(spec)).split(
+            record.split
+        )
         return of(record, models.load(run.model), split, most, disturbed)
     except UserError as error:
         return Gallery(str(error))

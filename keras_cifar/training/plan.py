@@ -17,7 +17,6 @@ from keras_cifar.core import environment
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.data import augmentation
-from keras_cifar.data import batches as pipeline
 from keras_cifar.distributed import sharding, strategy
 from keras_cifar.distributed.sharding import ReplicaRange, ShardedBatches
 from keras_cifar.distributed.strategy import DistributedContext
@@ -47,7 +46,7 @@ class Plan:
     def pieces_of(self, share: ReplicaRange, start_step: int) -> tf.data.Dataset:
         """What the replicas of a share train on, from a step of the run on."""
         config = self.config
-        return pipeline.training(
+        return data.training_batches(
             self.dataset.train,
             len(self.dataset.class_names),
             config.batch_size,
@@ -60,7 +59,7 @@ class Plan:
 
     def batches(self, start_step: int) -> ShardedBatches:
         """Training batches from a step of the run on, cut for the replicas."""
-        return sharding.pieces(
+        return sharding.shard_batches(
             self.devices.strategy,
             lambda share: self.pieces_of(share, start_step),
             self.steps_per_epoch,
@@ -71,10 +70,10 @@ class Plan:
         val, classes, size = self.dataset.val, len(self.dataset.class_names), self.config.batch_size
         if val is None:
             return None
-        return sharding.pieces(
+        return sharding.shard_batches(
             self.devices.strategy,
-            lambda share: pipeline.evaluation(val, classes, size, share),
-            pipeline.evaluation_steps(val, size),
+            lambda share: data.evaluation_batches(val, classes, size, share),
+            data.evaluation_steps(val, size),
         )
 
     def describe(self) -> str:
@@ -85,7 +84,7 @@ class Plan:
         counts = ", ".join(f"{v['count']:,} {k}" for k, v in dataset.describe().items())
         left_out = len(dataset.train) % config.batch_size
         choice, (policy, why_policy), (xla, why_xla) = (
-            self.devices.choice,
+            self.devices.spec,
             self.dtype_policy,
             self.xla,
         )
@@ -113,12 +112,12 @@ class Plan:
 
     def _replica_batch(self) -> str:
         """How a batch is shared, in words."""
-        config, replicas = self.config, self.devices.choice.replicas
+        config, replicas = self.config, self.devices.spec.replicas
         size, larger = divmod(config.batch_size // config.accumulate_steps, replicas)
         text = f"{size} or {size + 1}" if larger else f"{size}"
         text += " images a replica"
         if config.accumulate_steps > 1:
-            text += f" in each of {config.accumulate_steps} parts"
+            text += f" in each of {config.accumulate_steps} microbatches"
         return text
 
 
@@ -152,7 +151,7 @@ def prepare(
     devices = devices or DistributedContext(strategy.choose(config), config)
     # All flags before the data: a wrong one shows before a long download.
     augmentation.parse(config.augment)
-    replicas = devices.choice.replicas
+    replicas = devices.spec.replicas
     if config.batch_size // config.accumulate_steps < replicas:
         raise UsageError(
             f"--batch_size={config.batch_size} is less than an image for each of {replicas} replicas"
@@ -175,12 +174,12 @@ def prepare(
     )
     # Before TensorFlow's workers wait for each other, who could not say why one of them does not come.
     splits = dataset.describe()
-    devices.agree(
+    devices.check_equal(
         {f"the {name} images": f"{s['count']} ({s['fingerprint']})" for name, s in splits.items()}
     )
-    one_pass = pipeline.steps_in(dataset.train, config.batch_size)
+    one_pass = data.steps_per_epoch(dataset.train, config.batch_size)
     steps = config.steps_per_epoch or one_pass
-    xla = environment.use_xla(devices.choice.name)
+    xla = environment.use_xla(devices.spec.name)
     with devices.strategy.scope():
         model = models.build(config.model, dataset.image_shape, len(dataset.class_names))
         origin = ""
@@ -246,8 +245,8 @@ def describe_run(plan: Plan) -> dict:
         "parameter_count": models.count_parameters(network),
         "multiply_adds": models.count_multiply_adds(network),
         "steps_per_epoch": plan.steps_per_epoch,
-        "strategy": plan.devices.choice.name,
-        "replicas": plan.devices.choice.replicas,
+        "strategy": plan.devices.spec.name,
+        "replicas": plan.devices.spec.replicas,
         "dtype_policy": plan.dtype_policy[0],
         "xla": plan.xla[0],
         "deterministic": plan.deterministic,

@@ -58,7 +58,7 @@ class Recorder(keras.callbacks.Callback):
         self._scalars = None
         if plan.devices.is_chief:
             self._scalars = Scalars(run.tensorboard, self.history)
-            self._write_figures()
+            self._write_history()
 
     @property
     def epochs_done(self) -> int:
@@ -106,12 +106,12 @@ class Recorder(keras.callbacks.Callback):
 
     def on_test_batch_end(self, batch, logs=None):
         # Workers stop together, after a training step.
-        if self.interruption.requested and not self.plan.devices.choice.cluster:
+        if self.interruption.requested and not self.plan.devices.spec.cluster:
             raise self._stopped()
 
     def on_epoch_end(self, epoch, logs=None):
         try:
-            row = self._figures(epoch, logs)
+            row = self._epoch_metrics(epoch, logs)
         except StoppedError:
             self._save()  # The trained weights are back in their place; the rest is done anew.
             raise
@@ -121,11 +121,11 @@ class Recorder(keras.callbacks.Callback):
             return
         self._save(TrainingProgress(self.history, rollbacks=self.rollbacks))
         self._scalars.add(row)
-        self._write_figures()
+        self._write_history()
         if not sys.stdout.isatty():
             print(_line(row, self.plan.config.epochs), flush=True)
 
-    def _figures(self, epoch: int, logs: dict) -> dict:
+    def _epoch_metrics(self, epoch: int, logs: dict) -> dict:
         """Validates and selects the model; the row of the history, which has it then."""
         config = self.plan.config
         images = self.plan.steps_per_epoch * config.batch_size
@@ -135,12 +135,12 @@ class Recorder(keras.callbacks.Callback):
         with self.model.averaged():
             self.model.recompute_statistics(self._calibration, config.precise_bn_batches)
             if self._validation:
-                figures = self.model.evaluate(
+                metrics = self.model.evaluate(
                     self._validation, verbose=0, return_dict=True, callbacks=[self]
                 )
-                figures = {f"val_{name}": float(value) for name, value in figures.items()}
-                row |= figures
-                logs.update(figures)  # for the progress bar, which comes after
+                metrics = {f"val_{name}": float(value) for name, value in metrics.items()}
+                row |= metrics
+                logs.update(metrics)  # for the progress bar, which comes after
             row |= {
                 "learning_rate": float(self.model.optimizer.learning_rate),
                 "seconds": round(time.perf_counter() - self._began, 3),
@@ -159,10 +159,10 @@ class Recorder(keras.callbacks.Callback):
         Args:
             calls: of the step's replicas, to stop.
         """
-        if not self.plan.devices.choice.cluster:
+        if not self.plan.devices.spec.cluster:
             return self.interruption.requested is not None
         if self.interruption.requested:
-            self.model.call_to_stop()
+            self.model.request_stop()
         return calls > 0
 
     def _is_due(self, before: int) -> bool:
@@ -190,7 +190,7 @@ class Recorder(keras.callbacks.Callback):
                 flush=True,
             )
 
-    def _write_figures(self) -> None:
+    def _write_history(self) -> None:
         if self.history:
             write_history(self.history, self.run.history)
             plots.curves(self.history, self.run.curves)
@@ -234,13 +234,13 @@ def _quality(row: dict) -> tuple[float, float]:
 
 
 def _line(row: dict, epochs: int) -> str:
-    figures = [
+    metrics = [
         f"{name} {row[name]:.4f}"
         for name in ("loss", "accuracy", "val_loss", "val_accuracy")
         if name in row
     ]
     return (
-        f"epoch {row['epoch']}/{epochs}  {'  '.join(figures)}  {row['images_per_second']:.0f} images/s"
+        f"epoch {row['epoch']}/{epochs}  {'  '.join(metrics)}  {row['images_per_second']:.0f} images/s"
         f"  {row['seconds']:.0f} s"
     )
 

@@ -47,13 +47,13 @@ def train(config: TrainConfig, run: Run) -> dict:
     for number, seed in enumerate(seeds, start=1):
         print(f"seed {seed} ({number} of {len(seeds)})", flush=True)
         one = run.of_seed(seed)
-        figures = _figures(one, configs[seed])
-        if figures is None:
-            figures = trainer.train(configs[seed], one)
+        metrics = _test_metrics(one, configs[seed])
+        if metrics is None:
+            metrics = trainer.train(configs[seed], one)
             # A model and its functions refer to each other, so nothing else would free them now.
             keras.utils.clear_session()
             gc.collect()
-        accuracies[seed] = figures["accuracy"]
+        accuracies[seed] = metrics["accuracy"]
         print(f"seed {seed}: test accuracy {accuracies[seed]:.4f}\n", flush=True)
     values = list(accuracies.values())
     summary = {
@@ -65,8 +65,8 @@ def train(config: TrainConfig, run: Run) -> dict:
     return summary
 
 
-def _figures(run: Run, config: TrainConfig) -> dict | None:
-    """The test figures of a run that has come to its end; None of one that has not."""
+def _test_metrics(run: Run, config: TrainConfig) -> dict | None:
+    """The test metrics of a run that has come to its end; None of one that has not."""
     if config.export and not versions(run.export):
         return None
-    return run.read_figures("test", config.data)
+    return run.read_metrics("test", config.data)

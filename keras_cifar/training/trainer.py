@@ -31,7 +31,7 @@ def train(config: TrainConfig, run: Run) -> dict | None:
     """Trains, selects, tests and exports; goes on where an earlier call on the same run stopped.
 
     Returns:
-        The figures of the test split, as in `RUN/eval/test.json`; None at workers other than the
+        The metrics of the test split, as in `RUN/eval/test.json`; None at workers other than the
         chief, which alone reads and writes the run directory.
 
     Raises:
@@ -67,15 +67,15 @@ def train(config: TrainConfig, run: Run) -> dict | None:
 
         model = models.load(run.model)
         dataset = plan.dataset
-        figures = evaluator.evaluate(
+        metrics = evaluator.evaluate(
             model, "test", dataset.test, dataset.class_names, config.data, run
         )
         if config.export and not versions(run.export):
             samples = verification.of_dataset(dataset, config.data)
             path = saved_model.export(model, run.export, dataset.class_names, samples=samples)
-            print(verification.words(path), flush=True)
+            print(verification.summary(path), flush=True)
         report(run, model, dataset)
-        return figures
+        return metrics
 
 
 def report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:
@@ -110,10 +110,10 @@ def fit(
         # At once, so that a directory that cannot be written shows before hours of training.
         checkpoint.save(run.checkpoint, model, TrainingProgress(), step=0)
     position = _restore(plan, run)
-    if devices.choice.cluster:  # alone, nobody reads the whole state for nothing
+    if devices.spec.cluster:  # alone, nobody reads the whole state for nothing
         step = position.step(plan.steps_per_epoch)
-        devices.agree({"the step": step, "the model's state": checkpoint.digest(model)})
-    devices.meet()
+        devices.check_equal({"the step": step, "the model's state": checkpoint.digest(model)})
+    devices.begin_training()
     if devices.is_chief and position != TrainingProgress():
         print(f"going on after {plan.place(position)}", flush=True)
     recorder = Recorder(plan, run, position, interruption)

@@ -27,7 +27,7 @@ from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import archive, augmentation
-from keras_cifar.data import images as image
+from keras_cifar.data.images import load_image
 from keras_cifar.data.splits import BadImages
 from keras_cifar.distributed import cluster
 from keras_cifar.training import optimizers
@@ -203,11 +203,11 @@ def test_pictures(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)  # Large ones take their time.
     samples = pictures()
     for sample in samples:
-        assert image.load(sample).ndim == 3
+        assert load_image(sample).ndim == 3
 
     def parse(contents):
         for size in ((8, 8), None):
-            pixels = image.load(contents, size)
+            pixels = load_image(contents, size)
             assert pixels.dtype == np.uint8
             assert pixels.ndim == 3
             assert pixels.shape[2] == 3

@@ -15,7 +15,7 @@ import pytest
 from keras_cifar import data
 from keras_cifar.core.errors import UserError
 from keras_cifar.data import archive
-from keras_cifar.data import images as image
+from keras_cifar.data.images import resize_images
 
 TEN = ("airplane", "automobile", "bird")
 HUNDRED = ("apple", "aquarium_fish", "baby", "bear")
@@ -212,7 +212,7 @@ def test_nothing_is_written_beside_a_packed_archive(tmp_path):
 def test_image_size_resizes(tmp_path, side):
     path = unpacked(tmp_path, "cifar-10-binary")
     dataset = data.load(f"archive:{path}", image_size=side, val_fraction=0)
-    expected = image.resize(examples("cifar-10-binary")[0], (side, side))
+    expected = resize_images(examples("cifar-10-binary")[0], (side, side))
     np.testing.assert_array_equal(dataset.train.images, expected)
     assert dataset.test.images.shape[1:] == (side, side, 3)
 

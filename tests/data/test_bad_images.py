@@ -92,14 +92,14 @@ def test_a_run_with_more_than_the_share_fails_before_it_begins(trained, tmp_path
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_evaluating_leaves_out_the_same(trained, split):
     _, run, _ = trained
-    figures = evaluator.evaluate_run(run, split)
-    assert figures["count"] == run.read_config()["splits"][split]["count"]
+    metrics = evaluator.evaluate_run(run, split)
+    assert metrics["count"] == run.read_config()["splits"][split]["count"]
 
 
 def test_of_other_data_every_picture_counts(trained):
     flags, run, _ = trained
     with pytest.raises(UserError, match="cannot be used"):
-        evaluator.evaluate_run(run, "test", flags.data)
+        evaluator.evaluate_run(run, "test", evaluator.DataSource(flags.data))
 
 
 def test_evaluating_makes_no_directory_that_a_configuration_names(trained, tmp_path):

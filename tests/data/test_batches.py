@@ -9,8 +9,14 @@ import pytest
 import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, UserError
-from keras_cifar.data import Split, augmentation
-from keras_cifar.data import batches as pipeline
+from keras_cifar.data import (
+    Split,
+    augmentation,
+    evaluation_batches,
+    evaluation_steps,
+    steps_per_epoch,
+    training_batches,
+)
 from keras_cifar.data.splits import allocate
 from keras_cifar.distributed import sharding
 from keras_cifar.distributed.sharding import ReplicaRange, bounds
@@ -37,7 +43,7 @@ def take(batches: tf.data.Dataset, count: int) -> list:
 
 def order(split: Split, steps: int, batch_size: int, **kwargs) -> list[int]:
     arguments = {"augment": "", "seed": 0} | kwargs
-    batches = take(pipeline.training(split, 3, batch_size, **arguments), steps)
+    batches = take(training_batches(split, 3, batch_size, **arguments), steps)
     return [int(number) for images, _ in batches for number in images[:, 0, 0, 0]]
 
 
@@ -56,7 +62,7 @@ def assert_same_batches(got: list, expected: list) -> None:
 )
 def test_a_pass_holds_each_example_at_most_once_and_drops_only_the_remainder(count, batch_size):
     split = numbered(count)
-    steps = pipeline.steps_in(split, batch_size)
+    steps = steps_per_epoch(split, batch_size)
     assert steps == count // batch_size
     seen = np.reshape(order(split, 6 * steps, batch_size), (6, steps * batch_size))
     assert all(len(set(one_pass)) == steps * batch_size for one_pass in seen)
@@ -81,7 +87,7 @@ def test_augmentation_differs_between_steps_and_seeds_and_is_the_same_for_the_sa
     black = Split(np.full((8, 8, 8, 3), 255, np.uint8), np.zeros(8, np.int64))
 
     def run(seed):
-        return take(pipeline.training(black, 3, 8, "cutout(2)", seed), 3)
+        return take(training_batches(black, 3, 8, "cutout(2)", seed), 3)
 
     first, again, other = run(0), run(0), run(1)
     assert_same_batches(first, again)
@@ -93,15 +99,15 @@ def test_augmentation_differs_between_steps_and_seeds_and_is_the_same_for_the_sa
 @pytest.mark.parametrize("augment", ["", AUGMENT])
 def test_start_step_gives_the_batches_of_a_run_from_the_beginning(augment, start_step):
     split = numbered(14)  # three steps a pass
-    whole = pipeline.training(split, 3, 4, augment, seed=5).skip(start_step)
-    later = pipeline.training(split, 3, 4, augment, seed=5, start_step=start_step)
+    whole = training_batches(split, 3, 4, augment, seed=5).skip(start_step)
+    later = training_batches(split, 3, 4, augment, seed=5, start_step=start_step)
     assert_same_batches(take(later, 7), take(whole, 7))
 
 
 def test_augmentation_is_applied_to_each_batch():
     split = numbered(14, side=8)
-    plain = take(pipeline.training(split, 3, 4, "", seed=0), 6)
-    augmented = take(pipeline.training(split, 3, 4, AUGMENT, seed=0), 6)
+    plain = take(training_batches(split, 3, 4, "", seed=0), 6)
+    augmented = take(training_batches(split, 3, 4, AUGMENT, seed=0), 6)
     assert not any(
         np.array_equal(mine[0], other[0]) for mine, other in zip(augmented, plain, strict=True)
     )
@@ -110,8 +116,8 @@ def test_augmentation_is_applied_to_each_batch():
 
 def test_augmentation_changes_nothing_else():
     split = numbered(14)
-    flipped = take(pipeline.training(split, 3, 4, "flip", seed=0), 6)
-    plain = take(pipeline.training(split, 3, 4, "", seed=0), 6)
+    flipped = take(training_batches(split, 3, 4, "flip", seed=0), 6)
+    plain = take(training_batches(split, 3, 4, "", seed=0), 6)
     for (mine, labels), (original, expected) in zip(flipped, plain, strict=True):
         np.testing.assert_array_equal(labels, expected)
         same = (mine == original).all(axis=(1, 2, 3))
@@ -122,7 +128,7 @@ def test_augmentation_changes_nothing_else():
 def test_altflip_mirrors_each_example_in_every_second_pass():
     split = numbered(40)
     split.images[:, 0, 3, 0] = split.images[:, 0, 0, 0]  # a number that both forms have
-    batches = take(pipeline.training(split, 3, 8, "altflip", seed=0), 4 * 5)
+    batches = take(training_batches(split, 3, 8, "altflip", seed=0), 4 * 5)
     mirrored = np.zeros((4, 40), bool)
     for step, (images, _) in enumerate(batches):
         rows = images[:, 0, 0, 0]
@@ -133,7 +139,7 @@ def test_altflip_mirrors_each_example_in_every_second_pass():
 
 def test_batches_are_full_pixels_and_one_hot_labels():
     split = numbered(14)
-    batches = pipeline.training(split, 5, 4, "", seed=0)
+    batches = training_batches(split, 5, 4, "", seed=0)
     assert batches.element_spec == (
         tf.TensorSpec((4, 4, 4, 3), tf.uint8),
         tf.TensorSpec((4, 5), tf.float32),
@@ -147,13 +153,13 @@ def test_batches_are_full_pixels_and_one_hot_labels():
 def test_batch_larger_than_the_split_is_refused_in_one_line():
     split = numbered(7)
     with pytest.raises(UserError, match=r"--batch_size=8 .* 7 training images") as error:
-        pipeline.training(split, 3, 8, "", seed=0)
+        training_batches(split, 3, 8, "", seed=0)
     assert "\n" not in str(error.value)
 
 
 def test_wrong_augmentation_is_refused_before_the_first_batch():
     with pytest.raises(augmentation.UsageError, match="unknown augmentation 'crap'"):
-        pipeline.training(numbered(8), 3, 4, "crap(4)", seed=0)
+        training_batches(numbered(8), 3, 4, "crap(4)", seed=0)
 
 
 # ---- Evaluation
@@ -164,7 +170,7 @@ def test_wrong_augmentation_is_refused_before_the_first_batch():
 )
 def test_evaluation_holds_every_example_once_in_order(count, batch_size):
     split = numbered(count)
-    batches = take(pipeline.evaluation(split, 3, batch_size), 1000)
+    batches = take(evaluation_batches(split, 3, batch_size), 1000)
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     real = labels.sum(axis=1) == 1
     assert real.tolist() == [True] * count + [False] * (len(real) - count)
@@ -174,7 +180,7 @@ def test_evaluation_holds_every_example_once_in_order(count, batch_size):
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9])
 def test_evaluation_fills_the_last_batch_with_labels_of_zero(count):
-    dataset = pipeline.evaluation(numbered(count), 3, 4)
+    dataset = evaluation_batches(numbered(count), 3, 4)
     assert dataset.element_spec == (
         tf.TensorSpec((4, 4, 4, 3), tf.uint8),
         tf.TensorSpec((4, 3), tf.float32),
@@ -187,7 +193,7 @@ def test_evaluation_fills_the_last_batch_with_labels_of_zero(count):
 
 
 def test_evaluation_is_the_same_again():
-    dataset = pipeline.evaluation(numbered(10), 3, 4)
+    dataset = evaluation_batches(numbered(10), 3, 4)
     assert_same_batches(take(dataset, 9), take(dataset, 9))
 
 
@@ -220,9 +226,9 @@ def halves(batches: list) -> list:
 def test_shares_of_training_are_the_batches_of_one_process(total, count, parts):
     split, steps = numbered(50), 5  # three steps a pass
     arguments = (split, 3, 16, "flip|mixup(0.2)|crop(2)", 5, 7)
-    expected = take(pipeline.training(*arguments), steps)
+    expected = take(training_batches(*arguments), steps)
     streams = [
-        take(pipeline.training(*arguments, share=share, parts=parts), steps * parts * count)
+        take(training_batches(*arguments, share=share, microbatches=parts), steps * parts * count)
         for share in shares(total, count)
     ]
     got = put_together(streams, np.diff(bounds(16 // parts, total)).tolist(), steps * parts)
@@ -232,10 +238,10 @@ def test_shares_of_training_are_the_batches_of_one_process(total, count, parts):
 @pytest.mark.parametrize(("total", "count", "parts"), [t for t in LAYOUTS if t[2] == 1])
 def test_shares_of_evaluation_are_the_batches_of_one_process_again_and_again(total, count, parts):
     split = numbered(37)
-    expected = take(pipeline.evaluation(split, 3, 16), 9)
-    assert pipeline.evaluation_steps(split, 16) == len(expected) == 3
+    expected = take(evaluation_batches(split, 3, 16), 9)
+    assert evaluation_steps(split, 16) == len(expected) == 3
     streams = [
-        take(pipeline.evaluation(split, 3, 16, share), 2 * 3 * count)
+        take(evaluation_batches(split, 3, 16, share), 2 * 3 * count)
         for share in shares(total, count)
     ]
     got = put_together(streams, np.diff(bounds(16, total)).tolist(), 6)
@@ -254,51 +260,52 @@ def test_shares_of_evaluation_are_the_batches_of_one_process_again_and_again(tot
 )
 def test_shares_have_static_shapes_where_their_pieces_are_equal(share, parts, size):
     spec = tf.TensorSpec((size, 4, 4, 3), tf.uint8), tf.TensorSpec((size, 3), tf.float32)
-    batches = pipeline.training(numbered(20), 3, 16, AUGMENT, 0, share=share, parts=parts)
+    batches = training_batches(numbered(20), 3, 16, AUGMENT, 0, share=share, microbatches=parts)
     assert batches.element_spec == spec
     if parts == 1:
-        assert pipeline.evaluation(numbered(20), 3, 16, share).element_spec == spec
+        assert evaluation_batches(numbered(20), 3, 16, share).element_spec == spec
 
 
 def test_what_does_not_end_says_so():
     split, share = numbered(20), ReplicaRange(0, 2, 3)
-    assert pipeline.training(split, 3, 4, "", 0).cardinality() == INFINITE
-    assert pipeline.training(split, 3, 4, "", 0, share=share).cardinality() == INFINITE
-    assert pipeline.evaluation(split, 3, 4, share).cardinality() == INFINITE
+    assert training_batches(split, 3, 4, "", 0).cardinality() == INFINITE
+    assert training_batches(split, 3, 4, "", 0, share=share).cardinality() == INFINITE
+    assert evaluation_batches(split, 3, 4, share).cardinality() == INFINITE
 
 
 def test_a_process_reads_only_its_share():
     split, share, steps = numbered(48), ReplicaRange(1, 1, 2), 3
-    theirs = set(order(split, steps, 16)) - set(order(split, 2 * steps, 16, share=share, parts=2))
+    own = order(split, 2 * steps, 16, share=share, microbatches=2)
+    theirs = set(order(split, steps, 16)) - set(own)
     assert len(theirs) == 24
     rows = np.arange(48)
     rows[list(theirs)] = 10**6  # A gather of it is an error.
     spoilt = Split(split.stored, split.labels, rows)
     streams = [
-        take(pipeline.training(s, 3, 16, "crop(2)|flip", 0, share=share, parts=2), 2 * steps)
+        take(training_batches(s, 3, 16, "crop(2)|flip", 0, share=share, microbatches=2), 2 * steps)
         for s in (spoilt, split)
     ]
     assert_same_batches(*streams)
     with pytest.raises(tf.errors.InvalidArgumentError):
-        take(pipeline.training(spoilt, 3, 16, "", 0), steps)
+        take(training_batches(spoilt, 3, 16, "", 0), steps)
 
     rows = np.where(np.arange(48) % 16 < 8, 10**6, np.arange(48))
     spoilt = Split(split.stored, split.labels, rows)
-    streams = [take(pipeline.evaluation(s, 3, 16, share), 4) for s in (spoilt, split)]
+    streams = [take(evaluation_batches(s, 3, 16, share), 4) for s in (spoilt, split)]
     assert_same_batches(*streams)
     with pytest.raises(tf.errors.InvalidArgumentError):
-        take(pipeline.evaluation(spoilt, 3, 16), 1)
+        take(evaluation_batches(spoilt, 3, 16), 1)
 
 
 def test_replicas_of_a_strategy_get_their_pieces():
     split, strategy = numbered(11), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     arguments = (split, 3, 5, AUGMENT, 0)
     batches = iter(
-        sharding.pieces(
-            strategy, lambda share: pipeline.training(*arguments, share=share), steps=None
+        sharding.shard_batches(
+            strategy, lambda share: training_batches(*arguments, share=share), steps=None
         )
     )
-    for images, labels in take(pipeline.training(*arguments), 4):
+    for images, labels in take(training_batches(*arguments), 4):
         got = [strategy.experimental_local_results(part) for part in next(batches)]
         assert [len(part) for part in got[0]] == [2, 3]
         assert_same_batches([[np.concatenate(part) for part in got]], [(images, labels)])
@@ -308,11 +315,11 @@ def test_replicas_of_a_strategy_get_their_pieces():
 def test_a_batch_too_small_to_share_is_refused_in_one_line(batch_size, parts, total):
     share = ReplicaRange(0, 1, total)
     with pytest.raises(UsageError, match=f"--batch_size={batch_size} .* {total} replicas") as error:
-        pipeline.training(numbered(20), 3, batch_size, "", 0, share=share, parts=parts)
+        training_batches(numbered(20), 3, batch_size, "", 0, share=share, microbatches=parts)
     assert "\n" not in str(error.value)
     if parts == 1:
         with pytest.raises(UsageError, match="--batch_size"):
-            pipeline.evaluation(numbered(20), 3, batch_size, share)
+            evaluation_batches(numbered(20), 3, batch_size, share)
 
 
 # ---- Where the images are
@@ -329,7 +336,7 @@ def test_tensors_share_the_memory_of_aligned_images(writeable):
     memory = aligned(numbered(9).images)
     images = memory[:]
     images.flags.writeable = writeable
-    batches = pipeline.evaluation(Split(images, np.zeros(9, np.int64)), 3, 9)
+    batches = evaluation_batches(Split(images, np.zeros(9, np.int64)), 3, 9)
     memory[4] = 77
     (batch,) = take(batches, 2)
     np.testing.assert_array_equal(batch[0], images)
@@ -338,7 +345,7 @@ def test_tensors_share_the_memory_of_aligned_images(writeable):
 def test_the_memory_lives_as_long_as_its_batches():
     split = Split(aligned(numbered(9).images), np.zeros(9, np.int64))
     reference, expected = weakref.ref(split.stored), split.images.copy()
-    batches = pipeline.evaluation(split, 3, 9)
+    batches = evaluation_batches(split, 3, 9)
     del split
     gc.collect()
     np.testing.assert_array_equal(take(batches, 2)[0][0], expected)
@@ -370,8 +377,8 @@ def test_images_may_lie_in_memory_as_they_like(arrange):
     split = numbered(9)
     other = Split(arrange(split.images), split.labels)
     assert_same_batches(
-        take(pipeline.training(other, 3, 4, AUGMENT, seed=0), 5),
-        take(pipeline.training(split, 3, 4, AUGMENT, seed=0), 5),
+        take(training_batches(other, 3, 4, AUGMENT, seed=0), 5),
+        take(training_batches(split, 3, 4, AUGMENT, seed=0), 5),
     )
 
 
@@ -380,7 +387,7 @@ def test_a_part_of_a_split_is_trained_and_evaluated_on_as_if_it_were_all():
     rows = np.array([17, 3, 4, 11, 0, 9, 2])
     part, copy = whole.take(rows), Split(whole.images[rows], whole.labels[rows])
     for build in (
-        lambda split: pipeline.training(split, 3, 3, AUGMENT, seed=0),
-        lambda split: pipeline.evaluation(split, 3, 3),
+        lambda split: training_batches(split, 3, 3, AUGMENT, seed=0),
+        lambda split: evaluation_batches(split, 3, 3),
     ):
         assert_same_batches(take(build(part), 5), take(build(copy), 5))

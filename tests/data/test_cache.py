@@ -21,11 +21,10 @@ from keras_cifar import data
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
-from keras_cifar.data import batches as pipeline
 from keras_cifar.data import cache as cache_module
-from keras_cifar.data import folder, splits
-from keras_cifar.data import images as image
+from keras_cifar.data import evaluation_batches, folder, splits, training_batches
 from keras_cifar.data.cache import Cache
+from keras_cifar.data.images import VERSION, load_image
 from keras_cifar.data.splits import Split
 from keras_cifar.evaluation import evaluator
 from keras_cifar.training import trainer
@@ -123,7 +122,7 @@ def test_another_decoder_is_another_entry(tmp_path, monkeypatch):
 
 
 def test_the_decoder_s_version_is_part_of_the_name():
-    assert image.VERSION in cache_module.DECODER
+    assert VERSION in cache_module.DECODER
     assert {Image.__version__} <= set(cache_module.DECODER)
 
 
@@ -155,8 +154,8 @@ def test_more_than_the_memory_holds_is_mapped_and_read(tmp_path):
     split = Cache(str(tmp_path)).find(MADE_OF)
     assert len(split) == shape[0]
     for batches in (
-        pipeline.training(split, 3, 4, "flip", seed=0),
-        pipeline.evaluation(split.take(np.arange(shape[0])[::-1]), 3, 4),
+        training_batches(split, 3, 4, "flip", seed=0),
+        evaluation_batches(split.take(np.arange(shape[0])[::-1]), 3, 4),
     ):
         images, _ = next(iter(batches))
         assert images.shape == (4, 1024, 1024, 3)
@@ -492,14 +491,14 @@ def pictures(tmp_path) -> pathlib.Path:
 
 @pytest.fixture
 def decoded(monkeypatch) -> list:
-    """What `image.load` was called with since the list was emptied."""
-    calls, real = [], image.load
+    """What `load_image` was called with since the list was emptied."""
+    calls, real = [], load_image
 
     def count(contents, *args, **kwargs):
         calls.append(contents)
         return real(contents, *args, **kwargs)
 
-    monkeypatch.setattr(image, "load", count)
+    monkeypatch.setattr("keras_cifar.data.folder.load_image", count)
     return calls
 
 
@@ -597,7 +596,7 @@ def assert_decoded(split: Split, root: pathlib.Path, names: tuple) -> None:
     """A split is what decoding a folder's files into memory gives."""
     files = [path for name in names for path in sorted((root / name).iterdir())]
     expected = Split(
-        np.stack([image.load(path) for path in files]),
+        np.stack([load_image(path) for path in files]),
         np.array([names.index(path.parent.name) for path in files]),
     )
     np.testing.assert_array_equal(split.images, expected.images)
@@ -726,7 +725,8 @@ def test_training_and_evaluation_use_the_cache_of_the_run(tmp_path, pictures, de
     decoded.clear()
     evaluator.evaluate_run(run, "val")
     assert decoded == []
-    evaluator.evaluate_run(run, "val", cache_dir=str(tmp_path / "other"))
+    other = evaluator.DataSource(cache_dir=str(tmp_path / "other"))
+    evaluator.evaluate_run(run, "val", other)
     assert len(decoded) == 36
     assert len(left(tmp_path / "other")) == 2
     # Going on with another --cache_dir is the same run.
@@ -788,7 +788,7 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
         import numpy as np
         import tensorflow as tf
         import keras
-        from keras_cifar.data import batches as pipeline
+        from keras_cifar.data import evaluation_batches, training_batches
         from keras_cifar.data.cache import Cache
         from keras_cifar.distributed.sharding import ShardedBatches, ReplicaRange
 
@@ -808,23 +808,24 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
         train, val = split.take(np.arange(20_000)), split.take(np.arange(20_000, 25_000))
         arguments = dict(classes=10, batch_size=128)
         with Peak() as peak:
-            batches = pipeline.training(train, augment="flip", seed=0, **arguments)
+            batches = training_batches(train, augment="flip", seed=0, **arguments)
             for images, labels in batches.take(2 * 156):
                 pass
-            for images, labels in pipeline.evaluation(val, **arguments):
+            for images, labels in evaluation_batches(val, **arguments):
                 pass
         result["pipeline"] = peak.most
         strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
         with Peak() as peak:
-            batches = pipeline.training(train, augment="", seed=0, **arguments)
+            batches = training_batches(train, augment="", seed=0, **arguments)
             iterator = iter(ShardedBatches(strategy.experimental_distribute_dataset(batches), None))
             for _ in range(156):
                 next(iterator)
         result["replicas"] = peak.most
         with Peak() as peak:
             batches = strategy.distribute_datasets_from_function(
-                lambda context: pipeline.training(
-                    train, augment="", seed=0, share=ReplicaRange.of(context), parts=2, **arguments
+                lambda context: training_batches(
+                    train, augment="", seed=0, share=ReplicaRange.of_input_context(context),
+                    microbatches=2, **arguments
                 )
             )
             iterator = iter(ShardedBatches(batches, None))
@@ -838,9 +839,9 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
                 ), keras.layers.Dense(10, "softmax")])
                 model.compile("sgd", "categorical_crossentropy")
             with Peak() as peak:
-                batches = pipeline.training(train, augment="", seed=0, **arguments)
+                batches = training_batches(train, augment="", seed=0, **arguments)
                 model.fit(batches, steps_per_epoch=100, verbose=0, shuffle=False)
-                model.evaluate(pipeline.evaluation(val, **arguments), verbose=0)
+                model.evaluate(evaluation_batches(val, **arguments), verbose=0)
             result[name] = peak.most
         print(json.dumps(result))
     """)

@@ -11,7 +11,7 @@ from PIL import Image
 from keras_cifar import data
 from keras_cifar.core.errors import UserError
 from keras_cifar.data import folder
-from keras_cifar.data import images as image
+from keras_cifar.data.images import load_image, resize_images
 from tests.commands import hostile
 from tests.conftest import colour_images, write_folder
 
@@ -250,7 +250,7 @@ def test_a_bad_picture_that_comes_first_is_refused_with_its_name(tmp_path):
 # ---- Pictures that are left out
 
 
-SKIP = data.BadImages(skip=True, largest_share=0.25)
+SKIP = data.BadImages(skip=True, max_share=0.25)
 
 
 def circle(path):
@@ -311,7 +311,7 @@ def test_skip_leaves_out_what_cannot_be_used_and_says_why(tmp_path, image_size, 
 def test_a_second_start_skips_the_same_and_decodes_nothing(tmp_path, monkeypatch):
     damaged_folder(tmp_path)
     first = load(tmp_path, bad_images=SKIP)
-    monkeypatch.setattr(image, "load", None)
+    monkeypatch.setattr("keras_cifar.data.folder.load_image", None)
     second = load(tmp_path, bad_images=SKIP)
     assert second.skipped == first.skipped
     assert second.describe() == first.describe()
@@ -516,11 +516,16 @@ def test_pictures_of_many_sizes_are_resized_as_one_by_one(tmp_path, monkeypatch)
             pixels = random.integers(0, 256, (height, width, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / split / "a" / f"{index:03}.png")
     monkeypatch.setattr(folder, "BLOCK", 60_000)
-    sizes, resize = [], image.resize
-    monkeypatch.setattr(image, "resize", lambda x, size: sizes.append(len(x)) or resize(x, size))
+    sizes, resize = [], resize_images
+
+    def count(images, size):
+        sizes.append(len(images))
+        return resize(images, size)
+
+    monkeypatch.setattr("keras_cifar.data.images.resize_images", count)
     split = data.load(f"folder:{tmp_path}", image_size=16, val_fraction=0).train
     assert max(sizes) > 1
     # Two of 27 KB are in a group with the smaller ones, a third is not.
     assert len(sizes) >= 40 / 4 / 2
-    one_by_one = [image.load(path, (16, 16)) for path in sorted((tmp_path / "train/a").iterdir())]
+    one_by_one = [load_image(path, (16, 16)) for path in sorted((tmp_path / "train/a").iterdir())]
     np.testing.assert_array_equal(split.images, one_by_one)

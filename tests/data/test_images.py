@@ -14,7 +14,17 @@ import tensorflow as tf
 from PIL import Image
 
 from keras_cifar.core.errors import UserError
-from keras_cifar.data import images as image
+from keras_cifar.data.images import (
+    MAX_PASSES,
+    MAX_PIXELS,
+    ImageError,
+    _Budget,
+    _work,
+    decode_image,
+    decode_images,
+    load_image,
+    resize_images,
+)
 from tests.commands import hostile
 
 
@@ -53,7 +63,7 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm", "a.webp"])
 def test_rgb_comes_back_exact(tmp_path, name):
     options = {"lossless": True} if name == "a.webp" else {}
-    pixels = image.load(saved(tmp_path, noise(), name, **options))
+    pixels = load_image(saved(tmp_path, noise(), name, **options))
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, noise())
 
@@ -61,13 +71,13 @@ def test_rgb_comes_back_exact(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.pgm", "a.gif"])
 def test_grey_becomes_rgb(tmp_path, name):
     grey = noise(channels=1)
-    np.testing.assert_array_equal(image.load(saved(tmp_path, grey, name)), grey_to_rgb(grey))
+    np.testing.assert_array_equal(load_image(saved(tmp_path, grey, name)), grey_to_rgb(grey))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp", "a.pbm"])
 def test_one_bit_becomes_black_and_white(tmp_path, name):
     bits = noise(channels=1) > 127
-    pixels = image.load(saved(tmp_path, Image.fromarray(bits), name))
+    pixels = load_image(saved(tmp_path, Image.fromarray(bits), name))
     np.testing.assert_array_equal(pixels, grey_to_rgb(bits * np.uint8(255)))
 
 
@@ -82,7 +92,7 @@ RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]
 
 @pytest.mark.parametrize("name", ["a.png", "a.gif", "a.tif", "a.bmp"])
 def test_a_palette_becomes_its_colours(tmp_path, name):
-    pixels = image.load(saved(tmp_path, palette_picture(), name))
+    pixels = load_image(saved(tmp_path, palette_picture(), name))
     assert pixels.tolist() == [[RED, GREEN, BLUE]]
 
 
@@ -96,18 +106,18 @@ def test_a_palette_becomes_its_colours(tmp_path, name):
 )
 def test_transparent_palette_colours_are_on_white(tmp_path, name, transparency, expected):
     path = saved(tmp_path, palette_picture(), name, transparency=transparency)
-    assert image.load(path).tolist() == [expected]
+    assert load_image(path).tolist() == [expected]
 
 
 def test_the_transparent_colour_of_rgb_is_white(tmp_path):
     pixels = np.array([[RED, GREEN]], np.uint8)
     path = saved(tmp_path, pixels, transparency=(255, 0, 0))
-    assert image.load(path).tolist() == [[WHITE, GREEN]]
+    assert load_image(path).tolist() == [[WHITE, GREEN]]
 
 
 def test_the_transparent_level_of_grey_is_white(tmp_path):
     path = saved(tmp_path, np.array([[7, 9]], np.uint8), transparency=7)
-    assert image.load(path).tolist() == [[WHITE, [9, 9, 9]]]
+    assert load_image(path).tolist() == [[WHITE, [9, 9, 9]]]
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
@@ -115,7 +125,7 @@ def test_rgba_is_composited_on_white(tmp_path, name):
     rgba = noise(channels=4)
     rgba[0, :, 3], rgba[1, :, 3] = 0, 255
     options = {"lossless": True, "exact": True} if name == "a.webp" else {}
-    pixels = image.load(saved(tmp_path, rgba, name, **options))
+    pixels = load_image(saved(tmp_path, rgba, name, **options))
     assert (pixels[0] == 255).all()
     np.testing.assert_array_equal(pixels[1], rgba[1, :, :3])
     np.testing.assert_array_equal(pixels, on_white(rgba))
@@ -123,38 +133,38 @@ def test_rgba_is_composited_on_white(tmp_path, name):
 
 def test_grey_with_alpha_is_composited_on_white(tmp_path):
     la = np.array([[[10, 0], [10, 255], [0, 128]]], np.uint8)
-    pixels = image.load(saved(tmp_path, Image.fromarray(la, "LA")))
+    pixels = load_image(saved(tmp_path, Image.fromarray(la, "LA")))
     assert pixels[0, :, 0].tolist() == [255, 10, 127]
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 128, 0), (255, 255, 255), (20, 20, 20)])
 def test_cmyk_jpeg_has_its_colours(tmp_path, colour):
     picture = Image.new("RGB", (16, 16), colour).convert("CMYK")
-    pixels = image.load(saved(tmp_path, picture, "a.jpg", quality=95))
+    pixels = load_image(saved(tmp_path, picture, "a.jpg", quality=95))
     assert np.abs(pixels.astype(int) - colour).max() <= 4
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_sixteen_bits_keep_the_high_byte(tmp_path, name):
     values = np.array([[0, 255, 256, 1000], [32768, 65000, 65279, 65535]], np.uint16)
-    pixels = image.load(saved(tmp_path, values, name))
+    pixels = load_image(saved(tmp_path, values, name))
     np.testing.assert_array_equal(pixels, grey_to_rgb((values >> 8).astype(np.uint8)))
 
 
 def test_dark_sixteen_bits_stay_dark(tmp_path):
     values = np.full((3, 3), 200, np.uint16)
-    assert image.load(saved(tmp_path, values)).max() == 0
+    assert load_image(saved(tmp_path, values)).max() == 0
 
 
 def test_floats_of_unit_range_are_scaled(tmp_path):
     values = np.array([[0.0, 0.5, 1.0]], np.float32)
-    pixels = image.load(saved(tmp_path, values, "a.tif"))
+    pixels = load_image(saved(tmp_path, values, "a.tif"))
     assert pixels[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_floats_that_are_no_numbers_are_black_and_change_no_others(tmp_path):
     values = np.array([[0.0, 0.5, 1.0, np.nan]], np.float32)
-    pixels = image.load(saved(tmp_path, values, "a.tif"))
+    pixels = load_image(saved(tmp_path, values, "a.tif"))
     assert pixels[0, :, 0].tolist() == [0, 128, 255, 0]
 
 
@@ -177,8 +187,8 @@ def test_exif_orientation_is_applied(tmp_path, orientation, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = photo(16, 24)
-    plain = image.load(saved(tmp_path, stored, f"plain{name}", quality=95))
-    turned = image.load(saved(tmp_path, stored, name, quality=95, exif=exif))
+    plain = load_image(saved(tmp_path, stored, f"plain{name}", quality=95))
+    turned = load_image(saved(tmp_path, stored, name, quality=95, exif=exif))
     np.testing.assert_array_equal(turned, UPRIGHT[orientation](plain))
 
 
@@ -189,7 +199,7 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path, name):
     path = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **options)
     with Image.open(path) as picture:
         assert picture.n_frames == 3
-    pixels = image.load(path)
+    pixels = load_image(path)
     assert pixels.shape == (4, 5, 3)
     assert (pixels == RED).all()
 
@@ -197,7 +207,7 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path, name):
 @pytest.mark.parametrize("size", [None, (1, 1), (4, 7)])
 def test_one_pixel_is_a_picture(tmp_path, size):
     path = saved(tmp_path, np.array([[[1, 2, 3]]], np.uint8))
-    pixels = image.load(path, size)
+    pixels = load_image(path, size)
     assert pixels.shape == (*(size or (1, 1)), 3)
     assert (pixels == [1, 2, 3]).all()
 
@@ -205,23 +215,23 @@ def test_one_pixel_is_a_picture(tmp_path, size):
 def test_the_suffix_does_not_matter(tmp_path):
     path = saved(tmp_path, noise())
     other = path.rename(tmp_path / "picture.txt")
-    np.testing.assert_array_equal(image.load(str(other)), noise())
+    np.testing.assert_array_equal(load_image(str(other)), noise())
 
 
 def test_size_is_height_then_width(tmp_path):
-    assert image.load(saved(tmp_path, noise()), (4, 6)).shape == (4, 6, 3)
+    assert load_image(saved(tmp_path, noise()), (4, 6)).shape == (4, 6, 3)
 
 
 def test_load_resizes_with_resize(tmp_path):
-    pixels = image.load(saved(tmp_path, noise(50, 70)), (8, 8))
-    np.testing.assert_array_equal(pixels, image.resize(noise(50, 70), (8, 8)))
+    pixels = load_image(saved(tmp_path, noise(50, 70)), (8, 8))
+    np.testing.assert_array_equal(pixels, resize_images(noise(50, 70), (8, 8)))
 
 
 def test_transparency_is_composited_before_resizing(tmp_path):
     # Black that nobody sees must not darken its neighbours.
     rgba = np.zeros((8, 8, 4), np.uint8)
     rgba[:, ::2] = 255
-    assert (image.load(saved(tmp_path, rgba), (4, 4)) == 255).all()
+    assert (load_image(saved(tmp_path, rgba), (4, 4)) == 255).all()
 
 
 # ---- Large pictures
@@ -232,7 +242,7 @@ def test_a_huge_picture_is_close_to_a_direct_resize(tmp_path):
     path = saved(tmp_path, picture, "a.bmp")
     direct = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR))
     tracemalloc.start()
-    loaded = image.load(path, (32, 32))
+    loaded = load_image(path, (32, 32))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert np.abs(loaded.astype(int) - direct).mean() < 1.5
@@ -241,8 +251,8 @@ def test_a_huge_picture_is_close_to_a_direct_resize(tmp_path):
 
 def test_a_long_strip_is_resized(tmp_path):
     pixels = photo(40, 4000)
-    direct = image.resize(pixels, (32, 32)).numpy().astype(int)
-    assert np.abs(image.load(saved(tmp_path, pixels), (32, 32)) - direct).mean() < 1.5
+    direct = resize_images(pixels, (32, 32)).numpy().astype(int)
+    assert np.abs(load_image(saved(tmp_path, pixels), (32, 32)) - direct).mean() < 1.5
 
 
 def test_a_decompression_bomb_is_refused_at_once(tmp_path):
@@ -254,7 +264,7 @@ def test_a_decompression_bomb_is_refused_at_once(tmp_path):
 
 
 def test_threads_share_a_budget_of_pixels():
-    budget, running, most, lock = image._Budget(100), 0, 0, threading.Lock()
+    budget, running, most, lock = _Budget(100), 0, 0, threading.Lock()
 
     def work(pixels):
         nonlocal running, most
@@ -277,17 +287,17 @@ def test_threads_share_a_budget_of_pixels():
 
 def test_a_picture_takes_its_pixels_of_the_budget(tmp_path, monkeypatch):
     taken = []
-    real = image._Budget.take
-    monkeypatch.setattr(image._Budget, "take", lambda s, n: taken.append(n) or real(s, n))
-    image.load(saved(tmp_path, noise(6, 5)), (2, 2))
+    real = _Budget.take
+    monkeypatch.setattr(_Budget, "take", lambda s, n: taken.append(n) or real(s, n))
+    load_image(saved(tmp_path, noise(6, 5)), (2, 2))
     assert taken == [30]
 
 
 def test_transparency_in_bands_is_that_of_the_whole(tmp_path, monkeypatch):
     path = saved(tmp_path, np.random.default_rng(0).integers(0, 256, (50, 7, 4), np.uint8))
-    whole = image.load(path)
-    monkeypatch.setattr(image, "BAND", 20)
-    np.testing.assert_array_equal(image.load(path), whole)
+    whole = load_image(path)
+    monkeypatch.setattr("keras_cifar.data.images.BAND", 20)
+    np.testing.assert_array_equal(load_image(path), whole)
 
 
 def test_a_bomb_inside_of_another_picture_is_refused():
@@ -302,11 +312,11 @@ def test_a_jpeg_of_very_many_scans_is_refused(tmp_path, monkeypatch):
     whole = path.read_bytes()
     scan = whole[whole.rindex(b"\xff\xda") : -2]
     assert len(scan) < 100
-    most = image.MAX_PASSES * image.MAX_PICTURE // (2000 * 1000) - whole.count(b"\xff\xda")
+    most = MAX_PASSES * MAX_PIXELS // (2000 * 1000) - whole.count(b"\xff\xda")
     assert refusal(whole[:-2] + scan * (most + 1) + whole[-2:]).startswith("it has 1,790 scans")
-    monkeypatch.setattr(image, "MAX_PASSES", 1)
+    monkeypatch.setattr("keras_cifar.data.images.MAX_PASSES", 1)
     start = time.monotonic()
-    assert image.load(whole[:-2] + scan * 60 + whole[-2:], (8, 8)).shape == (8, 8, 3)
+    assert load_image(whole[:-2] + scan * 60 + whole[-2:], (8, 8)).shape == (8, 8, 3)
     assert time.monotonic() - start < 2
 
 
@@ -327,8 +337,8 @@ def test_other_formats_are_not_read(tmp_path, form):
 
 def refusal(path, size=None) -> str:
     """The message of the ImageError that loading `path` raises: always one line."""
-    with pytest.raises(image.ImageError) as caught:
-        image.load(path, size)
+    with pytest.raises(ImageError) as caught:
+        load_image(path, size)
     message = str(caught.value)
     assert message
     assert "\n" not in message
@@ -384,7 +394,7 @@ def test_a_png_with_damaged_bytes_is_refused(tmp_path, offset):
 
 
 def decoded(path) -> np.ndarray:
-    return image.decode(tf.constant(path.read_bytes())).numpy()
+    return decode_image(tf.constant(path.read_bytes())).numpy()
 
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
@@ -393,7 +403,7 @@ def decoded(path) -> np.ndarray:
 def test_jpeg_has_the_same_pixels_in_both_decoders(tmp_path, subsampling, shape, make):
     for quality in (40, 95):
         path = saved(tmp_path, make(*shape), "a.jpg", quality=quality, subsampling=subsampling)
-        np.testing.assert_array_equal(decoded(path), image.load(path))
+        np.testing.assert_array_equal(decoded(path), load_image(path))
 
 
 def test_progressive_and_grey_jpeg_have_the_same_pixels_in_both_decoders(tmp_path):
@@ -403,7 +413,7 @@ def test_progressive_and_grey_jpeg_have_the_same_pixels_in_both_decoders(tmp_pat
         ("restarts.jpg", photo(50, 60), {"restart_marker_blocks": 1}),
     ):
         path = saved(tmp_path, pixels, name, **options)
-        np.testing.assert_array_equal(decoded(path), image.load(path), err_msg=name)
+        np.testing.assert_array_equal(decoded(path), load_image(path), err_msg=name)
 
 
 KINDS = {
@@ -427,35 +437,35 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_other_formats_have_the_same_pixels_in_both_decoders(tmp_path, name):
     path = saved(tmp_path, KINDS[name], name)
-    np.testing.assert_array_equal(decoded(path), image.load(path))
+    np.testing.assert_array_equal(decoded(path), load_image(path))
 
 
 def test_animated_gif_has_the_same_pixels_in_both_decoders(tmp_path):
     frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "lime", "blue")]
     path = saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(decoded(path), image.load(path))
+    np.testing.assert_array_equal(decoded(path), load_image(path))
 
 
 def test_lossless_webp_has_the_same_pixels_in_both_decoders(tmp_path):
     for channels in (3, 4):
         path = saved(tmp_path, noise(channels=channels), "a.webp", lossless=True, exact=True)
-        np.testing.assert_array_equal(decoded(path), image.load(path))
+        np.testing.assert_array_equal(decoded(path), load_image(path))
 
 
 def test_decode_works_in_a_graph_for_all_formats_at_once(tmp_path):
     files = [saved(tmp_path, KINDS[name], name) for name in ("rgba.png", "rgb.bmp", "grey.gif")]
     files.append(saved(tmp_path, photo(12, 9), "a.jpg"))
     encoded = tf.data.Dataset.from_tensor_slices([f.read_bytes() for f in files])
-    dataset = encoded.map(lambda e: image.resize(image.decode(e), (4, 4)))
+    dataset = encoded.map(lambda e: resize_images(decode_image(e), (4, 4)))
     assert dataset.element_spec == tf.TensorSpec((4, 4, 3), tf.uint8)
     for file, pixels in zip(files, dataset, strict=True):
-        np.testing.assert_array_equal(pixels, image.load(file, (4, 4)))
+        np.testing.assert_array_equal(pixels, load_image(file, (4, 4)))
 
 
 @pytest.mark.parametrize("contents", [b"", b"text", b"\xff\xd8\xff", b"BM", b"\x89PNG\r\n\x1a\n"])
 def test_decode_refuses_what_is_no_picture(contents):
     with pytest.raises(tf.errors.InvalidArgumentError):
-        image.decode(tf.constant(contents))
+        decode_image(tf.constant(contents))
 
 
 def claim(path, width: int, height: int) -> bytes:
@@ -495,36 +505,36 @@ def claim(path, width: int, height: int) -> bytes:
 )
 def test_the_decoder_in_the_graph_refuses_bombs_by_their_header(tmp_path, name, options):
     path = saved(tmp_path, photo(20, 30), name, **options)
-    assert image.decode(tf.constant(claim(path, 30, 20))).shape == (20, 30, 3)
+    assert decode_image(tf.constant(claim(path, 30, 20))).shape == (20, 30, 3)
     for sides in [(13_500, 13_500), (16_383, 10_924)]:
         with pytest.raises(tf.errors.InvalidArgumentError, match="bomb"):
-            image.decode(tf.constant(claim(path, *sides)))
+            decode_image(tf.constant(claim(path, *sides)))
     # The largest that is decoded, which here it is not: that takes memory.
     largest = tf.constant(claim(path, 16_383, 10_923))
-    assert image._work(largest, tf.constant(name == "a.jpg")) == 16_383 * 10_923
-    assert 16_383 * 10_923 <= image.MAX_PICTURE < 16_383 * 10_924
+    assert _work(largest, tf.constant(name == "a.jpg")) == 16_383 * 10_923
+    assert 16_383 * 10_923 <= MAX_PIXELS < 16_383 * 10_924
 
 
 def test_sides_whose_product_is_no_number_are_refused(tmp_path):
     path = saved(tmp_path, photo(20, 30), "a.png")
     for sides in [(2**31 - 1, 2**31 - 1), (2**31, 2**31), (2**32 - 1, 2**32 - 1)]:
         with pytest.raises(tf.errors.InvalidArgumentError):
-            image.decode(tf.constant(claim(path, *sides)))
+            decode_image(tf.constant(claim(path, *sides)))
 
 
 def test_frames_and_scans_count_as_the_pixels_they_are(tmp_path):
     frames = [Image.fromarray(photo(8, 8)).convert("P") for _ in range(30)]
     path = saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
-    assert image.decode(tf.constant(path.read_bytes())).shape == (8, 8, 3)
+    assert decode_image(tf.constant(path.read_bytes())).shape == (8, 8, 3)
     contents = claim(path, 3000, 3000)
     assert contents.count(b"\0,") < 20
     with pytest.raises(tf.errors.InvalidArgumentError, match="bomb"):
-        image.decode(tf.constant(contents + b"\0," * 20))
+        decode_image(tf.constant(contents + b"\0," * 20))
     path = saved(tmp_path, photo(20, 30), "a.jpg")
     contents = claim(path, 3000, 3000)
     for more, said in ((397, "bomb"), (396, "^(?!.*bomb)")):
         with pytest.raises(tf.errors.InvalidArgumentError, match=said):
-            image.decode(tf.constant(contents[:-2] + b"\xff\xda" * more))
+            decode_image(tf.constant(contents[:-2] + b"\xff\xda" * more))
 
 
 @pytest.mark.parametrize("lossless", [True, False])
@@ -535,28 +545,28 @@ def test_an_animated_webp_is_refused_before_the_decoder_sees_it(tmp_path, lossle
         tmp_path, frames[0], "a.webp", save_all=True, append_images=frames[1:], lossless=lossless
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match="animated WebP"):
-        image.decode(tf.constant(path.read_bytes()))
-    _, good = image.decode_all(tf.constant([path.read_bytes()]), (5, 5))
+        decode_image(tf.constant(path.read_bytes()))
+    _, good = decode_images(tf.constant([path.read_bytes()]), (5, 5))
     assert good.numpy().tolist() == [False]
 
 
 def test_transparency_in_bands_inside_a_graph_is_that_of_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(image, "BAND", 50)
+    monkeypatch.setattr("keras_cifar.data.images.BAND", 50)
     for sides in ((40, 23), (1, 1), (7, 60), (10, 5)):
         path = saved(tmp_path, noise(*sides, channels=4), "a.png")
-        np.testing.assert_array_equal(decoded(path), image.load(path))
+        np.testing.assert_array_equal(decoded(path), load_image(path))
 
 
 def test_of_many_pictures_bad_ones_stop_no_others(tmp_path):
     pictures = [saved(tmp_path, photo(9 + i, 12), f"{i}.jpg").read_bytes() for i in range(40)]
-    expected = [image.load(contents, (5, 6)) for contents in pictures]
+    expected = [load_image(contents, (5, 6)) for contents in pictures]
     for bad in ([], [0], [39], [0, 1, 2, 20, 38, 39], list(range(40))):
         files = [b"no image" if i in bad else contents for i, contents in enumerate(pictures)]
-        pixels, good = image.decode_all(tf.constant(files), (5, 6))
+        pixels, good = decode_images(tf.constant(files), (5, 6))
         assert np.flatnonzero(~good.numpy()).tolist() == bad
         for i in set(range(40)) - set(bad):
             np.testing.assert_array_equal(pixels[i], expected[i])
-    pixels, good = image.decode_all(tf.constant([], tf.string), (5, 6))
+    pixels, good = decode_images(tf.constant([], tf.string), (5, 6))
     assert pixels.shape == (0, 5, 6, 3)
     assert good.shape == (0,)
 
@@ -566,7 +576,7 @@ def test_of_many_pictures_bad_ones_stop_no_others(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 1), (32, 32), (7, 50)])
 def test_resizing_to_the_same_size_is_the_identity(shape):
-    np.testing.assert_array_equal(image.resize(noise(*shape), shape), noise(*shape))
+    np.testing.assert_array_equal(resize_images(noise(*shape), shape), noise(*shape))
 
 
 @pytest.mark.parametrize("shape", [(50, 70), (64, 64), (33, 31), (480, 640), (20, 400)])
@@ -574,18 +584,18 @@ def test_resizing_to_the_same_size_is_the_identity(shape):
 def test_resizing_is_pillows_bilinear(shape, make):
     pixels = make(*shape)
     expected = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)
-    resized = image.resize(pixels, (32, 32)).numpy().astype(int)
+    resized = resize_images(pixels, (32, 32)).numpy().astype(int)
     assert np.abs(resized - np.asarray(expected)).mean() < 1
 
 
 def test_a_batch_is_resized_as_its_pictures_are():
     batch = np.stack([noise(seed=seed) for seed in range(3)])
-    expected = [image.resize(pixels, (5, 6)) for pixels in batch]
-    np.testing.assert_array_equal(image.resize(batch, (5, 6)), expected)
+    expected = [resize_images(pixels, (5, 6)) for pixels in batch]
+    np.testing.assert_array_equal(resize_images(batch, (5, 6)), expected)
 
 
 @pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
 def test_resizing_keeps_a_flat_colour(level):
     pixels = np.full((37, 23, 3), level, np.uint8)
     for size in ((8, 8), (32, 32), (100, 90)):
-        assert (image.resize(pixels, size).numpy() == level).all()
+        assert (resize_images(pixels, size).numpy() == level).all()

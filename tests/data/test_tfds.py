@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 
 from keras_cifar import data
 from keras_cifar.core.errors import UsageError, UserError
-from keras_cifar.data import images as image
 from keras_cifar.data import tfds as source
+from keras_cifar.data.images import resize_images
 from tests.data.test_cache import left, needs_proc, peaks
 
 NAMES = ("cat", "dog", "frog")
@@ -227,7 +227,7 @@ def test_image_size_resizes(data_dir):
     dataset = load(data_dir, "tiny_plain", image_size=4, val_fraction=0)
     assert dataset.image_shape == (4, 4, 3)
     pixels = np.stack(expected(TinyPlain, "train")[0])
-    np.testing.assert_array_equal(dataset.train.images, image.resize(pixels, (4, 4)))
+    np.testing.assert_array_equal(dataset.train.images, resize_images(pixels, (4, 4)))
 
 
 def test_pictures_of_different_sizes_need_image_size(data_dir):
@@ -235,7 +235,7 @@ def test_pictures_of_different_sizes_need_image_size(data_dir):
         load(data_dir, "tiny_sizes")
     dataset = load(data_dir, "tiny_sizes", image_size=5, val_fraction=0)
     for got, pixels in zip(dataset.test.images, expected(TinySizes, "test")[0], strict=True):
-        np.testing.assert_array_equal(got, image.resize(pixels, (5, 5)))
+        np.testing.assert_array_equal(got, resize_images(pixels, (5, 5)))
 
 
 def test_a_validation_split_is_the_validation_split(data_dir):

@@ -140,7 +140,7 @@ LARGE = {
 
 def tiny(input_shape=(8, 8, 3), num_classes=3, name="tiny", heads=0, dropout=0.0):
     """Two convolutions with batch normalization, one of which has a bias that does nothing."""
-    images, x = classifier.pixels(input_shape)
+    images, x = classifier.image_input(input_shape)
     auxiliary = []
     for stage in range(2):
         x = layers.conv_norm(x, 6, 3, 1 + stage, name=f"stage{stage}", bias=stage == 1)
@@ -393,7 +393,7 @@ def refusals(config: TrainConfig, devices: strategy.DistributedContext) -> dict:
         return model
 
     def with_layer(layer):
-        images, x = classifier.pixels((8, 8, 3))
+        images, x = classifier.image_input((8, 8, 3))
         logits = keras.layers.Dense(3)(layer()(keras.layers.Flatten()(x)))
         return classifier.Classifier.build_from(images, logits, "other")
 
@@ -486,7 +486,7 @@ def compute(flags: dict, names: list[str], path: pathlib.Path) -> None:
                 for key, value in CASES[name](config, devices).items():
                     found[f"{name}|{key}"] = value
                 print(f"{time.process_time() - start:6.1f} s  {name}", flush=True)
-            devices.meet()
+            devices.begin_training()
     finally:
         np.savez(path, **found)
 

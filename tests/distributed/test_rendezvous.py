@@ -57,7 +57,7 @@ def knock(address) -> socket.socket:
     """A connection to an address as soon as somebody listens there."""
     while True:
         try:
-            return socket.create_connection(rendezvous.split(address), timeout=20)
+            return socket.create_connection(rendezvous.split_address(address), timeout=20)
         except ConnectionRefusedError:
             time.sleep(0.02)
 
@@ -104,7 +104,9 @@ def test_every_worker_gets_the_values_of_all_in_order(meet, count, host):
     groups = meet(free_addresses(count, host))
     for turn in range(3):
         values = [{"worker": i, "turn": turn, "list": [None, 1.5, "é"]} for i in range(count)]
-        gathered = together(*(lambda i=i, v=v: groups[i].gather(v) for i, v in enumerate(values)))
+        gathered = together(
+            *(lambda i=i, v=v: groups[i].all_gather(v) for i, v in enumerate(values))
+        )
         assert gathered == [values] * count
 
 
@@ -112,7 +114,7 @@ def test_values_of_some_megabytes_and_tuples_are_equal_everywhere(meet):
     groups = meet(free_addresses(3))
     values = [["x" * 4_000_000, i] for i in range(3)]
     assert (
-        together(*(lambda i=i: groups[i].gather(tuple(values[i])) for i in range(3)))
+        together(*(lambda i=i: groups[i].all_gather(tuple(values[i])) for i in range(3)))
         == [values] * 3
     )
 
@@ -131,7 +133,7 @@ def test_the_chief_may_start_last(monkeypatch):
     addresses = free_addresses(3)
     chief = starter(addresses, 0, after=tried)
     groups = together(chief, *(starter(addresses, i) for i in (1, 2)))
-    assert together(*(lambda i=i: groups[i].gather(i) for i in range(3))) == [[0, 1, 2]] * 3
+    assert together(*(lambda i=i: groups[i].all_gather(i) for i in range(3))) == [[0, 1, 2]] * 3
     together(*(one.close for one in groups))
 
 
@@ -214,7 +216,7 @@ def test_a_port_in_use_is_said_at_once(monkeypatch, index, where):
 def test_a_port_in_use_is_said_at_all_through_the_chief(count, late):
     addresses, event, began = free_addresses(count), threading.Event(), time.monotonic()
     threading.Timer(0.6, event.set).start()
-    with rendezvous.listen(rendezvous.split(addresses[-1])[1]):
+    with rendezvous.listen(rendezvous.split_address(addresses[-1])[1]):
         after = [event if i == late else None for i in range(count)]
         results = together(*(starter(addresses, i, after=after[i]) for i in range(count)))
     line = f"worker {count - 1} cannot use {addresses[-1]}: Address already in use"
@@ -232,11 +234,11 @@ def test_ports_are_free_for_tensorflow_when_all_have_met(meet):
     addresses = free_addresses(3)
     groups = meet(addresses)
     for address in addresses:  # while the connections live, the chief's on its own port
-        rendezvous.listen(rendezvous.split(address)[1]).close()
+        rendezvous.listen(rendezvous.split_address(address)[1]).close()
     for one in groups:
         one.close()
     for address in addresses:
-        rendezvous.listen(rendezvous.split(address)[1]).close()
+        rendezvous.listen(rendezvous.split_address(address)[1]).close()
 
 
 def test_an_index_given_twice_is_refused_at_all(admitted):
@@ -312,7 +314,7 @@ def test_strangers_are_dropped_quietly_and_do_not_stall(monkeypatch, caplog):
         workers = [starter(addresses, 1), starter(addresses, 2, after=dropped)]
         *groups, _ = together(starter(addresses, 0), *workers, strange)
         assert all(isinstance(one, Rendezvous) for one in groups), groups
-        assert together(*(lambda i=i: groups[i].gather(i) for i in range(3))) == [[0, 1, 2]] * 3
+        assert together(*(lambda i=i: groups[i].all_gather(i) for i in range(3))) == [[0, 1, 2]] * 3
         together(*(one.close for one in groups))
     assert not caplog.records
 
@@ -387,7 +389,7 @@ def test_why_a_worker_ends_is_said_to_those_who_wait_and_who_come_later(meet, wh
     later = 1
 
     def other():
-        return groups[2 - who].gather(1)
+        return groups[2 - who].all_gather(1)
 
     def ends():
         time.sleep(0.2)
@@ -395,13 +397,13 @@ def test_why_a_worker_ends_is_said_to_those_who_wait_and_who_come_later(meet, wh
 
     def comes():
         time.sleep(0.5)
-        return groups[later].gather(1)
+        return groups[later].all_gather(1)
 
     waiting, _, coming = together(other, ends, comes)
     line = f"worker {who} ({groups[0].addresses[who]}) ended: the disk is full"
     assert lines([waiting, coming]) == [line] * 2
     with pytest.raises(UserError, match="the disk is full"):
-        groups[later].gather(2)
+        groups[later].all_gather(2)
     groups[who].abort("again")
 
 
@@ -409,7 +411,7 @@ def test_a_large_value_under_way_does_not_hide_why(meet):
     groups = meet(free_addresses(2))
 
     def value():
-        return groups[1].gather("x" * 50_000_000)
+        return groups[1].all_gather("x" * 50_000_000)
 
     def ends():
         time.sleep(0.05)
@@ -428,7 +430,7 @@ def test_closing_after_the_last_gather_raises_nowhere(meet, first):
         def work(i, groups=groups, values=values):
             if i != first:
                 time.sleep(0.01)
-            got = groups[i].gather(values[i])
+            got = groups[i].all_gather(values[i])
             groups[i].close()
             groups[i].close()
             return got
@@ -440,11 +442,11 @@ def test_closing_after_the_last_gather_raises_nowhere(meet, first):
 def test_a_worker_that_leaves_early_is_named(meet, who):
     groups = meet(free_addresses(3))
     waiting = [i for i in range(3) if i != who]
-    results = together(*(lambda i=i: groups[i].gather(i) for i in waiting), groups[who].close)
+    results = together(*(lambda i=i: groups[i].all_gather(i) for i in waiting), groups[who].close)
     name = f"worker {who} ({groups[0].addresses[who]})"
     assert lines(results[:2]) == [f"{name} ended while the others waited for it"] * 2
     with pytest.raises(UserError, match="closed"):
-        groups[who].gather(1)
+        groups[who].all_gather(1)
 
 
 def test_the_others_are_told_before_an_error_is_raised(monkeypatch, meet):
@@ -456,7 +458,7 @@ def test_the_others_are_told_before_an_error_is_raised(monkeypatch, meet):
 
     def chief():
         try:
-            groups[0].gather(0)
+            groups[0].all_gather(0)
         except UserError:
             return groups[0]._thread.is_alive()
 
@@ -506,15 +508,15 @@ def test_nothing_is_left_when_a_start_fails_or_ends():
 MEMBER = """
 import contextlib, json, sys, time
 from keras_cifar.core.errors import UserError
-from keras_cifar.distributed import rendezvous as group
-group.LINGER_SECONDS = 0.5
+from keras_cifar.distributed import rendezvous
+rendezvous.LINGER_SECONDS = 0.5
 addresses, index, silence, pause = json.loads(sys.argv[1])
 try:
-    with contextlib.closing(group.Rendezvous(addresses, index, 20.0, silence)) as one:
-        one.gather(0)
+    with contextlib.closing(rendezvous.Rendezvous(addresses, index, 20.0, silence)) as one:
+        one.all_gather(0)
         print("met", flush=True)
         time.sleep(pause)
-        print(one.gather(index), flush=True)
+        print(one.all_gather(index), flush=True)
 except UserError as error:
     print(error, flush=True)
 """
@@ -581,13 +583,13 @@ def test_a_worker_that_works_longer_than_the_silence_is_waited_for(meet):
 
     def work(i):
         time.sleep(1.6 * (i == 1))
-        return groups[i].gather(i)
+        return groups[i].all_gather(i)
 
     assert together(*(lambda i=i: work(i) for i in range(3))) == [[0, 1, 2]] * 3
 
 
 def test_a_hundred_workers_meet(meet):
     groups = meet(free_addresses(100), timeout=20.0)
-    results = together(*(lambda i=i: groups[i].gather(i) for i in range(100)))
+    results = together(*(lambda i=i: groups[i].all_gather(i) for i in range(100)))
     assert results == [list(range(100))] * 100
     together(*(one.close for one in groups))

@@ -195,8 +195,8 @@ import time
 from keras_cifar.core import environment
 environment.import_tensorflow()
 import tensorflow as tf
-from keras_cifar.data import batches as pipeline
-from keras_cifar.distributed import sharding as distribution
+from keras_cifar.data.batches import _in_place
+from keras_cifar.distributed import sharding
 
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -213,19 +213,19 @@ def numbers(share):
     dataset = tf.data.Dataset.range(1_000_000)
     dataset = dataset.map(lambda index: tf.numpy_function(slow, [index], tf.int64))
     # As all of the package's data sets; it is what makes TensorFlow free the data set first.
-    return pipeline._in_place(dataset)
+    return _in_place(dataset)
 
 
-pieces = distribution.pieces(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), numbers, None)
+batches = sharding.shard_batches(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), numbers, None)
 for _ in range(30):
-    iterator = iter(pieces)
+    iterator = iter(batches)
     next(iterator)
     del iterator
     number = len(computed)
     time.sleep(0.03)
     assert len(computed) == number, "the thread reads on"
 # Left to Python's end.
-iterator = iter(pieces)
+iterator = iter(batches)
 next(iterator)
 print("left in peace")
 """

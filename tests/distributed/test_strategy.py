@@ -63,12 +63,12 @@ def choose(name: str, replicas: int | None = None, **flags) -> StrategySpec:
 )
 def test_choice_without_gpu(gpus, name, replicas, chosen, count, reason):
     gpus(0)
-    choice = choose(name, replicas)
-    assert (choice.name, choice.reason, choice.replicas) == (chosen, reason, count)
-    strategy = DistributedContext(choice, TrainConfig()).strategy
+    spec = choose(name, replicas)
+    assert (spec.name, spec.reason, spec.replicas) == (chosen, reason, count)
+    strategy = DistributedContext(spec, TrainConfig()).strategy
     assert strategy.num_replicas_in_sync == count
     assert isinstance(strategy, tf.distribute.MirroredStrategy) == (chosen == "mirrored")
-    assert DistributedContext(choice, TrainConfig(), start=False).strategy.num_replicas_in_sync == 1
+    assert DistributedContext(spec, TrainConfig(), start=False).strategy.num_replicas_in_sync == 1
 
 
 def test_mirrored_uses_each_virtual_device_once(gpus):
@@ -89,9 +89,9 @@ def test_mirrored_uses_each_virtual_device_once(gpus):
 def test_gpus_are_preferred(gpus, monkeypatch, count, name, replicas, devices, reason):
     gpus(count)
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: devices)
-    choice = choose(name, replicas)
-    assert (choice.name, choice.reason) == ("mirrored", reason)
-    assert DistributedContext(choice, TrainConfig()).strategy == devices
+    spec = choose(name, replicas)
+    assert (spec.name, spec.reason) == ("mirrored", reason)
+    assert DistributedContext(spec, TrainConfig()).strategy == devices
 
 
 @pytest.mark.parametrize(("count", "name"), [(1, "auto"), (1, "none"), (2, "none")])
@@ -134,10 +134,10 @@ TWO = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index"
 def test_workers_of_the_flags_come_before_those_of_the_environment(gpus, environ):
     gpus(0)
     environ.setenv("TF_CONFIG", json.dumps(TWO))
-    choice = choose("auto", **WORKERS)
-    assert choice.cluster == Cluster(("a:1", "b:2", "[::1]:3"), 2, "--workers and --worker_index")
-    assert (choice.name, choice.replicas) == ("multiworker", 3)
-    assert choice.reason == "3 workers by --workers and --worker_index, this is 2, the CPU"
+    spec = choose("auto", **WORKERS)
+    assert spec.cluster == Cluster(("a:1", "b:2", "[::1]:3"), 2, "--workers and --worker_index")
+    assert (spec.name, spec.replicas) == ("multiworker", 3)
+    assert spec.reason == "3 workers by --workers and --worker_index, this is 2, the CPU"
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_workers_of_the_flags_come_before_those_of_the_environment(gpus, environ
 def test_cluster_of_tf_config_has_its_chief_first(gpus, environ, value, addresses, index):
     gpus(2)
     environ.setenv("TF_CONFIG", json.dumps(value))
-    choice = choose("auto")
-    assert choice.cluster == Cluster(addresses, index, "TF_CONFIG")
-    assert choice.devices == ("GPU:0", "GPU:1")
-    assert choice.replicas == 2 * len(addresses)
+    spec = choose("auto")
+    assert spec.cluster == Cluster(addresses, index, "TF_CONFIG")
+    assert spec.devices == ("GPU:0", "GPU:1")
+    assert spec.replicas == 2 * len(addresses)
     assert choose("none").cluster is None
 
 
@@ -259,7 +259,7 @@ def pieces(dataset, share: ReplicaRange, steps, parts) -> list[np.ndarray]:
             context = tf.distribute.InputContext(count, share.first // share.count, share.total)
             return make(context)
 
-    found = sharding.cut(Strategy(), dataset, steps, parts)
+    found = sharding.split_batches(Strategy(), dataset, steps, parts)
     number = found.steps * share.count * (parts or 1)
     return [
         (images.numpy()[:, 0], labels.numpy().sum(axis=1))
@@ -355,7 +355,8 @@ LATE = "kept the others waiting for more than --peer_timeout=45 s;"
 )
 def test_line_on_a_lost_worker_names_it_where_it_is_known(count, message, line):
     cluster = Cluster(("a:1", "b:1", "c:1")[:count], 1, "")
-    found = strategy.lost(tf.errors.DeadlineExceededError(None, None, message), cluster, 45.0)
+    error = tf.errors.DeadlineExceededError(None, None, message)
+    found = strategy.describe_lost_worker(error, cluster, 45.0)
     assert found.startswith(line)
     assert "\n" not in found
 

@@ -48,9 +48,9 @@ KILLED = """
 import os
 from keras_cifar import train
 from keras_cifar.core import cli
-from keras_cifar.distributed import strategy as distribution
+from keras_cifar.distributed import strategy
 from keras_cifar.core.config import TrainConfig
-distribution._multiworker = lambda *_: os.kill(os.getpid(), 9)
+strategy._multiworker = lambda *_: os.kill(os.getpid(), 9)
 cli.run("train", train.main, TrainConfig, "")
 """
 

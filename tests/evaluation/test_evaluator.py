@@ -21,9 +21,9 @@ def source(trained_run):
     return evaluator.load_run(trained_run, "test")
 
 
-def disturbed(source, tmp_path, seed=0, most=None) -> dict:
+def disturbed(source, tmp_path, seed=0, max_images=None) -> dict:
     model, dataset, spec = source
-    return robustness.disturb(model, "test", dataset.test, spec, Run(tmp_path), seed, most)
+    return robustness.disturb(model, "test", dataset.test, spec, Run(tmp_path), seed, max_images)
 
 
 # ---- Predictions
@@ -60,7 +60,7 @@ def test_accuracies_under_disturbances_are_those_of_the_disturbed_images(source,
     model, dataset, _ = source
     record = disturbed(source, tmp_path, seed=5)
     assert record == json.loads(Run(tmp_path).disturbances("test").read_text())
-    chosen = robustness.choose(dataset.test, seed=5, most=None)
+    chosen = robustness.choose(dataset.test, seed=5, max_images=None)
     images, labels = chosen.images, chosen.labels
 
     def accuracy(images):
@@ -92,7 +92,7 @@ def test_images_are_spread_over_the_split_and_mixed(source, tmp_path):
         rows = robustness.choose(split, 0, most).rows
         assert (rows != np.sort(rows)).any()
         np.testing.assert_array_equal(np.sort(rows), split.spread(count).rows)
-        assert disturbed(source, tmp_path, most=most)["count"] == len(rows)
+        assert disturbed(source, tmp_path, max_images=most)["count"] == len(rows)
 
 
 def test_images_are_disturbed_in_parts_and_each_otherwise(source, tmp_path, monkeypatch):

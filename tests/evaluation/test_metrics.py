@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from keras_cifar.evaluation import metrics
+from keras_cifar.evaluation import metrics, text
 
 NAMES = ("a", "b", "c")
 
@@ -111,7 +111,7 @@ def test_intervals_of_few_images(count):
 def test_the_calibration_error_is_that_of_the_definition():
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
     labels = np.array([0, 1, 0, 1])
-    figures = metrics.calibration(probabilities, labels)
+    figures = metrics.calibration_error(probabilities, labels)
     # Bins of 0.9 (two images, half right), of 0.6 and of 0.7 (both right).
     assert figures["expected_calibration_error"] == pytest.approx(
         (abs(1.8 - 1) + abs(0.6 - 1) + abs(0.7 - 1)) / 4, abs=1e-12
@@ -129,7 +129,7 @@ def test_the_calibration_error_is_that_of_the_definition():
 
 def test_the_calibration_error_is_the_bins_own(random):
     probabilities = random.dirichlet(np.ones(4), 500).astype(np.float32)
-    figures = metrics.calibration(probabilities, random.integers(0, 4, 500))
+    figures = metrics.calibration_error(probabilities, random.integers(0, 4, 500))
     gaps = [
         b["count"] * abs(b["confidence"] - b["accuracy"]) for b in figures["bins"] if b["count"]
     ]
@@ -140,14 +140,14 @@ def test_the_calibration_error_is_the_bins_own(random):
 def test_the_calibration_error_of_labels_drawn_as_the_model_says_is_small(random):
     probabilities = random.dirichlet(np.ones(3), 20_000)
     labels = (random.random((20_000, 1)) > probabilities.cumsum(axis=1)).sum(axis=1)
-    assert metrics.calibration(probabilities, labels)["expected_calibration_error"] < 0.02
+    assert metrics.calibration_error(probabilities, labels)["expected_calibration_error"] < 0.02
     wrong = (labels + 1) % 3
-    assert metrics.calibration(probabilities, wrong)["expected_calibration_error"] > 0.2
+    assert metrics.calibration_error(probabilities, wrong)["expected_calibration_error"] > 0.2
 
 
 @pytest.mark.parametrize("confidence", [1 / 15, 0.6, 1.0])
 def test_a_bin_has_its_upper_edge(confidence):
-    bins = metrics.calibration(np.array([[confidence, 0.0]]), np.array([0]))["bins"]
+    bins = metrics.calibration_error(np.array([[confidence, 0.0]]), np.array([0]))["bins"]
     (one,) = (b for b in bins if b["count"])
     assert one["high"] == pytest.approx(confidence)
 
@@ -165,7 +165,7 @@ def test_the_most_confused_pairs_come_first():
         {"true": "a", "predicted": "b", "count": 1},
         {"true": "a", "predicted": "c", "count": 1},
     ]
-    assert "most confused: b as a 2, c as b 2, a as b 1" in metrics.words(figures)
+    assert "most confused: b as a 2, c as b 2, a as b 1" in text.metrics_summary(figures)
 
 
 def test_the_most_confident_mistakes_come_first():
@@ -198,7 +198,7 @@ def test_lists_of_mistakes_are_short(random):
 
 def test_the_words_have_the_figures_and_their_intervals():
     figures = metrics.summarize(np.eye(3)[[0, 1, 2]], np.arange(3), NAMES)
-    assert metrics.words(figures).splitlines() == [
+    assert text.metrics_summary(figures).splitlines() == [
         "accuracy 1.0000 (1.0000 to 1.0000), top-5 1.0000 (1.0000 to 1.0000), loss 0.0000 "
         "(0.0000 to 0.0000) on 3 images, in brackets 95% intervals",
         "calibration error 0.0000; most confused: none",
@@ -207,6 +207,6 @@ def test_the_words_have_the_figures_and_their_intervals():
 
 def test_the_table_has_a_line_a_class():
     figures = metrics.summarize(np.eye(3)[[0, 1, 2]], np.arange(3), NAMES)
-    lines = metrics.table(figures).splitlines()
+    lines = text.metrics_table(figures).splitlines()
     assert len(lines) == 4
     assert lines[1].split() == ["a", "1.0000", "1.0000", "1.0000", "1"]

@@ -24,7 +24,7 @@ def check_agreement(run: Run, capsys) -> None:
     capsys.readouterr()
     assert cli._execute("predict", predict.main, predict.PredictOptions, "IMAGE", argv) == 0
     answers = json.loads(capsys.readouterr().out)
-    figures = evaluator.evaluate_run(run, "test")
+    metrics = evaluator.evaluate_run(run, "test")
     names = run.read_config()["class_names"]
 
     confusion = np.zeros((len(names), len(names)), int)
@@ -32,7 +32,7 @@ def check_agreement(run: Run, capsys) -> None:
         confusion[
             names.index(pathlib.Path(answer["file"]).parent.name), answer["top"][0]["index"]
         ] += 1
-    assert confusion.tolist() == figures["confusion"]
+    assert confusion.tolist() == metrics["confusion"]
 
     test = data.load(flags["data"], image_size=flags["image_size"]).test
     evaluated = evaluator.predict(models.load(run.model), test)

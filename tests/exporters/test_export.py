@@ -23,7 +23,7 @@ from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import TEMPORARY, versions
 from keras_cifar.core.run_directory import Run
 from keras_cifar.evaluation import evaluator
-from keras_cifar.evaluation import temperature as calibration
+from keras_cifar.evaluation.temperature import find_temperature, fit_temperature, fit_to_split
 from keras_cifar.exporters import FORMATS, bundle, saved_model, verification
 from keras_cifar.inference.predictor import Predictor
 
@@ -198,7 +198,7 @@ def overconfident(count: int = 4000, factor: float = 3.0) -> tuple[np.ndarray, n
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 3.0])
 def test_the_temperature_is_found(factor):
-    fitted = calibration.fit(*overconfident(factor=factor))
+    fitted = fit_temperature(*overconfident(factor=factor))
     assert fitted["temperature"] == pytest.approx(factor, rel=0.06)
     assert fitted["loss_after"] <= fitted["loss_before"]
     assert fitted["ece_after"] < 0.02
@@ -210,7 +210,7 @@ def test_the_temperature_of_extreme_logits_stays_in_its_range():
     labels = np.arange(30) % 3
     right = 1e4 * np.eye(3)[labels]
     for logits in (right, -right, 0 * right):
-        fitted = calibration.fit(logits, labels)
+        fitted = fit_temperature(logits, labels)
         assert 0.05 <= fitted["temperature"] <= 20
         assert np.isfinite(list(fitted.values())).all()
 
@@ -247,9 +247,9 @@ def test_the_temperature_of_another_run_is_of_its_model_and_images(trained_run, 
     # One class is preferred too much, which only a high temperature mends.
     model.get_layer("logits").set_weights([kernel, np.add(bias, [50, 0, 0])])
     model.save(other.model)
-    own, theirs = (calibration.find(text, trained_run) for text in ("auto", str(other.path)))
-    validation = evaluator.load_data(other, "val").split("val")
-    assert theirs == calibration.fit_model(model, validation)
+    own, theirs = (find_temperature(text, trained_run) for text in ("auto", str(other.path)))
+    validation = evaluator.load_data(other.read_config(), "val").split("val")
+    assert theirs == fit_to_split(model, validation)
     assert theirs["temperature"] > 10 * own["temperature"]
     out = tmp_path / "m"
     assert command(f"--run={trained_run.path}", f"--out={out}", f"--temperature={other.path}") == 0
@@ -306,7 +306,7 @@ def test_a_difference_is_measured_against_its_own_limit(tmp_path):
     samples = verification.noise((8, 8))
     rows = {"a": {"largest_difference": 0.01, "label_agreement": 1.0}}
     verification.check(tmp_path, samples, rows, {"a": {"largest_difference": 0.02}})
-    assert "a: on 32 images of random pixels probabilities within 0.01" in verification.words(
+    assert "a: on 32 images of random pixels probabilities within 0.01" in verification.summary(
         tmp_path
     )
     with pytest.raises(UserError, match=r"largest difference .* a .* 0\.01, more than 0\.005"):

@@ -14,8 +14,7 @@ from keras_cifar import export, models
 from keras_cifar.core import cli
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import versions
-from keras_cifar.data import batches as pipeline
-from keras_cifar.data import load
+from keras_cifar.data import load, training_batches
 from keras_cifar.exporters import litert, onnx, verification
 from keras_cifar.training import optimizers
 
@@ -156,7 +155,7 @@ def test_the_formats_keep_the_accuracy_of_a_trained_network_on_2000_real_images(
     keras.utils.set_random_seed(0)
     model = models.build("resnet20", (32, 32, 3), 10)
     model.compile(optimizers.Adam(1e-3))
-    batches = pipeline.training(dataset.train, 10, batch_size=128, augment="flip", seed=0)
+    batches = training_batches(dataset.train, 10, batch_size=128, augment="flip", seed=0)
     model.fit(batches, steps_per_epoch=300, epochs=1, verbose=0)
     model.recompute_statistics(iter([(dataset.train.take(np.arange(0, 45_000, 22)).images,)]), 1)
     model = model.deployable

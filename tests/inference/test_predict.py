@@ -22,7 +22,7 @@ from PIL import Image
 from keras_cifar import predict
 from keras_cifar.core import cli
 from keras_cifar.core.config import BATCH_SIZE
-from keras_cifar.data import images as image
+from keras_cifar.data.images import ImageError, load_image
 from keras_cifar.inference.predictor import Predictor
 from tests.commands import hostile
 from tests.conftest import colour_images
@@ -109,7 +109,7 @@ def test_the_most_probable_class_comes_first(rows, pictures):
 
 def test_answers_are_the_models(rows, pictures, trained_run):
     _, answer, _ = rows(*pictures)
-    images = np.stack([image.load(path, (16, 16)) for path in pictures])
+    images = np.stack([load_image(path, (16, 16)) for path in pictures])
     expected = Predictor(str(trained_run.path)).classify(images)
     for row, probabilities in zip(answer, expected, strict=True):
         for choice in row["top"]:
@@ -437,13 +437,13 @@ PATIENCE = 30  # seconds until what should happen counts as not happening
 
 
 class Watch:
-    """Stands in for `image.load`: pictures are their numbers, and who reads when is known."""
+    """Stands in for `load_image`: pictures are their numbers, and who reads when is known."""
 
     def __init__(self, monkeypatch, threads: int = 2):
         self.lock, self.read, self.released = threading.Lock(), [], threading.Event()
         self.released.set()
         self.broken = {}
-        monkeypatch.setattr(image, "load", self.load)
+        monkeypatch.setattr("keras_cifar.data.images.load_image", self.load)
         monkeypatch.setattr(predict, "BATCH_SIZE", 4)
         monkeypatch.setattr(predict, "THREADS", threads)
 
@@ -501,7 +501,7 @@ def test_pictures_keep_their_order_whoever_reads_them(watch):
 
 
 def test_errors_between_pictures_stay_where_they_are(watch):
-    watch.broken = {"5": image.ImageError("torn")}
+    watch.broken = {"5": ImageError("torn")}
     given = [("0", None), ("x", "no such file"), *((str(i), None) for i in range(2, 10))]
     done = [item for batch in predict._batches(iter(given), (2, 2)) for item in batch]
     assert [(name, error) for name, _, error in done if error] == [
@@ -579,7 +579,7 @@ def test_features_are_written_for_the_good_files(rows, pictures, tmp_path, train
     assert files.tolist() == [str(path) for path in pictures]
     assert labels.tolist() == [row["top"][0]["label"] for row in answer if row["top"]]
     assert features.dtype == np.float32
-    images = np.stack([image.load(path, (16, 16)) for path in pictures])
+    images = np.stack([load_image(path, (16, 16)) for path in pictures])
     expected = Predictor(str(trained_run.path)).features(images)
     assert features.shape == expected.shape
     np.testing.assert_allclose(features, expected, atol=1e-5)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.data import Split
-from keras_cifar.data import batches as pipeline
+from keras_cifar.data import Split, evaluation_batches, training_batches
 from keras_cifar.models import classifier, layers
 from tests.conftest import colour_images
 
@@ -17,7 +16,7 @@ CLASSES = 3
 
 def tiny(norm: bool = True) -> classifier.Classifier:
     keras.utils.set_random_seed(1)
-    images, x = classifier.pixels((8, 8, 3))
+    images, x = classifier.image_input((8, 8, 3))
     x = layers.conv_norm(x, 4, 3, name="conv") if norm else layers.conv(x, 4, 3, name="conv")
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     logits = keras.layers.Dense(CLASSES, name="logits")(x)
@@ -79,7 +78,7 @@ def test_filling_of_the_last_batch_counts_nothing(count):
     images, labels = colour_images(count, 8, CLASSES)
     model = compiled()
     expected = evaluate(model, images, np.eye(CLASSES, dtype=np.float32)[labels], batch_size=count)
-    got = evaluate(model, pipeline.evaluation(Split(images, labels), CLASSES, 4))
+    got = evaluate(model, evaluation_batches(Split(images, labels), CLASSES, 4))
     assert got == pytest.approx(expected, rel=1e-6)
 
 
@@ -162,7 +161,7 @@ class Recording(keras.callbacks.Callback):
 
 def train(model, steps: int, batch_size: int = 8):
     images, labels = colour_images(40, 8, CLASSES)
-    batches = pipeline.training(Split(images, labels), CLASSES, batch_size, "flip", seed=0)
+    batches = training_batches(Split(images, labels), CLASSES, batch_size, "flip", seed=0)
     recording = Recording()
     model.fit(batches, steps_per_epoch=steps, shuffle=False, verbose=0, callbacks=[recording])
     return recording.steps
@@ -258,7 +257,7 @@ def test_recalibration_of_nothing_takes_no_batch_and_changes_nothing(norm, count
 
 def test_recalibration_sees_the_network_without_dropout():
     keras.utils.set_random_seed(0)
-    images, x = classifier.pixels((8, 8, 3))
+    images, x = classifier.image_input((8, 8, 3))
     x = keras.layers.Dropout(0.5, name="drop")(x)
     x = layers.conv_norm(x, 4, 3, name="block")
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)

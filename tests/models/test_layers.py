@@ -407,7 +407,7 @@ def test_moving_mean_behind_a_convolution_counts_its_bias(random):
 def test_training_leaves_the_bias_before_a_norm_as_it_was(optimizer, policy):
     keras.config.set_dtype_policy(policy)
     keras.utils.set_random_seed(0)
-    images, x = classifier.pixels((8, 8, 3))
+    images, x = classifier.image_input((8, 8, 3))
     x = layers.conv_norm(x, 4, 3, name="block", bias=True)
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     model = classifier.Classifier.build_from(images, keras.layers.Dense(3)(x), "model")

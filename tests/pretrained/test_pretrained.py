@@ -13,7 +13,7 @@ from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.core.run_directory import Run
 from keras_cifar.evaluation import evaluator, metrics
-from keras_cifar.evaluation import temperature as calibration
+from keras_cifar.evaluation.temperature import fit_to_split
 from keras_cifar.inference.predictor import Predictor
 from keras_cifar.pretrained import __main__ as command
 from keras_cifar.pretrained import saving
@@ -91,14 +91,14 @@ def test_weights_are_rounded_kernels_and_whole_vectors(installed, trained_run):
 def test_card_says_what_is_to_be_known(installed, trained_run):
     config = trained_run.read_config()
     model, card = pretrained.load("tiny")
-    test = evaluator.load_data(trained_run, "test").test
+    test = evaluator.load_data(trained_run.read_config(), "test").test
     probabilities = evaluator.predict(model, test)
     right = probabilities.argmax(axis=1) == test.labels
     assert (card.accuracy, card.count) == (pytest.approx(right.mean()), 30)
     assert (card.model, card.image_shape) == ("lenet5", (16, 16, 3))
     assert card.class_names == ("class_0", "class_1", "class_2")
     assert (card.data, card.limits, card.recipe) == ("grey pictures", "colours", None)
-    error = metrics.calibration(probabilities, test.labels)["expected_calibration_error"]
+    error = metrics.calibration_error(probabilities, test.labels)["expected_calibration_error"]
     assert (card.temperature, card.calibration_error) == (None, pytest.approx(error))
     assert card.licence == "Apache-2.0"
     assert (config["git_revision"] or "unknown") in card.source
@@ -162,17 +162,17 @@ def test_what_is_too_large_or_changes_too_much_is_refused(installed, monkeypatch
 
 def test_temperature_is_in_what_is_loaded(copied, trained_run):
     assert execute(trained_run.path, "cool", "--data=x", "--temperature=auto") == 0
-    validation = evaluator.load_data(trained_run, "val").split("val")
-    fitted = calibration.fit_model(models.load(trained_run.model), validation)
+    validation = evaluator.load_data(trained_run.read_config(), "val").split("val")
+    fitted = fit_to_split(models.load(trained_run.model), validation)
     (plain, _), (model, card) = pretrained.load("tiny"), pretrained.load("cool")
     assert card.temperature == pytest.approx(fitted["temperature"])
     assert abs(card.temperature - 1) > 0.01
-    test = evaluator.load_data(trained_run, "test").test
+    test = evaluator.load_data(trained_run.read_config(), "test").test
     before, after = (evaluator.predict(network, test) for network in (plain, model))
     expected = before.astype(np.float64) ** (1 / card.temperature)
     expected /= expected.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(after, expected, atol=1e-5)
-    error = metrics.calibration(after, test.labels)["expected_calibration_error"]
+    error = metrics.calibration_error(after, test.labels)["expected_calibration_error"]
     assert card.calibration_error == pytest.approx(error)
     # What classifies answers the same.
     np.testing.assert_allclose(PretrainedPredictor("cool").classify(test.images), after, atol=1e-6)

@@ -293,7 +293,7 @@ def evaluated_run(trained_run, tmp_path) -> Run:
     """A copy of `trained_run` that is not as good as it could be, with all files of an evaluation."""
     run = Run(tmp_path / "run")
     shutil.copytree(trained_run.path, run.path)
-    test = load_data(run, "test").test
+    test = load_data(run.read_config(), "test").test
     probabilities = predict(load_model(run.model), test)
     probabilities[::3] = np.roll(probabilities[::3], 1, axis=1)
     names = run.read_config()["class_names"]
@@ -374,8 +374,8 @@ def test_a_report_that_cannot_be_written_ends_no_training(trained_run, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(page, "write", fail)
-    split = types.SimpleNamespace(split=lambda name: load_data(trained_run, name).split(name))
-    trainer.report(trained_run, load_model(trained_run.model), split)
+    dataset = load_data(trained_run.read_config(), "test")
+    trainer.report(trained_run, load_model(trained_run.model), dataset)
     assert capsys.readouterr().err == (
         f"no report: {trained_run.path / 'report.html'} cannot be written: No space left on device\n"
     )

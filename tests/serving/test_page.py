@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cifar.data import images as image
+from keras_cifar.data.images import load_image
 from keras_cifar.inference.predictor import Predictor
 from tests.conftest import colour_images
 
@@ -89,7 +89,7 @@ def test_a_chosen_picture_is_classified_as_locally(page, picture, address, train
     page.set_input_files("#file", picture)
     found = shares(page)
     predictor = Predictor(str(trained_run.path))
-    expected = predictor.classify(image.load(picture, (16, 16))[np.newaxis])[0]
+    expected = predictor.classify(load_image(picture, (16, 16))[np.newaxis])[0]
     assert [name for name, _ in found] == [predictor.class_names[i] for i in np.argsort(-expected)]
     np.testing.assert_allclose([s for _, s in found], 100 * np.sort(expected)[::-1], atol=0.2)
     assert page.locator("#said").text_content() == f"It looks like: {found[0][0]}"

@@ -17,7 +17,7 @@ import pytest
 
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.run_directory import Run
-from keras_cifar.data import images as image
+from keras_cifar.data.images import load_image
 from keras_cifar.inference.predictor import Predictor
 from keras_cifar.training import trainer
 from tests.serving.server import serving
@@ -60,7 +60,7 @@ def run(tmp_path_factory, pictures) -> Run:
 def expected(run, pictures) -> list[str]:
     """The labels by local prediction."""
     predictor = Predictor(str(run.path))
-    best = predictor.classify(np.stack([image.load(p, (32, 32)) for p in pictures])).argmax(1)
+    best = predictor.classify(np.stack([load_image(p, (32, 32)) for p in pictures])).argmax(1)
     return [predictor.class_names[index] for index in best]
 
 

@@ -10,8 +10,7 @@ import pytest
 from keras_cifar import models
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UserError
-from keras_cifar.data import Split
-from keras_cifar.data import batches as pipeline
+from keras_cifar.data import Split, training_batches
 from keras_cifar.training import checkpoint
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.optimizers import compile_model
@@ -32,7 +31,7 @@ def restore(directory, model) -> TrainingProgress:
 
 def step(model, start):
     split = Split(*colour_images(16, 32, 3))
-    batches = pipeline.training(split, 3, 4, "flip", seed=1, start_step=start)
+    batches = training_batches(split, 3, 4, "flip", seed=1, start_step=start)
     model.fit(batches, epochs=1, steps_per_epoch=2, verbose=0, shuffle=False)
 
 

@@ -146,7 +146,7 @@ def test_warmup_may_fill_all_but_the_last_step():
 def model(**flags) -> classifier.Classifier:
     """A compiled network of two kernels, two biases and BN."""
     keras.utils.set_random_seed(0)
-    images, x = classifier.pixels((4, 4, 3))
+    images, x = classifier.image_input((4, 4, 3))
     x = layers.conv_norm(x, 4, 3, name="conv", bias=True)
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     logits = keras.layers.Dense(3, name="logits")(x)

@@ -84,7 +84,7 @@ def signalled(monkeypatch, method: str, count: int, number: int = signal.SIGTERM
         ("on_train_batch_end", 8, signal.SIGINT, "step 3 of 5 in epoch 2 of 3"),
         ("on_train_batch_end", 10, signal.SIGTERM, "step 5 of 5 in epoch 2 of 3"),
         ("on_test_batch_end", 1, signal.SIGTERM, "step 5 of 5 in epoch 1 of 3"),
-        ("_write_figures", 3, signal.SIGTERM, "step 1 of 5 in epoch 3 of 3"),
+        ("_write_history", 3, signal.SIGTERM, "step 1 of 5 in epoch 3 of 3"),
     ],
 )
 def test_signal_saves_after_the_step_and_the_run_goes_on_to_the_same_end(
@@ -282,7 +282,7 @@ def test_full_disk_between_epochs_is_said_and_training_goes_on(
     ("owner", "name"),
     [
         (checkpoint, "save"),
-        (recorder.Recorder, "_figures"),
+        (recorder.Recorder, "_epoch_metrics"),
         (recorder.Scalars, "add"),
         (trainer.saved_model, "export"),
         pytest.param(recorder, "write_history", marks=pytest.mark.slow),
@@ -379,7 +379,7 @@ def test_rollback_goes_back_to_the_last_checkpoint_with_half_the_rate(
 def test_rollback_survives_an_interruption(tmp_path, image_folder, monkeypatch):
     poisoned(monkeypatch, 1)
     flags = {"on_nan": "rollback", "lr_schedule": "constant"}
-    with signalled(monkeypatch, "_figures", 3), pytest.raises(StoppedError):
+    with signalled(monkeypatch, "_epoch_metrics", 3), pytest.raises(StoppedError):
         train_to(tmp_path / "run", image_folder, **flags)
     run = train_to(tmp_path / "run", image_folder, **flags)
     rates = [row["learning_rate"] for row in saved_state(run.checkpoint)[1]["history"]]

@@ -57,7 +57,7 @@ def test_a_seed_is_to_the_bit_the_run_that_it_is_alone(done, image_folder, tmp_p
 def test_mean_and_deviation_are_written_and_said(done, capsys):
     flags, several = done
     train.main(flags)
-    values = [several.of_seed(seed).read_figures("test", flags.data)["accuracy"] for seed in (1, 2)]
+    values = [several.of_seed(seed).read_metrics("test", flags.data)["accuracy"] for seed in (1, 2)]
     mean, std = statistics.mean(values), statistics.stdev(values)
     assert json.loads(several.seeds.read_text()) == {
         "seeds": {"1": values[0], "2": values[1]},

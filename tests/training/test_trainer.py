@@ -20,8 +20,8 @@ from keras_cifar.core import cli
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.core.files import versions
-from keras_cifar.core.run_directory import Run
-from keras_cifar.data import batches as pipeline
+from keras_cifar.core.run_directory import Run, default_run_dir
+from keras_cifar.data import evaluation_batches, training_batches
 from keras_cifar.evaluation import evaluator
 from keras_cifar.training import checkpoint, recorder, trainer
 from tests.conftest import write_folder
@@ -410,10 +410,10 @@ def test_list_models_has_a_line_a_network(capsys):
 
 
 def test_default_run_directories_are_below_runs():
-    assert train.default_run_dir(TrainConfig(data="folder:/a/My Photos/")).startswith(
+    assert default_run_dir(TrainConfig(data="folder:/a/My Photos/")).startswith(
         "runs/resnet32-My-Photos-"
     )
-    assert train.default_run_dir(TrainConfig(data="digits")).startswith("runs/resnet32-digits-")
+    assert default_run_dir(TrainConfig(data="digits")).startswith("runs/resnet32-digits-")
 
 
 def test_evaluate_writes_figures_and_prints_the_table(trained_run, capsys):
@@ -446,7 +446,8 @@ def test_evaluate_on_other_data_of_the_same_classes(trained_run, tmp_path):
 def test_evaluate_refuses_other_classes(trained_run, tmp_path):
     write_folder(tmp_path / "other", {"train": 30, "test": 6}, classes=2)
     with pytest.raises(UserError, match="class_0, class_1 and the run was trained on"):
-        evaluator.evaluate_run(trained_run, "test", f"folder:{tmp_path / 'other'}")
+        other = evaluator.DataSource(f"folder:{tmp_path / 'other'}")
+        evaluator.evaluate_run(trained_run, "test", other)
 
 
 def test_evaluate_without_validation_split_says_why(tmp_path, image_folder):
@@ -524,12 +525,12 @@ def test_fit_is_keras_fit(image_folder):
     dataset = data.load(f"folder:{image_folder}")
     model = models.build("lenet5", (16, 16, 3), 3)
     model.compile(keras.optimizers.Adam(1e-2))
-    batches = pipeline.training(dataset.train, 3, 16, "", seed=0)
+    batches = training_batches(dataset.train, 3, 16, "", seed=0)
     done = model.fit(
         batches,
         epochs=3,
         steps_per_epoch=5,
-        validation_data=pipeline.evaluation(dataset.val, 3, 16),
+        validation_data=evaluation_batches(dataset.val, 3, 16),
         callbacks=[keras.callbacks.TerminateOnNaN()],
         verbose=0,
         shuffle=False,

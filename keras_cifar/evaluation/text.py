@@ -1,0 +1,73 @@
+"""The results of an evaluation as text: tables, and the lines below them."""
+
+import numpy as np
+
+SHOWN = 3  # of the most confused pairs, in a summary
+
+
+def metrics_summary(metrics: dict) -> str:
+    """The metrics of a whole split, as `metrics.summarize` gives them."""
+
+    def value(name: str) -> str:
+        low, high = metrics["intervals"][name]
+        return f"{metrics[name]:.4f} ({low:.4f} to {high:.4f})"
+
+    pairs = (f"{c['true']} as {c['predicted']} {c['count']:,}" for c in metrics["confused"][:SHOWN])
+    return (
+        f"accuracy {value('accuracy')}, top-5 {value('top5_accuracy')}, loss {value('loss')} on "
+        f"{metrics['count']:,} images, in brackets {metrics['intervals']['level']:.0%} intervals\n"
+        f"calibration error {metrics['calibration']['expected_calibration_error']:.4f}; "
+        f"most confused: {', '.join(pairs) or 'none'}"
+    )
+
+
+def metrics_table(metrics: dict) -> str:
+    """The metrics of each class: a line a class."""
+    rows = [("class", "precision", "recall", "f1", "count")]
+    for name, row in metrics["per_class"].items():
+        values = (f"{row[key]:.4f}" for key in ("precision", "recall", "f1"))
+        rows.append((name, *values, str(row["count"])))
+    return aligned(rows, left=1)
+
+
+def disturbance_summary(record: dict) -> str:
+    """The accuracy under all disturbances together, as `robustness.disturb` gives it."""
+    return (
+        f"accuracy {record['clean_accuracy']:.4f} as they are, {record['mean_accuracy']:.4f} in the "
+        f"mean over disturbances and strengths, on {record['count']:,} images"
+    )
+
+
+def disturbance_table(record: dict) -> str:
+    """The accuracy under each disturbance: a line a disturbance, a column a strength."""
+    disturbances = record["disturbances"]
+    levels = max((len(row["accuracy"]) for row in disturbances.values()), default=0)
+    rows = [("disturbance", *map(str, range(1, levels + 1)), "mean", "strengths")]
+    for name, row in disturbances.items():
+        accuracies = (f"{value:.4f}" for value in [*row["accuracy"], np.mean(row["accuracy"])])
+        strengths = ", ".join(f"{value:g}" for value in row["strengths"])
+        rows.append((name, *accuracies, f"{strengths} {row['unit']}"))
+    widest = max(len(row[-1]) for row in rows)
+    return aligned([(*row[:-1], row[-1].ljust(widest)) for row in rows], left=1)
+
+
+def temperature_summary(fitted: dict) -> str:
+    """A temperature and what it changes, as `temperature.fit_temperature` gives them."""
+    return (
+        f"temperature {fitted['temperature']:.3f}: on {fitted['images']:,} validation images the loss "
+        f"goes from {fitted['loss_before']:.4f} to {fitted['loss_after']:.4f}, the calibration error "
+        f"from {fitted['ece_before']:.4f} to {fitted['ece_after']:.4f}"
+    )
+
+
+def aligned(rows: list[tuple[str, ...]], left: int) -> str:
+    """A table as text: the first `left` columns are aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:<{width}}" if index < left else f"{cell:>{width}}"
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
