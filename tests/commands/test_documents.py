@@ -1,0 +1,151 @@
+"""The documents: their blocks run or say why not, and what they cite exists.
+
+A comment before a block decides: `<!-- slow -->` runs it with -m slow, `<!-- not run: REASON -->` never.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import pkgutil
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+
+from tests.conftest import write_folder
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TOP = ("README.md", "BUILD_NOTES.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = [ROOT / name for name in TOP] + sorted((ROOT / "docs").glob("*.md"))
+
+BLOCK = re.compile(r"^(?:<!-- (.+?) -->\n)?```(bash|python)\n(.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CITED = re.compile(r"`((?:keras_cifar|tests|scripts|docs)/[\w./-]*)(?:::(\w+))?`")
+NAME = re.compile(r"`((?:data|models|optimizers|exporters|inference)\.[a-zA-Z_][\w.]*)[(`]")
+SUBPACKAGES = {"optimizers": "training.optimizers"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    where: str
+    comment: str
+    language: str
+    code: str
+
+    def run(self, folder: pathlib.Path) -> None:
+        """Runs in `folder`. Our commands run in this process, where TensorFlow is imported already."""
+        path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+        variables = {"PATH": path, "PYTHONPATH": str(ROOT)}
+        with contextlib.chdir(folder), mock.patch.dict(os.environ, variables):
+            if self.language == "python":
+                exec(compile(self.code, self.where, "exec"), {"__name__": "__main__"})
+                return
+            for line in self.code.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:2] == ["python", "-m"]:
+                    with mock.patch.object(sys, "argv", words[2:]):
+                        with pytest.raises(SystemExit) as ended:
+                            runpy.run_module(words[2], run_name="__main__")
+                        assert not ended.value.code, line
+                elif words:
+                    subprocess.run(["bash", "-euo", "pipefail", "-c", line], check=True)
+
+
+def blocks(page: pathlib.Path) -> list[Block]:
+    text = page.read_text("utf-8")
+    found = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        name = f"{page.relative_to(ROOT)}:{line}"
+        found.append(Block(name, match[1] or "", match[2], match[3]))
+    return found
+
+
+def with_comment(comment: str, pages: list[pathlib.Path]) -> list:
+    found = [block for page in pages for block in blocks(page) if block.comment == comment]
+    return [pytest.param(block, id=block.where) for block in found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """A directory with a reader's images, in which the quick blocks of README have been run."""
+    folder = tmp_path_factory.mktemp("documents")
+    write_folder(folder / "flowers", {"": 120}, side=24)
+    write_folder(folder, {"images": 6})
+    shutil.copy(folder / "images/class_0/000.png", folder / "dog.png")
+    for block in blocks(PAGES[0]):
+        if not block.comment:
+            block.run(folder)
+    return folder
+
+
+def test_quick_blocks_of_readme(folder):
+    for made in ("runs/digits/export/2", "runs/digits/report.html", "runs/flowers/eval/test.json"):
+        assert (folder / made).exists()
+
+
+@pytest.mark.parametrize("block", with_comment("", PAGES[1:]))
+def test_quick_block(block, folder):
+    block.run(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", with_comment("slow", PAGES))
+def test_slow_block(block, folder):
+    block.run(folder)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_is_run_or_says_why_not(page):
+    fences = re.findall(r"^```(?:bash|python)$", page.read_text("utf-8"), re.M)
+    assert len(blocks(page)) == len(fences)
+    for block in blocks(page):
+        assert re.fullmatch(r"|slow|not run: .+", block.comment), block.where
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """Those of the headings of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_cites_exists(page):
+    text = page.read_text("utf-8")
+    for link in LINK.findall(text):
+        target, _, anchor = link.partition("#")
+        if not target.startswith(("http:", "https:")):
+            path = (page.parent / target).resolve() if target else page
+            assert path.exists(), link
+            assert not anchor or anchor in anchors(path), link
+    for path, function in CITED.findall(text):
+        assert (ROOT / path).exists(), path
+        assert not function or f"def {function}(" in (ROOT / path).read_text("utf-8"), function
+    for name in NAME.findall(text):
+        if page.name != "CHANGELOG.md" and not name.endswith((".py", ".md", ".npz", ".keras")):
+            first, _, rest = name.partition(".")
+            pkgutil.resolve_name(f"keras_cifar.{SUBPACKAGES.get(first, first)}.{rest}")
+
+
+def test_architecture_names_what_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rooms = re.findall(r"^\| `(\w+)/` \| (.+) \|$", text, re.M)
+    assert {room for room, _ in rooms} == {
+        p.parent.name for p in ROOT.glob("keras_cifar/*/__init__.py")
+    }
+    for room, description in rooms:
+        for module in re.findall(r"`(\w+(?:\.py|/))`", description):
+            assert (ROOT / "keras_cifar" / room / module).exists(), f"{room}/{module}"
+    for path, names in re.findall(
+        r"^\| [^|]+ \| `(keras_cifar/[\w./]+\.py)` \| (.+) \|$", text, re.M
+    ):
+        for name in re.findall(r"`([A-Za-z_]+)`", names):
+            assert re.search(rf"\b{name}\b", (ROOT / path).read_text("utf-8")), f"{path}: {name}"
