@@ -1,6 +1,7 @@
 """The documents: their blocks run or say why not, and what they cite exists.
 
-A comment before a block decides: `<!-- slow -->` runs it with -m slow, `<!-- not run: REASON -->` never.
+A comment before a block decides: `<!-- slow -->` runs it with -m slow, `<!-- not run: REASON -->`
+never.
 """
 
 import contextlib
@@ -119,7 +120,7 @@ def anchors(page: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_cites_exists(page):
-    text = page.read_text("utf-8")
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
     for link in LINK.findall(text):
         target, _, anchor = link.partition("#")
         if not target.startswith(("http:", "https:")):
