@@ -13,7 +13,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from unittest import mock
 
@@ -40,23 +39,26 @@ class Block:
     language: str
     code: str
 
+    def commands(self) -> list[tuple[str, ...]]:
+        """The words of each command of bash; a Python program is one word."""
+        if self.language == "python":
+            return [(self.code,)]
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := tuple(shlex.split(line, comments=True)))]
+
     def run(self, folder: pathlib.Path) -> None:
-        """Runs in `folder`. Our commands run in this process, where TensorFlow is imported already."""
-        path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-        variables = {"PATH": path, "PYTHONPATH": str(ROOT)}
-        with contextlib.chdir(folder), mock.patch.dict(os.environ, variables):
-            if self.language == "python":
-                exec(compile(self.code, self.where, "exec"), {"__name__": "__main__"})
-                return
-            for line in self.code.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words[:2] == ["python", "-m"]:
-                    with mock.patch.object(sys, "argv", words[2:]):
-                        with pytest.raises(SystemExit) as ended:
-                            runpy.run_module(words[2], run_name="__main__")
-                        assert not ended.value.code, line
-                elif words:
-                    subprocess.run(["bash", "-euo", "pipefail", "-c", line], check=True)
+        """Runs in `folder`, and in this process, where TensorFlow is imported already."""
+        variables = mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)})
+        with contextlib.chdir(folder), variables:
+            for words in self.commands():
+                if self.language == "python":
+                    exec(compile(self.code, self.where, "exec"), {"__name__": "__main__"})
+                    continue
+                assert words[:2] == ("python", "-m"), f"{self.where}: {words} needs 'not run'"
+                with mock.patch.object(sys, "argv", list(words[2:])):
+                    with pytest.raises(SystemExit) as ended:
+                        runpy.run_module(words[2], run_name="__main__")
+                    assert not ended.value.code, words
 
 
 def blocks(page: pathlib.Path) -> list[Block]:
@@ -69,9 +71,14 @@ def blocks(page: pathlib.Path) -> list[Block]:
     return found
 
 
-def with_comment(comment: str, pages: list[pathlib.Path]) -> list:
+def with_comment(comment: str, pages: list[pathlib.Path], done: tuple[Block, ...] = ()) -> list:
+    """Those with that comment, but for what repeats commands of `done`."""
     found = [block for page in pages for block in blocks(page) if block.comment == comment]
-    return [pytest.param(block, id=block.where) for block in found]
+    commands = {words for block in done for words in block.commands()}
+    return [pytest.param(b, id=b.where) for b in found if not set(b.commands()) <= commands]
+
+
+QUICK = tuple(block for block in blocks(PAGES[0]) if not block.comment)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +88,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
     write_folder(folder / "flowers", {"": 120}, side=24)
     write_folder(folder, {"images": 6})
     shutil.copy(folder / "images/class_0/000.png", folder / "dog.png")
-    for block in blocks(PAGES[0]):
-        if not block.comment:
-            block.run(folder)
+    for block in QUICK:
+        block.run(folder)
     return folder
 
 
@@ -92,7 +98,7 @@ def test_quick_blocks_of_readme(folder):
         assert (folder / made).exists()
 
 
-@pytest.mark.parametrize("block", with_comment("", PAGES[1:]))
+@pytest.mark.parametrize("block", with_comment("", PAGES[1:], done=QUICK))
 def test_quick_block(block, folder):
     block.run(folder)
 
