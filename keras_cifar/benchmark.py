@@ -19,7 +19,8 @@ import tempfile
 import time
 
 from keras_cifar.core import cli, environment
-from keras_cifar.core.config import DTYPE_POLICIES, check, option
+from keras_cifar.core.config import DTYPE_POLICIES
+from keras_cifar.core.options import check, option
 
 WORKERS = pathlib.Path(__file__).parent / "benchmarking"
 

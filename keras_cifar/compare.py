@@ -9,8 +9,8 @@ import dataclasses
 import pathlib
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import check, option
 from keras_cifar.core.errors import one_line
+from keras_cifar.core.options import check, option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ python -m keras_cifar.evaluate --run RUN --disturb
 import dataclasses
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import SPLITS, check, option
+from keras_cifar.core.config import SPLITS
+from keras_cifar.core.options import check, option
 from keras_cifar.core.run_directory import Run
 
 

@@ -10,9 +10,9 @@ import pathlib
 import sys
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import check, option
 from keras_cifar.core.errors import UserError, check_utf8, one_line, reason
 from keras_cifar.core.files import read
+from keras_cifar.core.options import check, option
 from keras_cifar.core.run_directory import Run
 from keras_cifar.exporters import FORMATS
 

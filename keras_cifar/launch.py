@@ -20,8 +20,9 @@ import time
 import typing
 
 from keras_cifar.core import cli, environment
-from keras_cifar.core.config import TrainConfig, check, option
+from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, UserError
+from keras_cifar.core.options import check, option
 from keras_cifar.core.run_directory import default_run_dir
 from keras_cifar.distributed.rendezvous import PORTS
 
@@ -73,13 +74,16 @@ def train_commands(count: int, train_flags: list[str]) -> list[list[str]]:
     if rest or "--" in train_flags:
         raise UsageError(f"unexpected argument {(rest or ['--'])[0]!r}; flags begin with --")
     for name in ("workers", "worker_index"):
-        check(getattr(config, name) is None, f"--{name} after -- is set by the launcher itself")
+        check(
+            getattr(config.devices, name) is None,
+            f"--{name} after -- is set by the launcher itself",
+        )
     check(
-        config.strategy in ("auto", "multiworker"),
-        f"--strategy={config.strategy} after --: workers are what --strategy=multiworker is for",
+        config.devices.strategy in ("auto", "multiworker"),
+        f"--strategy={config.devices.strategy} after --: several workers need --strategy=multiworker",
     )
     # The default contains the time, and all must have the same.
-    run_dir = config.run_dir or default_run_dir(config)
+    run_dir = config.output.run_dir or default_run_dir(config)
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(count))
     common = [sys.executable, "-u", "-m", "keras_cifar.train", *train_flags]
     common += [f"--run_dir={run_dir}", "--strategy=multiworker", f"--workers={addresses}"]

@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator
 
 from keras_cifar import pretrained
 from keras_cifar.core import cli, environment
-from keras_cifar.core.config import BATCH_SIZE, check, option
+from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import UserError, one_line, reason
 from keras_cifar.core.files import replacing, to_json
+from keras_cifar.core.options import check, option
 from keras_cifar.core.run_directory import Run
 
 AHEAD = 1  # batches that are decoded while one is classified

@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import check, option
+from keras_cifar.core.options import check, option
 from keras_cifar.core.run_directory import Run
 
 

@@ -15,8 +15,9 @@ import signal
 import socket
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import BATCH_SIZE, check, option
+from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import StoppedError, UserError, reason
+from keras_cifar.core.options import check, option
 
 # Seconds that requests in flight have after the signal to stop: below the 30 s that Kubernetes and
 # more than the 10 s that Docker waits before it kills.

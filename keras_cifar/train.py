@@ -10,24 +10,24 @@ from keras_cifar.core.run_directory import Run, default_run_dir
 
 def main(config: TrainConfig) -> None:
     """Runs the command."""
-    if config.list_recipes:
+    if config.output.list_recipes:
         print(recipes.table())
         return
     environment.import_tensorflow()
-    if config.list_models:
+    if config.output.list_models:
         print(list_models())
         return
     from keras_cifar.training import plan as planning
     from keras_cifar.training import trainer
 
-    if config.dry_run:
+    if config.output.dry_run:
         print(planning.estimate(config))
-        if config.seeds:
-            print(f"seeds     {config.seeds} such runs, one after another")
+        if config.fit.seeds:
+            print(f"seeds     {config.fit.seeds} such runs, one after another")
         print("nothing was trained (--dry_run)")
         return
-    run = Run(config.run_dir or default_run_dir(config))
-    if config.seeds:
+    run = Run(config.output.run_dir or default_run_dir(config))
+    if config.fit.seeds:
         train_seeds(config, run)
         return
     metrics = trainer.train(config, run)
@@ -57,7 +57,7 @@ def train_seeds(config: TrainConfig, run: Run) -> None:
 
     summary = seeds.train(config, run)
     spread = "" if summary["std"] is None else f", standard deviation {summary['std']:.4f}"
-    print(f"test accuracy {summary['mean']:.4f} on average of {config.seeds} seeds{spread}")
+    print(f"test accuracy {summary['mean']:.4f} on average of {config.fit.seeds} seeds{spread}")
     print(f"seeds     {run.seeds}")
     print(f"compare   python -m keras_cifar.compare {run.path} OTHER_RUN ...")
 

@@ -79,7 +79,7 @@ def trained_run(tmp_path_factory, image_folder):
     from keras_cifar.training import trainer
 
     run = Run(tmp_path_factory.mktemp("runs") / "run")
-    config = TrainConfig(
+    config = TrainConfig.from_flags(
         model="lenet5",
         data=f"folder:{image_folder}",
         epochs=3,

@@ -141,7 +141,7 @@ def fit(turns: Turns) -> None:
     """Images a second of training as the command trains: `fit` with everything that watches it."""
     settings = turns.settings
     with tempfile.TemporaryDirectory() as directory:
-        config = TrainConfig(
+        config = TrainConfig.from_flags(
             model=settings["model"],
             data=settings["data"] or "digits",
             augment=settings["augment"],

@@ -23,6 +23,7 @@ from keras_cifar.core.errors import (
     reason,
     unknown,
 )
+from keras_cifar.core.options import build, fields
 
 
 def run(
@@ -36,13 +37,13 @@ def run(
     """Parses sys.argv into `options_class`, calls `main(options[, positional])` and exits.
 
     Args:
-        name: the command's module in this package.
-        main: takes the options and, where `arguments` is given, the list of positional
-            arguments. What it returns is the exit status; None is 0.
-        options_class: a frozen dataclass whose fields were made with `config.option`.
-        doc: the command's description for --help.
-        arguments: how the positional arguments are shown in --help; empty where there are none.
-        tensorflow: whether `main` needs TensorFlow, which is then imported without its messages.
+        name: the module of the command in this package.
+        main: takes the options and, if `arguments` is given, the list of positional arguments. It
+            returns the exit status; None is 0.
+        options_class: a frozen dataclass whose fields were made with `options.option`.
+        doc: the description of the command for --help.
+        arguments: the positional arguments as --help shows them; empty if there are none.
+        tensorflow: whether to import TensorFlow, without its start-up messages, before `main`.
     """
     argv = sys.argv[1:]
     if {"--help", "-help", "-h"} & set(argv[: argv.index("--")] if "--" in argv else argv):
@@ -61,7 +62,7 @@ def _execute(
 ) -> int:
     try:
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text
+            sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
         options, positional = parse(options_class, argv)
         if positional and not arguments:
             raise UsageError(f"unexpected argument {positional[0]!r}; flags begin with --")
@@ -79,7 +80,7 @@ def _execute(
     except KeyboardInterrupt:
         return _fail(name, "interrupted", 130)
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough; nothing more can be written.
+        # The reader (`| head`) has closed the pipe; nothing more can be written.
         sys.stdout = None
         return 1
     except MemoryError:
@@ -100,31 +101,31 @@ def _execute(
 def parse(options_class: type, argv: list) -> tuple:
     """(an instance of `options_class`, positional arguments) from a command line.
 
-    --flagfile=FILE reads flags from a file, one a line. Where there is a flag `recipe`, its file is
-    read before all others, so that they override it wherever they stand.
+    --flagfile=FILE reads flags from a file, one a line. The flags of --recipe are read before all
+    others, so that all others override them.
 
     Raises:
-        UsageError: an unknown flag, or a value that is out of range.
+        UsageError: an unknown flag, or a value out of its range.
     """
     given, positional = _read(options_class, argv)
     if recipe := given.get("recipe"):
         given, positional = _read(options_class, [f"--flagfile={recipes.find(recipe)}", *argv])
-    for field in dataclasses.fields(options_class):
+    for field in fields(options_class):
         _check_choice(field, given[field.name])
-    return options_class(**given), positional
+    return build(options_class, given), positional
 
 
 def _read(options_class: type, argv: list) -> tuple[dict, list]:
     """(the value of each flag, positional arguments) of a command line."""
     values = flags.FlagValues()
-    for field in dataclasses.fields(options_class):
+    for field in fields(options_class):
         _define(field, values)
     values.set_gnu_getopt(True)
     try:
         positional = values(["", *argv])[1:]
     except (flags.Error, ValueError) as error:  # the latter of `--noexport=`
         raise UsageError(f"{reason(error)} (--help lists the flags)") from None
-    return {f.name: values[f.name].value for f in dataclasses.fields(options_class)}, positional
+    return {f.name: values[f.name].value for f in fields(options_class)}, positional
 
 
 def _define(field: dataclasses.Field, values: flags.FlagValues) -> None:
@@ -135,6 +136,8 @@ def _define(field: dataclasses.Field, values: flags.FlagValues) -> None:
         bool: flags.DEFINE_boolean,
     }[_kind(field)]
     define(field.name, field.default, "", flag_values=values)
+    for alias in field.metadata["aliases"]:
+        flags.DEFINE_alias(alias, field.name, flag_values=values)
 
 
 def _check_choice(field: dataclasses.Field, value) -> None:
@@ -156,7 +159,7 @@ def usage(options_class: type, doc: str, command: str, arguments: str = "") -> s
     """The text of --help."""
     lines = [f"usage: {' '.join(filter(None, [command, '[flags]', arguments]))}", "", doc.strip()]
     group = None
-    for field in dataclasses.fields(options_class):
+    for field in fields(options_class):
         if field.metadata["group"] != group:
             group = field.metadata["group"]
             lines += ["", f"{group}:"]

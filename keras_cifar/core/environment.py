@@ -1,25 +1,25 @@
-"""The switches of TensorFlow and Keras that this package sets, all of them, and why.
+"""All switches of TensorFlow and Keras that this package sets, and why.
 
-| switch | where nothing else is asked for | why |
+| switch | default | why |
 |---|---|---|
-| `TF_ENABLE_ONEDNN_OPTS` | 1 | TensorFlow turns oneDNN on by itself only on CPUs with AVX-512 VNNI \
-or newer; on others it is 1.7 to 3 times faster too |
-| `TF_CPP_MIN_LOG_LEVEL` | 3 | start-up noise; import_tensorflow silences the rest of it |
-| `KERAS_BACKEND` | tensorflow | the only one whose graphs we write |
-| `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS` | the CPU quota, where a container has one \
-that is less than its cores | TensorFlow counts cores, and more threads than quota are throttled |
-| `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS`, `CUDA_VISIBLE_DEVICES` of the workers that \
+| `TF_ENABLE_ONEDNN_OPTS` | 1 | TensorFlow enables oneDNN by itself only on CPUs with AVX-512 VNNI \
+or newer; it is 1.7 to 3 times faster on other CPUs too |
+| `TF_CPP_MIN_LOG_LEVEL` | 3 | hides start-up messages; import_tensorflow hides the rest |
+| `KERAS_BACKEND` | tensorflow | the code writes TensorFlow graphs |
+| `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS` | the CPU quota of a container, if it is \
+below the number of cores | TensorFlow counts cores, and threads above the quota are throttled |
+| `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS`, `CUDA_VISIBLE_DEVICES` of workers that \
 `launch` starts on one machine | equal shares of its CPUs and visible GPUs | each would take all |
-| XLA | one GPU: on; otherwise off | on a CPU it makes convolutions slower (ResNet-32: 0.4 of the \
-speed), and Keras 3 fails with it under a strategy |
-| `tf.config.experimental.enable_op_determinism` | off | on GPUs `--deterministic` turns it on; on \
-a CPU our steps have the same bits without it, and with it tf.data copies all images |
-| `--dtype_policy=auto` | mixed_bfloat16 on GPUs with tensor cores for it, else float32 | twice the \
-speed and half the memory there; slow on CPUs without bfloat16 instructions |
+| XLA | on with one GPU, else off | on a CPU it slows convolutions (ResNet-32: 0.4 of the speed), \
+and Keras 3 fails with it under a strategy |
+| `tf.config.experimental.enable_op_determinism` | off | `--deterministic` turns it on for GPUs; on a \
+CPU the training step has the same bits without it, and with it tf.data copies all images |
+| `--dtype_policy=auto` | mixed_bfloat16 on GPUs with bfloat16 tensor cores, else float32 | twice \
+the speed and half the memory there; slow on CPUs without bfloat16 instructions |
 
-The first five are environment variables: they are set before TensorFlow is imported, and one that
-the user has set stays as it is. Threads are otherwise TensorFlow's own choice, one for each core;
-one inter-op thread, and larger malloc thresholds, were tried and were not faster.
+The first five rows are environment variables. They are set before TensorFlow is imported, and only if
+the user has not set them. TensorFlow chooses the number of threads otherwise, one per core; one
+inter-op thread and larger malloc thresholds were not faster.
 """
 
 import contextlib
@@ -40,10 +40,11 @@ DEFAULTS = {
 }
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 
-# Where Linux says how many microseconds of CPU a container may use in each period.
+# Linux: microseconds of CPU time that a container may use in each period.
 CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
 
-BFLOAT16_CAPABILITY = (8, 0)  # of GPUs: NVIDIA's Ampere, the first with bfloat16 tensor cores
+# Compute capability of NVIDIA's Ampere, the first GPUs with bfloat16 tensor cores.
+BFLOAT16_CAPABILITY = (8, 0)
 
 
 # The variables that `configure` has set in this process.
@@ -51,7 +52,7 @@ changed: set[str] = set()
 
 
 def configure() -> None:
-    """Sets the defaults of the environment that the user has not set."""
+    """Sets the environment variables that the user has not set."""
     defaults, quota = dict(DEFAULTS), cpu_quota()
     if quota and quota < len(os.sched_getaffinity(0)):
         defaults |= dict.fromkeys(THREADS, str(quota))
@@ -61,7 +62,7 @@ def configure() -> None:
 
 
 def cpu_quota() -> int | None:
-    """The CPUs that this process's container may use, rounded up; None where there is no limit."""
+    """The CPUs that the container of this process may use, rounded up; None without a limit."""
     try:
         quota, period = CPU_QUOTA.read_text().split()
         return max(1, math.ceil(int(quota) / int(period)))
@@ -70,12 +71,12 @@ def cpu_quota() -> int | None:
 
 
 def shares(count: int) -> list[dict[str, str]]:
-    """The environment variables of `count` workers on this machine, each with its share of it.
+    """The environment of each of `count` workers on this machine: equal shares of CPUs and GPUs.
 
     Raises:
-        UsageError: there are GPUs, but fewer than workers.
+        UsageError: the machine has GPUs, but fewer than workers.
     """
-    # A cluster that TF_CONFIG describes is not the one of these workers.
+    # TF_CONFIG may describe another cluster.
     common = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
     cpus = len(os.sched_getaffinity(0))
     threads = max(1, min(cpus, cpu_quota() or cpus) // count)
@@ -96,10 +97,10 @@ def shares(count: int) -> list[dict[str, str]]:
 
 
 def visible_gpus() -> list[str]:
-    """CUDA's names of the GPUs that a process would see; empty where there are none or nobody knows."""
+    """CUDA's names of the GPUs that a process would see; empty if there are none or it is unknown."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        # CUDA ignores the first invalid name and all after it, which is how GPUs are hidden.
+        # CUDA ignores the first invalid name and all names after it.
         valid = re.compile(r"\d+|(GPU|MIG)-.+").fullmatch
         return list(itertools.takewhile(valid, map(str.strip, visible.split(","))))
     import subprocess  # only here, as every command imports this module
@@ -112,26 +113,26 @@ def visible_gpus() -> list[str]:
 
 
 def use_xla(strategy: str) -> tuple[bool, str]:
-    """(whether to compile the training step with XLA, why), under the strategy of that name."""
+    """(whether XLA compiles the training step, why) under the strategy of that name."""
     import tensorflow as tf
 
     if strategy != "none":
         return False, "several replicas"
     if tf.config.list_physical_devices("GPU"):
         return True, "one GPU"
-    return False, "it makes convolutions slower on a CPU"
+    return False, "it slows convolutions on a CPU"
 
 
 def make_deterministic(wanted: bool) -> bool:
-    """Has TensorFlow compute the same bits each time on GPUs too, where wanted.
+    """Makes TensorFlow's kernels on GPUs deterministic if `wanted`.
 
     Returns:
-        Whether it does.
+        Whether training is deterministic.
     """
     import tensorflow as tf
 
     if not tf.config.list_physical_devices("GPU"):
-        # What we use of it is deterministic on a CPU. The switch would have tf.data copy all images.
+        # The kernels that we use are deterministic on a CPU; the switch makes tf.data copy all images.
         return True
     if wanted:
         tf.config.experimental.enable_op_determinism()
@@ -139,7 +140,7 @@ def make_deterministic(wanted: bool) -> bool:
 
 
 def dtype_policy(name: str) -> tuple[str, str]:
-    """(the Keras dtype policy that `--dtype_policy=name` stands for on this machine, why)."""
+    """(the Keras dtype policy of `--dtype_policy=name` on this machine, why)."""
     import tensorflow as tf
 
     if name != "auto":
@@ -148,15 +149,15 @@ def dtype_policy(name: str) -> tuple[str, str]:
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
     capable = [d.get("compute_capability", (0, 0)) >= BFLOAT16_CAPABILITY for d in details]
     if gpus and all(capable):
-        return "mixed_bfloat16", "all GPUs are made for bfloat16"
-    return "float32", "a GPU is not made for bfloat16" if gpus else "no GPU"
+        return "mixed_bfloat16", "all GPUs have bfloat16 tensor cores"
+    return "float32", "a GPU has no bfloat16 tensor cores" if gpus else "no GPU"
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow, without its start-up messages unless TF_CPP_MIN_LOG_LEVEL is below 3.
+    """Imports TensorFlow and hides its start-up messages unless TF_CPP_MIN_LOG_LEVEL is below 3.
 
-    TensorFlow 2.21 writes some lines (oneDNN, missing CUDA) before its log level is in force, so
-    the level alone does not silence them.
+    TensorFlow 2.21 writes some lines (oneDNN, missing CUDA) before its log level takes effect, so the
+    level alone does not hide them.
     """
     if "tensorflow" in sys.modules:
         return
@@ -164,7 +165,7 @@ def import_tensorflow() -> None:
     with _silent_stderr() if quiet else contextlib.nullcontext():
         import tensorflow as tf
 
-        # The first look for GPUs is where a machine without a driver is reported.
+        # TensorFlow reports a missing driver when it first looks for GPUs.
         tf.config.list_physical_devices()
     if quiet:
         tf.get_logger().setLevel("ERROR")
@@ -172,7 +173,7 @@ def import_tensorflow() -> None:
 
 @contextlib.contextmanager
 def _silent_stderr():
-    """Keeps what is written to the process's stderr; shows it only if the body raises."""
+    """Holds back what the process writes to stderr; prints it only if the body raises."""
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -189,7 +190,7 @@ def _silent_stderr():
 
 
 def machine() -> str:
-    """The processors that this process may use, in words."""
+    """The processors that this process may use, as text."""
     import tensorflow as tf
 
     model = "unknown CPU"

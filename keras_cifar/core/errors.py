@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Commands print them as one line and exit with their status."""
+"""Errors that a user can fix. Commands print them as one line and exit with their status."""
 
 import pathlib
 
@@ -6,7 +6,7 @@ import pathlib
 class UserError(Exception):
     """Something outside the program is wrong: a file, a data set, a diverging run.
 
-    Its text is one line, whatever the names in it are.
+    The text is always one line, even if a file name in it has line ends.
     """
 
     status = 1
@@ -16,13 +16,11 @@ class UserError(Exception):
 
 
 class LostWorkerError(UserError):
-    """Another worker of the run is gone. TensorFlow's threads may still wait for it: the process must
-    not wait for them.
-    """
+    """Another worker was lost. The process exits without waiting for TensorFlow's blocked threads."""
 
 
 class StoppedError(UserError):
-    """SIGTERM or SIGINT came. The process ends at once: other threads may still wait for something."""
+    """SIGTERM or SIGINT arrived. The process exits at once, as other threads may be blocked."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
@@ -41,9 +39,9 @@ def unknown(what: str, given: str, choices) -> UsageError:
 
 
 def one_line(text: str) -> str:
-    r"""The text with all that cannot be printed written as Python does: "\n", "\x1b", "\udcff".
+    r"""The text with unprintable characters escaped as in Python: "\n", "\x1b", "\udcff".
 
-    A file's name can have line ends, commands to the terminal and bytes that are no text.
+    The name of a file can have line ends, terminal commands and bytes that are not UTF-8.
     """
     if text.isprintable():
         return text
@@ -53,7 +51,7 @@ def one_line(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, as one line without its class where that is readable."""
+    """The message of an exception as one line; its class if it has no message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -61,23 +59,27 @@ def reason(error: BaseException) -> str:
 
 
 def unwritten(path: pathlib.Path, error: BaseException) -> UserError:
-    """The error for what TensorFlow could not write."""
-    # It begins with the node and the file, and says at the end what the system did.
+    """The error for a file that TensorFlow could not write."""
+    # The message starts with the node and the file and ends with the system's reason.
     lines = str(getattr(error, "message", error)).splitlines()
     why = lines[0].rpartition("; ")[2] if lines else type(error).__name__
-    return UserError(f"{path} cannot be written: {why}; what was saved before stays")
+    return UserError(f"{path} cannot be written: {why}; files that were saved before are intact")
 
 
 def check_utf8(flag: str, path: str | pathlib.Path) -> None:
-    """Raises UsageError for a path with bytes that are no UTF-8, where TensorFlow cannot write."""
+    """Raises UsageError for a path that is not UTF-8: TensorFlow cannot write there."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise UsageError(f"--{flag}={path}: TensorFlow writes only where names are UTF-8") from None
+        raise UsageError(f"--{flag}={path}: TensorFlow can write to UTF-8 paths only") from None
 
 
 def check_directory(path: str | pathlib.Path, what: str) -> pathlib.Path:
-    """`path` as a pathlib.Path, or a UserError that says why it is no readable directory."""
+    """`path` as a pathlib.Path.
+
+    Raises:
+        UserError: it is not a directory.
+    """
     path = pathlib.Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{what} {path} does not exist")

@@ -1,4 +1,4 @@
-"""Reading files that somebody else wrote. Standard library only."""
+"""Reading untrusted files, writing files atomically. Standard library only."""
 
 import contextlib
 import errno
@@ -13,19 +13,19 @@ from typing import BinaryIO
 
 
 def open_file(path: str | pathlib.Path) -> BinaryIO:
-    """Opens a file for reading, unbuffered, and never waits for one that is a pipe.
+    """Opens a file for reading, unbuffered, without blocking on a pipe.
 
     Raises:
-        OSError: as `open`, and for what is no file but a folder, a pipe, a socket or a device.
+        OSError: as `open`, and for a folder, a pipe, a socket or a device.
     """
-    # A pipe is opened at once then, whether or not somebody writes into it.
+    # O_NONBLOCK opens a pipe that has no writer without waiting for one.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "it is a pipe or a device instead of a file", str(path))
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
         return open(descriptor, "rb", buffering=0)
     except BaseException:
         os.close(descriptor)
@@ -36,16 +36,16 @@ def read(path: str | pathlib.Path, limit: int) -> bytes:
     """All bytes of a file.
 
     Raises:
-        OSError: as `open_file`, and for a file of more bytes than the limit.
+        OSError: as `open_file`, and for a file larger than `limit` bytes.
     """
     with open_file(path) as file:
         if size_of(file) > limit:
-            raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+            raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes", str(path))
         return file.read(limit)
 
 
 def size_of(file: BinaryIO) -> int:
-    """The bytes of an open file."""
+    """The size of an open file in bytes."""
     return os.fstat(file.fileno()).st_size
 
 
@@ -54,22 +54,22 @@ TEMPORARY = ".writing-"
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
-    """Writes a JSON file that is either complete or not there."""
+    """Writes a JSON file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(to_json(value) + "\n", "utf-8")
 
 
 def to_json(value: object) -> str:
-    """JSON in UTF-8's characters; bytes of files' names that are no text are escaped, as \\udcff."""
+    """JSON in UTF-8; bytes of file names that are not UTF-8 are escaped, as \\udcff."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path of the same suffix that takes the place of `path` when the body succeeds.
+    """A temporary path with the same name, which replaces `path` when the body succeeds.
 
-    What was at `path` stays whole until then, also when the machine stops in between.
+    The file at `path` stays intact until then, even if the machine stops in between.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -80,25 +80,24 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             os.replace(temporary, path)
             sync(path.parent)
     except OSError as error:
-        # Of a full disk, Python does not say which file did not fit.
+        # If the disk is full, Python does not say which file it was writing.
         error.filename = error.filename or str(path)
         raise
 
 
 @contextlib.contextmanager
 def new_version(base: pathlib.Path, version: int | None = None) -> Iterator[tuple]:
-    """(a directory to make and fill, `base/<version>`), of which the first becomes the second when the
-    body succeeds.
+    """(a directory to create and fill, `base/<version>`); it is renamed when the body succeeds.
 
     Args:
         version: an integer; None is the next one.
 
     Raises:
-        FileExistsError: the version is there already.
+        FileExistsError: the version exists already.
     """
     target = base / str(version or next_version(base))
     if target.exists():
-        raise FileExistsError(17, "this version is there already", str(target))
+        raise FileExistsError(17, "this version exists already", str(target))
     base.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=base) as temporary:
         written = pathlib.Path(temporary) / "model"
@@ -110,7 +109,7 @@ def new_version(base: pathlib.Path, version: int | None = None) -> Iterator[tupl
 
 
 def sync(path: pathlib.Path) -> None:
-    """Asks the system to put a file or a directory on the disk now."""
+    """Flushes a file or a directory to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -119,12 +118,12 @@ def sync(path: pathlib.Path) -> None:
 
 
 def next_version(base: pathlib.Path) -> int:
-    """The integer after the highest version directory below `base`; 1 where there is none."""
+    """The integer after the highest version below `base`; 1 if there is none."""
     return max(versions(base), default=0) + 1
 
 
 def versions(base: pathlib.Path) -> list[int]:
-    """The versions below a TensorFlow Serving model base path, in order."""
+    """The versions below a TensorFlow Serving model base path, ascending."""
     if not base.is_dir():
         return []
     return sorted(int(p.name) for p in base.iterdir() if p.name.isdecimal() and p.is_dir())

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import TrainConfig, canonical
 from keras_cifar.core.errors import UsageError, UserError, check_directory, check_utf8, reason
 from keras_cifar.core.files import TEMPORARY, read
 
@@ -150,7 +150,7 @@ class Run:
         return all(name == LOCK or name.startswith(TEMPORARY) for name in names)
 
     def read_config(self) -> dict:
-        """The contents of config.json.
+        """The contents of config.json, its flags by their present names and with defaults for new ones.
 
         Raises:
             UserError: there is no such run, or the file is damaged.
@@ -161,6 +161,7 @@ class Run:
         try:
             config = json.loads(read(self.config, MAX_CONFIG).decode("utf-8"))
             _check_config(config)
+            config["flags"] = canonical(config["flags"])
         except Exception as error:  # A damaged file can raise almost anything.
             raise UserError(f"{self.config} is damaged: {reason(error)}") from None
         return config
@@ -168,8 +169,8 @@ class Run:
 
 def default_run_dir(config: TrainConfig) -> str:
     """A new directory's name below runs/."""
-    data = re.sub(r"\W+", "-", config.data.rstrip("/").rpartition("/")[2]).strip("-")
-    return f"runs/{config.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    data = re.sub(r"\W+", "-", config.data.data.rstrip("/").rpartition("/")[2]).strip("-")
+    return f"runs/{config.model.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def previous_config(config: TrainConfig, run: Run) -> dict | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import DevicesConfig
 from keras_cifar.core.errors import UsageError, reason
 from keras_cifar.distributed.rendezvous import PORTS, split_address
 
@@ -43,7 +43,7 @@ class Cluster:
             )
 
 
-def find_cluster(config: TrainConfig, environ: Mapping[str, str] = os.environ) -> Cluster | None:
+def find_cluster(config: DevicesConfig, environ: Mapping[str, str] = os.environ) -> Cluster | None:
     """The cluster of --workers, else of TF_CONFIG, else of SLURM; None where there is none.
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import DevicesConfig
 from keras_cifar.core.errors import LostWorkerError, UsageError, UserError, reason
 from keras_cifar.distributed.cluster import Cluster, find_cluster
 from keras_cifar.distributed.rendezvous import Rendezvous
@@ -56,7 +56,7 @@ class StrategySpec:
         return len(self.devices) * (len(self.cluster.addresses) if self.cluster else 1)
 
 
-def choose(config: TrainConfig) -> StrategySpec:
+def choose(config: DevicesConfig) -> StrategySpec:
     """Chooses the strategy of a run from --strategy, --replicas, --workers and the environment.
 
     Raises:
@@ -108,7 +108,7 @@ class DistributedContext:
     def __init__(
         self,
         spec: StrategySpec,
-        config: TrainConfig,
+        config: DevicesConfig,
         facts: Mapping | None = None,
         start: bool = True,
     ):

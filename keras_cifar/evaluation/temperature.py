@@ -10,7 +10,7 @@ import scipy.optimize
 import scipy.special
 
 from keras_cifar import models
-from keras_cifar.core.config import NOT_COMPARED
+from keras_cifar.core.config import COMPARED
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
@@ -76,12 +76,11 @@ def find_temperature(text: str, run: Run) -> dict:
         other = run if text == "auto" else Run(text)
     config = other.read_config()
     mine, theirs = run.read_config()["flags"], config["flags"]
-    free = {*NOT_COMPARED, "seed", "val_fraction"}
-    for flag in sorted((mine.keys() | theirs.keys()) - free):
-        if mine.get(flag) != theirs.get(flag):
+    for flag in sorted(COMPARED - {"seed", "val_fraction"}):
+        if mine[flag] != theirs[flag]:
             raise UserError(
-                f"{other.path} was trained with --{flag}={theirs.get(flag)} and {run.path} with "
-                f"{mine.get(flag)}: its temperature would be another"
+                f"{other.path} was trained with --{flag}={theirs[flag]} and {run.path} with "
+                f"{mine[flag]}: its temperature would be another"
             )
     split = evaluator.load_data(config, "val").split("val")
     return fit_to_split(models.load(other.model), split)

@@ -10,7 +10,7 @@ import dataclasses
 
 from keras_cifar import pretrained
 from keras_cifar.core import cli
-from keras_cifar.core.config import check, option
+from keras_cifar.core.options import check, option
 from keras_cifar.core.run_directory import Run
 from keras_cifar.export import TEMPERATURES, check_temperature
 

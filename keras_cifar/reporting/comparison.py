@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 
-from keras_cifar.core.config import NOT_COMPARED
+from keras_cifar.core.config import COMPARED
 from keras_cifar.core.errors import UserError, check_directory
 from keras_cifar.core.run_directory import Run
 from keras_cifar.evaluation.text import aligned
@@ -98,8 +98,7 @@ def table(entries: list[Entry]) -> str:
 
 def differences(entries: list[Entry]) -> str:
     """A line a flag that differs between entries and decides the result; empty where none does."""
-    names = [name for name in entries[0].flags if name not in NOT_COMPARED]
-    names += [n for e in entries[1:] for n in e.flags if n not in (*names, *NOT_COMPARED)]
+    names = [name for name in entries[0].flags if name in COMPARED]
     rows = [("flag", *(entry.name for entry in entries))]
     for name in dict.fromkeys(names):
         # Runs of other versions may lack it, and seeds differ within an entry of several.

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import FLAGS
 from keras_cifar.core.errors import one_line
 from keras_cifar.core.files import replacing
 from keras_cifar.reporting import charts
@@ -115,10 +115,9 @@ def _run(number: int, record: Record, gallery: Gallery) -> dict:
 
 def _flags(record: Record) -> list[tuple]:
     """(flag, value, default, what it is) of the flags that are not at their default."""
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     rows = []
     for name, value in record.flags().items():
-        field = fields.get(name)
+        field = FLAGS.get(name)
         default, what = (field.default, field.metadata["help"]) if field else (None, NONE)
         rows.append((f"--{name}", _words(value), _words(default), what))
     return rows
@@ -160,7 +159,7 @@ def _differing(records: list[Record]) -> list[tuple[str, list[str]]]:
     """(flag, its value in each run) of the flags that differ."""
     all_flags = [record.flags() for record in records]
     names = dict.fromkeys(name for flags in all_flags for name in flags)
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    defaults = {name: field.default for name, field in FLAGS.items()}
     rows = [
         (f"--{name}", [_words(flags.get(name, defaults.get(name))) for flags in all_flags])
         for name in names

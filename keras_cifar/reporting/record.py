@@ -9,7 +9,7 @@ import shlex
 
 import numpy as np
 
-from keras_cifar.core.config import SPLITS, TrainConfig
+from keras_cifar.core.config import FLAGS, SPLITS
 from keras_cifar.core.errors import UserError, one_line, reason
 from keras_cifar.core.files import read
 from keras_cifar.core.run_directory import Run
@@ -63,7 +63,7 @@ class Record:
 
     def flags(self) -> dict:
         """The flags that decided the result and have not their default, and always model and data."""
-        defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+        defaults = {name: field.default for name, field in FLAGS.items()}
         return {
             name: value
             for name, value in self.config["flags"].items()

@@ -6,7 +6,7 @@ import re
 import keras
 import tensorflow as tf
 
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import OptimizerConfig
 from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.models.classifier import Classifier, is_kernel
 
@@ -164,26 +164,29 @@ def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
     return kind, milestones
 
 
-def schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
-    """The schedule that the flags describe."""
+def schedule(config: OptimizerConfig, epochs: int, steps_per_epoch: int) -> Schedule:
+    """The schedule that the flags describe.
+
+    Raises:
+        UsageError: the warm-up is as long as the run.
+    """
     kind, milestones = parse_schedule(config.lr_schedule)
-    total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
+    total, warmup = epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
     if warmup >= total:
-        raise UsageError(
-            f"--warmup_epochs={config.warmup_epochs} must be below --epochs={config.epochs}"
-        )
+        raise UsageError(f"--warmup_epochs={config.warmup_epochs} must be below --epochs={epochs}")
     return Schedule(kind, config.learning_rate, total, warmup, milestones)
 
 
-def compile_model(
-    model: Classifier, config: TrainConfig, steps_per_epoch: int, **kwargs
-) -> Schedule:
-    """Compiles `model` with the optimizer and the loss that the flags describe; the learning rate.
+def compile_model(model: Classifier, config: OptimizerConfig, rate: Schedule, **kwargs) -> None:
+    """Compiles a model with the optimizer and the loss that the flags describe.
 
-    Weight decay is on kernels alone: decoupled with adamw (Loshchilov and Hutter 2017,
-    arXiv:1711.05101), L2 in the gradient with the others.
+    Weight decay applies to kernels only: decoupled with adamw (Loshchilov and Hutter 2017,
+    arXiv:1711.05101), as L2 in the gradient with the others.
+
+    Args:
+        rate: the learning rate of each step.
+        **kwargs: of `Classifier.compile`.
     """
-    rate = schedule(config, steps_per_epoch)
     l2, clipping = config.weight_decay, {"global_clipnorm": config.global_clipnorm or None}
     if config.optimizer == "adam":
         optimizer = Adam(rate, **clipping)
@@ -201,8 +204,5 @@ def compile_model(
         label_smoothing=config.label_smoothing,
         weight_decay=l2,
         ema=config.ema,
-        accumulate_steps=config.accumulate_steps,
-        steps_per_execution=config.steps_per_execution,
         **kwargs,
     )
-    return rate

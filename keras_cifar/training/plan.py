@@ -49,12 +49,12 @@ class Plan:
         return data.training_batches(
             self.dataset.train,
             len(self.dataset.class_names),
-            config.batch_size,
-            config.augment,
-            config.seed,
+            config.fit.batch_size,
+            config.data.augment,
+            config.fit.seed,
             start_step,
             share,
-            config.accumulate_steps,
+            config.fit.accumulate_steps,
         )
 
     def batches(self, start_step: int) -> ShardedBatches:
@@ -67,7 +67,11 @@ class Plan:
 
     def validation(self) -> ShardedBatches | None:
         """Validation batches, cut for the replicas; None where nothing is held out."""
-        val, classes, size = self.dataset.val, len(self.dataset.class_names), self.config.batch_size
+        val, classes, size = (
+            self.dataset.val,
+            len(self.dataset.class_names),
+            self.config.fit.batch_size,
+        )
         if val is None:
             return None
         return sharding.shard_batches(
@@ -78,11 +82,11 @@ class Plan:
 
     def describe(self) -> str:
         """What will be done, in a few lines."""
-        config, dataset = self.config, self.dataset
+        config, dataset, optimizer = self.config, self.dataset, self.config.optimizer
         network = self.model.deployable
         height, width, _ = dataset.image_shape
         counts = ", ".join(f"{v['count']:,} {k}" for k, v in dataset.describe().items())
-        left_out = len(dataset.train) % config.batch_size
+        left_out = len(dataset.train) % config.fit.batch_size
         choice, (policy, why_policy), (xla, why_xla) = (
             self.devices.spec,
             self.dtype_policy,
@@ -90,13 +94,14 @@ class Plan:
         )
         return "\n".join(
             [
-                f"model     {config.model}: {models.count_parameters(network):,} parameters, "
+                f"model     {config.model.model}: {models.count_parameters(network):,} parameters, "
                 f"{models.count_multiply_adds(network) / 1e6:,.1f} million multiply-adds an image",
-                f"data      {config.data}: {counts} images of {width} x {height}, "
+                f"data      {config.data.data}: {counts} images of {width} x {height}, "
                 f"{len(dataset.class_names)} classes",
-                f"training  {config.epochs} epochs of {self.steps_per_epoch} steps of "
-                f"{config.batch_size} images ({left_out} others are left out each pass), "
-                f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_schedule}",
+                f"training  {config.fit.epochs} epochs of {self.steps_per_epoch} steps of "
+                f"{config.fit.batch_size} images ({left_out} others are left out each pass), "
+                f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g} "
+                f"{optimizer.lr_schedule}",
                 *([f"begins    with {self.origin}"] if self.origin else []),
                 f"devices   strategy {choice.name} ({choice.reason}), {self._replica_batch()}, "
                 f"{policy} ({why_policy}), XLA {'on' if xla else 'off'} ({why_xla})",
@@ -105,7 +110,7 @@ class Plan:
 
     def place(self, position: TrainingProgress) -> str:
         """A position in words."""
-        done, epochs = len(position.history), self.config.epochs
+        done, epochs = len(position.history), self.config.fit.epochs
         if not position.steps:
             return f"epoch {done} of {epochs}"
         return f"step {position.steps} of {self.steps_per_epoch} in epoch {done + 1} of {epochs}"
@@ -113,11 +118,11 @@ class Plan:
     def _replica_batch(self) -> str:
         """How a batch is shared, in words."""
         config, replicas = self.config, self.devices.spec.replicas
-        size, larger = divmod(config.batch_size // config.accumulate_steps, replicas)
+        size, larger = divmod(config.fit.batch_size // config.fit.accumulate_steps, replicas)
         text = f"{size} or {size + 1}" if larger else f"{size}"
         text += " images a replica"
-        if config.accumulate_steps > 1:
-            text += f" in each of {config.accumulate_steps} microbatches"
+        if config.fit.accumulate_steps > 1:
+            text += f" in each of {config.fit.accumulate_steps} microbatches"
         return text
 
 
@@ -127,10 +132,10 @@ def check_names(config: TrainConfig) -> None:
     Raises:
         UsageError: an unknown model or schedule, or flags that contradict each other.
     """
-    optimizers.parse_schedule(config.lr_schedule)
-    if config.model not in models.variants():
-        raise unknown("model", config.model, models.variants())
-    if config.early_stopping and not config.val_fraction:
+    optimizers.parse_schedule(config.optimizer.lr_schedule)
+    if config.model.model not in models.variants():
+        raise unknown("model", config.model.model, models.variants())
+    if config.fit.early_stopping and not config.data.val_fraction:
         raise UsageError("--early_stopping needs validation: --val_fraction must be above 0")
 
 
@@ -148,48 +153,55 @@ def prepare(
     """
     check_names(config)
     # DistributedContext can be chosen only before TensorFlow computes anything.
-    devices = devices or DistributedContext(strategy.choose(config), config)
+    devices = devices or DistributedContext(strategy.choose(config.devices), config.devices)
     # All flags before the data: a wrong one shows before a long download.
-    augmentation.parse(config.augment)
+    augmentation.parse(config.data.augment)
     replicas = devices.spec.replicas
-    if config.batch_size // config.accumulate_steps < replicas:
+    if config.fit.batch_size // config.fit.accumulate_steps < replicas:
         raise UsageError(
-            f"--batch_size={config.batch_size} is less than an image for each of {replicas} replicas"
-            + f" in each of --accumulate_steps={config.accumulate_steps}"
-            * (config.accumulate_steps > 1)
+            f"--batch_size={config.fit.batch_size} has fewer images than there are replicas "
+            f"({replicas}) times --accumulate_steps={config.fit.accumulate_steps}"
         )
 
-    keras.utils.set_random_seed(config.seed)
-    deterministic = environment.make_deterministic(config.deterministic)
-    dtype_policy = environment.dtype_policy(config.dtype_policy)
+    keras.utils.set_random_seed(config.fit.seed)
+    deterministic = environment.make_deterministic(config.devices.deterministic)
+    dtype_policy = environment.dtype_policy(config.devices.dtype_policy)
     keras.config.set_dtype_policy(dtype_policy[0])
     dataset = data.load(
-        config.data,
-        config.data_dir,
-        config.image_size,
-        config.val_fraction,
-        config.seed,
-        config.cache_dir,
-        data.BadImages(config.on_bad_image == "skip", config.max_bad_share),
+        config.data.data,
+        config.data.data_dir,
+        config.data.image_size,
+        config.data.val_fraction,
+        config.fit.seed,
+        config.data.cache_dir,
+        data.BadImages(config.data.on_bad_image == "skip", config.data.max_bad_share),
     )
     # Before TensorFlow's workers wait for each other, who could not say why one of them does not come.
     splits = dataset.describe()
     devices.check_equal(
         {f"the {name} images": f"{s['count']} ({s['fingerprint']})" for name, s in splits.items()}
     )
-    one_pass = data.steps_per_epoch(dataset.train, config.batch_size)
-    steps = config.steps_per_epoch or one_pass
+    one_pass = data.steps_per_epoch(dataset.train, config.fit.batch_size)
+    steps = config.fit.steps_per_epoch or one_pass
     xla = environment.use_xla(devices.spec.name)
     with devices.strategy.scope():
-        model = models.build(config.model, dataset.image_shape, len(dataset.class_names))
+        model = models.build(config.model.model, dataset.image_shape, len(dataset.class_names))
         origin = ""
-        if begins and not config.init_from:
+        if begins and not config.model.init_from:
             models.adapt(model, dataset.train)
         elif begins:
-            origin = transfer.take_weights(model, config.init_from, dataset.class_names)
-        if config.freeze:
-            transfer.freeze(model, config.freeze)
-        rate = optimizers.compile_model(model, config, steps, jit_compile=xla[0])
+            origin = transfer.take_weights(model, config.model.init_from, dataset.class_names)
+        if config.model.freeze:
+            transfer.freeze(model, config.model.freeze)
+        rate = optimizers.schedule(config.optimizer, config.fit.epochs, steps)
+        optimizers.compile_model(
+            model,
+            config.optimizer,
+            rate,
+            accumulate_steps=config.fit.accumulate_steps,
+            steps_per_execution=config.devices.steps_per_execution,
+            jit_compile=xla[0],
+        )
     return Plan(
         config, dataset, model, rate, steps, devices, dtype_policy, xla, deterministic, origin
     )
@@ -203,8 +215,8 @@ def estimate(config: TrainConfig) -> str:
     Raises:
         UsageError, UserError: as `train`.
     """
-    choice = strategy.choose(config)
-    plan = prepare(config, DistributedContext(choice, config, start=False))
+    choice = strategy.choose(config.devices)
+    plan = prepare(config, DistributedContext(choice, config.devices, start=False))
     share = ReplicaRange(0, 1, choice.replicas)
     ends = [time.perf_counter()]
 
@@ -213,18 +225,18 @@ def estimate(config: TrainConfig) -> str:
             ends.append(time.perf_counter())
 
     # The first call traces and is not timed.
-    steps = 3 * config.steps_per_execution
+    steps = 3 * config.devices.steps_per_execution
     plan.model.fit(
         ShardedBatches(plan.pieces_of(share, start_step=0), steps), verbose=0, callbacks=[Clock()]
     )
-    seconds = (ends[-1] - ends[1]) / (steps - config.steps_per_execution)
+    seconds = (ends[-1] - ends[1]) / (steps - config.devices.steps_per_execution)
     on_cpu = choice.devices[0].startswith("CPU")
     if on_cpu:
         seconds *= len(choice.devices)  # They share it.
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     else:
         memory = tf.config.experimental.get_memory_info(choice.devices[0])["peak"]
-    total = seconds * plan.steps_per_epoch * config.epochs
+    total = seconds * plan.steps_per_epoch * config.fit.epochs
     return (
         f"{plan.describe()}\n"
         f"estimate  {seconds:.3g} s a step, {seconds * plan.steps_per_epoch:.3g} s an epoch, "
@@ -238,7 +250,7 @@ def describe_run(plan: Plan) -> dict:
     """The contents of config.json."""
     network = plan.model.deployable
     return {
-        "flags": dataclasses.asdict(plan.config),
+        "flags": plan.config.flags(),
         "class_names": plan.dataset.class_names,
         "image_shape": plan.dataset.image_shape,
         "splits": plan.dataset.describe(),

@@ -51,7 +51,7 @@ class Recorder(keras.callbacks.Callback):
         self._resumed, self._steps = position, position.steps
         self._norm = math.nan
         plan.learning_rate.factor.assign(ROLLBACK_FACTOR**position.rollbacks)
-        batches = plan.batches(start_step=len(self.history) * plan.config.precise_bn_batches)
+        batches = plan.batches(start_step=len(self.history) * plan.config.fit.precise_bn_batches)
         self._calibration = iter(batches)
         self._validation = plan.validation()
         self._saved_at = time.perf_counter()
@@ -74,7 +74,7 @@ class Recorder(keras.callbacks.Callback):
         """Whether all epochs are done, or patience is at its end."""
         config = self.plan.config
         waited = self.epochs_done - self.best_epoch()
-        return self.epochs_done >= config.epochs or 0 < config.early_stopping <= waited
+        return self.epochs_done >= config.fit.epochs or 0 < config.fit.early_stopping <= waited
 
     @property
     def position(self) -> TrainingProgress:
@@ -96,7 +96,7 @@ class Recorder(keras.callbacks.Callback):
         loss, *_, norm, calls = (totals - self._totals) / (self._steps - before)
         self._totals = totals
         if not np.isfinite(totals).all():
-            raise self._diverged(loss / self.plan.config.batch_size, norm)
+            raise self._diverged(loss / self.plan.config.fit.batch_size, norm)
         self._norm = norm
         if self._is_to_stop(calls):
             self._save()
@@ -123,17 +123,17 @@ class Recorder(keras.callbacks.Callback):
         self._scalars.add(row)
         self._write_history()
         if not sys.stdout.isatty():
-            print(_line(row, self.plan.config.epochs), flush=True)
+            print(_line(row, self.plan.config.fit.epochs), flush=True)
 
     def _epoch_metrics(self, epoch: int, logs: dict) -> dict:
         """Validates and selects the model; the row of the history, which has it then."""
         config = self.plan.config
-        images = self.plan.steps_per_epoch * config.batch_size
+        images = self.plan.steps_per_epoch * config.fit.batch_size
         row = {"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()}
         # Validation is here and not in `fit`, so that it sees the very network that is saved: with
         # averaged weights, and statistics that belong to them.
         with self.model.averaged():
-            self.model.recompute_statistics(self._calibration, config.precise_bn_batches)
+            self.model.recompute_statistics(self._calibration, config.fit.precise_bn_batches)
             if self._validation:
                 metrics = self.model.evaluate(
                     self._validation, verbose=0, return_dict=True, callbacks=[self]
@@ -167,7 +167,8 @@ class Recorder(keras.callbacks.Callback):
 
     def _is_due(self, before: int) -> bool:
         """Whether a checkpoint is, as so many steps of the epoch were done before these."""
-        every, seconds = self.plan.config.checkpoint_every, self.plan.config.checkpoint_seconds
+        output = self.plan.config.output
+        every, seconds = output.checkpoint_every, output.checkpoint_seconds
         epochs = self.epochs_done * self.plan.steps_per_epoch
         by_steps = every and (epochs + self._steps) // every > (epochs + before) // every
         return by_steps or 0 < seconds <= time.perf_counter() - self._saved_at

@@ -1,6 +1,5 @@
 """A configuration with several seeds: a run for each, and what they say together."""
 
-import dataclasses
 import gc
 import statistics
 
@@ -15,7 +14,7 @@ from keras_cifar.training import trainer
 
 
 def train(config: TrainConfig, run: Run) -> dict:
-    """Trains `config.seeds` runs, one after another; those that are done stay as they are.
+    """Trains `--seeds` runs, one after another; those that are done stay as they are.
 
     All are trained in this process: order, augmentation, dropout and initial weights are functions of
     the seed and the step, so each is to the bit the run that it would be alone, and signals and locks
@@ -33,14 +32,14 @@ def train(config: TrainConfig, run: Run) -> dict:
         UsageError, UserError, StoppedError: as `trainer.train`; also of a later seed before the first
             begins, and of several workers.
     """
-    if strategy.choose(config).cluster:
+    if strategy.choose(config.devices).cluster:
         raise UsageError("--seeds is for one worker; with several, start a run for each --seed")
     if run.config.exists():
         raise UsageError(
             f"--run_dir={run.path} holds one run and not those of --seeds; choose another"
         )
-    seeds = range(config.seed, config.seed + config.seeds)
-    configs = {seed: dataclasses.replace(config, seed=seed, seeds=0) for seed in seeds}
+    seeds = range(config.fit.seed, config.fit.seed + config.fit.seeds)
+    configs = {seed: config.replace(seed=seed, seeds=0) for seed in seeds}
     for seed in seeds:
         previous_config(configs[seed], run.of_seed(seed))
     accuracies = {}
@@ -67,6 +66,6 @@ def train(config: TrainConfig, run: Run) -> dict:
 
 def _test_metrics(run: Run, config: TrainConfig) -> dict | None:
     """The test metrics of a run that has come to its end; None of one that has not."""
-    if config.export and not versions(run.export):
+    if config.output.export and not versions(run.export):
         return None
-    return run.read_metrics("test", config.data)
+    return run.read_metrics("test", config.data.data)

@@ -41,10 +41,12 @@ def train(config: TrainConfig, run: Run) -> dict | None:
         StoppedError: SIGTERM or SIGINT came.
     """
     check_names(config)
-    choice = strategy.choose(config)
+    choice = strategy.choose(config.devices)
     interruption = Interruption()
     with contextlib.ExitStack() as stack, interruption.heard():
-        with DistributedContext(choice, config, config.common() | package_versions()) as devices:
+        with DistributedContext(
+            choice, config.devices, config.shared_flags() | package_versions()
+        ) as devices:
             if devices.is_chief:
                 previous_config(config, run)  # before anything is written
                 stack.enter_context(run.locked())
@@ -56,7 +58,7 @@ def train(config: TrainConfig, run: Run) -> dict | None:
                     write_json(run.config, describe_run(plan))
                 elif previous["splits"] != plan.dataset.describe():
                     raise UserError(
-                        f"the images of --data={config.data} are not those that {run.path} began with"
+                        f"--data={config.data.data} has other images than {run.path} was trained on"
                     )
                 if plan.dataset.skipped:
                     write_skipped(plan.dataset, run.skipped)
@@ -68,10 +70,10 @@ def train(config: TrainConfig, run: Run) -> dict | None:
         model = models.load(run.model)
         dataset = plan.dataset
         metrics = evaluator.evaluate(
-            model, "test", dataset.test, dataset.class_names, config.data, run
+            model, "test", dataset.test, dataset.class_names, config.data.data, run
         )
-        if config.export and not versions(run.export):
-            samples = verification.of_dataset(dataset, config.data)
+        if config.output.export and not versions(run.export):
+            samples = verification.of_dataset(dataset, config.data.data)
             path = saved_model.export(model, run.export, dataset.class_names, samples=samples)
             print(verification.summary(path), flush=True)
         report(run, model, dataset)
@@ -122,7 +124,7 @@ def fit(
             with interruption.deferred():
                 model.fit(
                     plan.batches(start_step=position.step(plan.steps_per_epoch)),
-                    epochs=config.epochs,
+                    epochs=config.fit.epochs,
                     initial_epoch=len(position.history),
                     initial_step=position.steps,
                     initial_totals=position.totals,
@@ -132,7 +134,7 @@ def fit(
             return
         except DivergedError as error:
             count = recorder.rollbacks + 1
-            if config.on_nan == "stop" or count > ROLLBACKS:
+            if config.fit.on_nan == "stop" or count > ROLLBACKS:
                 raise
             position = dataclasses.replace(_restore(plan, run), rollbacks=count)
             recorder = Recorder(plan, run, position, interruption)

@@ -5,7 +5,6 @@ test; a failure names its case, which FUZZ_FIRST=CASE starts with.
 """
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import json
@@ -23,7 +22,7 @@ from PIL import Image
 
 from keras_cifar import models
 from keras_cifar.core import cli
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import DevicesConfig, TrainConfig
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import archive, augmentation
@@ -267,7 +266,7 @@ def test_schedules():
 
 def test_worker_lists():
     def parse(given):
-        config = TrainConfig(workers=given[0], worker_index=given[1])
+        config = DevicesConfig(workers=given[0], worker_index=given[1])
         cluster.find_cluster(config, {})
 
     samples = ("a:1,b:2", "10.0.0.1:80", "[::1]:12345,host.example:1", "a:1")
@@ -284,7 +283,7 @@ def test_tf_config():
     pieces = (b"null", b"[]", b"{}", b'"', b"1e999", b"NaN", b"-1", b"9" * 30, b"true", b'"a:1"')
 
     def parse(contents):
-        cluster.find_cluster(TrainConfig(), {"TF_CONFIG": contents})
+        cluster.find_cluster(DevicesConfig(), {"TF_CONFIG": contents})
 
     def make(chance):
         # Not in an environment variable: what is no UTF-8 is an escaped byte there.
@@ -315,7 +314,7 @@ def test_slurm():
             for name, value in environ.items():
                 if "\0" not in value:
                     patch.setenv(name, value)
-            cluster.find_cluster(TrainConfig(), environ)
+            cluster.find_cluster(DevicesConfig(), environ)
 
     run(500, make, parse)
 
@@ -343,7 +342,7 @@ def test_command_lines():
 def test_what_fuzzing_found_in_tf_config(task):
     text = f'{{"cluster": {{"worker": ["a:1"]}}, "task": {task}}}'
     with pytest.raises(UserError, match="TF_CONFIG"):
-        cluster.find_cluster(TrainConfig(), {"TF_CONFIG": text})
+        cluster.find_cluster(DevicesConfig(), {"TF_CONFIG": text})
 
 
 def test_what_fuzzing_found_in_command_lines():
@@ -374,7 +373,7 @@ def test_run_configurations(tmp_path):
         given.config.write_bytes(contents)
         found = given.read_config()
         TrainConfig().differences(found["flags"])
-        dataclasses.replace(TrainConfig.from_json(found["flags"]))
+        TrainConfig.from_json(found["flags"]).replace()
 
     run(600, lambda chance: mutated(chance, samples, pieces), parse)
 

@@ -33,9 +33,10 @@ def train_config(command):
     assert command[:4] == ["python", "-u", "-m", "keras_cifar.train"]
     config, rest = cli.parse(TrainConfig, command[4:])
     assert not rest
-    assert (config.strategy, config.workers, config.worker_index) == ("auto", None, None)
-    assert config.model in models.variants()
-    assert config.run_dir  # the default differs between workers, and could not be resumed
+    devices = config.devices
+    assert (devices.strategy, devices.workers, devices.worker_index) == ("auto", None, None)
+    assert config.model.model in models.variants()
+    assert config.output.run_dir  # the default differs between workers, and could not be resumed
     return config
 
 
@@ -142,12 +143,13 @@ def test_the_manifests_workers_train_on_a_volume_that_they_share():
     assert all(isinstance(word, str) for word in container["command"])
     config = train_config(container["command"])
     # Kubernetes waits up to 300 s before it starts a container again.
-    assert config.startup_timeout > 300
+    assert config.devices.startup_timeout > 300
     (mount,) = container["volumeMounts"]
     (volume,) = pod["volumes"]
     assert mount["name"] == volume["name"]
     assert volume["persistentVolumeClaim"]["claimName"]
-    for path in (config.run_dir, config.cache_dir, config.data.removeprefix("folder:")):
+    data = config.data
+    for path in (config.output.run_dir, data.cache_dir, data.data.removeprefix("folder:")):
         assert path.startswith(mount["mountPath"] + "/")
 
 

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from keras_cifar.core import cli, environment
-from keras_cifar.core.config import TrainConfig, option
+from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, UserError
+from keras_cifar.core.options import fields, option
 
 COMMANDS = ("train", "evaluate", "export", "predict", "serve", "launch", "compare", "report")
 COMMANDS += ("pretrained",)
@@ -46,7 +47,7 @@ def test_help_answers_at_once_and_without_tensorflow(command):
 
 def test_help_shows_every_flag_with_its_default_and_group():
     text = cli.usage(TrainConfig, "What it does.", "python -m x")
-    for field in dataclasses.fields(TrainConfig):
+    for field in fields(TrainConfig):
         assert f"--{field.name} " in text or f"--[no]{field.name}" in text
         assert field.metadata["help"].split()[0] in text
     assert "(default: resnet32)" in text

@@ -1,11 +1,11 @@
-"""The ranges of the training flags, and which of them make another run."""
+"""The ranges of the training flags, the parts they belong to, and which of them make another run."""
 
 import dataclasses
 import math
 
 import pytest
 
-from keras_cifar.core.config import NOT_COMPARED, TrainConfig
+from keras_cifar.core.config import COMPARED, FLAGS, TrainConfig, canonical
 from keras_cifar.core.errors import UsageError
 
 POSITIVE = (
@@ -14,7 +14,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("weight_decay", "warmup_epochs", "precise_bn_batches", "early_stopping", "seed", "seeds"),
-    "global_clipnorm",
+    *("global_clipnorm", "checkpoint_every", "checkpoint_seconds"),
 )
 SHARES = ("val_fraction", "max_bad_share", "momentum", "label_smoothing", "ema")
 FLOATS = ("learning_rate", "weight_decay", "warmup_epochs", "global_clipnorm", *SHARES)
@@ -22,7 +22,7 @@ FLOATS = ("learning_rate", "weight_decay", "warmup_epochs", "global_clipnorm", *
 
 @pytest.fixture(autouse=True)
 def _fresh_keras():
-    """Nothing here leaves anything in Keras."""
+    """Nothing here changes Keras's state."""
 
 
 def cases(names, *values) -> list:
@@ -41,7 +41,7 @@ def cases(names, *values) -> list:
 )
 def test_value_out_of_range_is_refused_by_flag_and_value(name, value):
     with pytest.raises(UsageError) as error:
-        TrainConfig(**{name: value})
+        TrainConfig.from_flags(**{name: value})
     message = str(error.value)
     assert message.startswith(f"--{name}={value} must ")
     assert "\n" not in message
@@ -58,28 +58,44 @@ def test_value_out_of_range_is_refused_by_flag_and_value(name, value):
         ("seed", 2**31 - 1),
     ],
 )
-def test_value_at_the_edge_of_its_range_is_taken(name, value):
-    assert getattr(TrainConfig(**{name: value}), name) == value
+def test_value_at_the_limit_of_its_range_is_accepted(name, value):
+    assert TrainConfig.from_flags(**{name: value}).flags()[name] == value
 
 
-def test_cannot_be_changed_afterwards():
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"batch_size": 100, "accumulate_steps": 3}, "--batch_size=100 must be a multiple of"),
+        ({"workers": "a:1"}, "--workers and --worker_index belong together"),
+        ({"worker_index": 0}, "--workers and --worker_index belong together"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(UsageError, match=message):
+        TrainConfig.from_flags(**flags)
+
+
+def test_parts_are_frozen_and_hold_the_flags_of_their_room():
+    config = TrainConfig.from_flags(epochs=3, data="digits", model="lenet5", replicas=2)
+    assert (config.fit.epochs, config.data.data) == (3, "digits")
+    assert (config.model.model, config.devices.replicas) == ("lenet5", 2)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TrainConfig().epochs = 2
+        config.fit.epochs = 2
+    assert TrainConfig.from_flags(**config.flags()) == config
+    changed = config.replace(epochs=4)
+    assert (changed.fit.epochs, changed.replace(epochs=3)) == (4, config)
+    with pytest.raises(TypeError):
+        TrainConfig.from_flags(no_such_flag=1)
 
 
 def test_every_flag_has_help_a_group_and_a_default_among_its_choices():
-    for field in dataclasses.fields(TrainConfig):
+    for field in FLAGS.values():
         assert field.metadata["help"]
         assert field.metadata["group"]
         assert not field.metadata["choices"] or field.default in field.metadata["choices"]
 
 
 # ---- Differences
-
-
-def test_no_difference_to_itself():
-    config = TrainConfig(model="lenet5", seed=3)
-    assert config.differences(dataclasses.asdict(config)) == []
 
 
 OTHER = {
@@ -112,81 +128,82 @@ OTHER = {
     "freeze": "logits",
     "deterministic": True,
 }
+SAME = {
+    "run_dir": "elsewhere",
+    "export": False,
+    "data_dir": "elsewhere",
+    "cache_dir": "elsewhere",
+    "max_bad_share": 0.5,
+    "strategy": "mirrored",
+    "replicas": 2,
+    "workers": "a:1",
+    "worker_index": 0,
+    "startup_timeout": 5.0,
+    "peer_timeout": 5.0,
+    "steps_per_execution": 5,
+    "checkpoint_every": 5,
+    "checkpoint_seconds": 5.0,
+    "on_nan": "rollback",
+    "dry_run": True,
+    "list_models": True,
+    "list_recipes": True,
+    "recipe": "he_resnet20",
+    "seeds": 3,
+}
 
 
-def test_the_list_of_other_values_has_all_flags_that_decide_a_result():
-    assert {field.name for field in dataclasses.fields(TrainConfig)} - set(NOT_COMPARED) == set(
-        OTHER
-    )
+def test_the_two_lists_have_all_flags():
+    assert set(OTHER) == COMPARED
+    assert set(SAME) == FLAGS.keys() - COMPARED
 
 
 @pytest.mark.parametrize(("name", "value"), OTHER.items())
 def test_a_difference_names_the_flag_and_both_values(name, value):
-    before, after = TrainConfig(), TrainConfig(**{name: value})
-    assert after.differences(dataclasses.asdict(before)) == [
-        f"--{name} was {getattr(before, name)!r}, is {value!r}"
+    before, after = TrainConfig(), TrainConfig.from_flags(**{name: value})
+    assert after.differences(before.flags()) == [
+        f"--{name} was {before.flags()[name]!r}, is {value!r}"
     ]
 
 
-def test_all_differences_are_named():
-    before, after = TrainConfig(), TrainConfig(**OTHER)
-    assert len(after.differences(dataclasses.asdict(before))) == len(OTHER)
+def test_all_differences_are_named_and_none_to_itself():
+    before, after = TrainConfig(), TrainConfig.from_flags(**OTHER)
+    assert len(after.differences(before.flags())) == len(OTHER)
+    assert after.differences(after.flags()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("run_dir", "elsewhere"),
-        ("export", False),
-        ("data_dir", "elsewhere"),
-        ("cache_dir", "elsewhere"),
-        ("max_bad_share", 0.5),
-        ("strategy", "mirrored"),
-        ("replicas", 2),
-        ("startup_timeout", 5.0),
-        ("peer_timeout", 5.0),
-        ("steps_per_execution", 5),
-        ("checkpoint_every", 5),
-        ("checkpoint_seconds", 5.0),
-        ("on_nan", "rollback"),
-        ("dry_run", True),
-        ("list_models", True),
-        ("list_recipes", True),
-        ("recipe", "he_resnet20"),
-        ("seeds", 3),
-    ],
-)
-def test_where_it_runs_and_what_is_written_makes_no_difference(name, value):
-    assert TrainConfig(**{name: value}).differences(dataclasses.asdict(TrainConfig())) == []
+def test_where_it_runs_and_what_is_written_makes_no_difference():
+    assert TrainConfig.from_flags(**SAME).differences(TrainConfig().flags()) == []
 
 
-def test_a_flag_that_an_earlier_run_did_not_have_is_a_difference():
-    earlier = dataclasses.asdict(TrainConfig())
+def test_a_run_that_is_older_than_a_flag_has_its_default():
+    earlier = TrainConfig().flags()
     del earlier["ema"]
-    assert TrainConfig().differences(earlier) == ["--ema was None, is 0.0"]
+    assert TrainConfig().differences(earlier) == []
+    assert TrainConfig.from_flags(ema=0.5).differences(earlier) == ["--ema was 0.0, is 0.5"]
+    assert canonical(earlier)["ema"] == 0.0
 
 
-def test_workers_may_differ_in_what_is_their_own_alone():
-    one = TrainConfig(workers="a:1,b:2", worker_index=0, run_dir="x", data_dir="y")
-    two = TrainConfig(
-        workers="a:1,b:2", worker_index=1, recipe="r", run_dir="z", data_dir="v", cache_dir="c"
-    )
-    assert one.common() == two.common()
-    for name, value in OTHER.items():
+def test_a_run_with_the_former_name_of_a_flag_is_compared_by_it():
+    earlier = TrainConfig().flags()
+    del earlier["precise_bn_batches"]
+    earlier["calibration_batches"] = 3
+    assert TrainConfig().differences(earlier) == ["--precise_bn_batches was 3, is 10"]
+    assert TrainConfig.from_json(earlier).fit.precise_bn_batches == 3
+
+
+def test_a_flag_of_a_newer_revision_is_ignored():
+    later = TrainConfig().flags() | {"flag_of_tomorrow": 1}
+    assert TrainConfig.from_json(later) == TrainConfig()
+    assert TrainConfig().differences(later) == []
+
+
+def test_workers_may_differ_in_their_own_flags_only():
+    one = TrainConfig.from_flags(workers="a:1,b:2", worker_index=0, run_dir="x", data_dir="y")
+    own = {"recipe": "r", "run_dir": "z", "data_dir": "v", "cache_dir": "c", "export": False}
+    two = one.replace(worker_index=1, startup_timeout=1.0, init_from="elsewhere", **own)
+    assert one.shared_flags() == two.shared_flags()
+    for name, value in (OTHER | {"peer_timeout": 5.0, "seeds": 3}).items():
         if name == "init_from":  # read by the chief alone
             continue
-        other = TrainConfig(workers="a:1,b:2", worker_index=1, **{name: value}).common()
-        assert {k for k, v in other.items() if one.common()[k] != v} == {f"--{name}"}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"batch_size": 100, "accumulate_steps": 3}, "--batch_size=100 must be a multiple of"),
-        ({"workers": "a:1"}, "--workers and --worker_index belong together"),
-        ({"worker_index": 0}, "--workers and --worker_index belong together"),
-    ],
-)
-def test_flags_that_contradict_each_other_are_refused(flags, message):
-    with pytest.raises(UsageError, match=message):
-        TrainConfig(**flags)
+        other = one.replace(**{name: value}).shared_flags()
+        assert {k for k, v in other.items() if one.shared_flags()[k] != v} == {f"--{name}"}

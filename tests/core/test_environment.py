@@ -107,7 +107,7 @@ def test_precision_by_device(monkeypatch, gpus, policy):
 
 def test_xla_is_for_one_gpu_alone(monkeypatch):
     fake_gpus(monkeypatch)
-    assert environment.use_xla("none") == (False, "it makes convolutions slower on a CPU")
+    assert environment.use_xla("none") == (False, "it slows convolutions on a CPU")
     fake_gpus(monkeypatch, (8, 0))
     assert environment.use_xla("none") == (True, "one GPU")
     assert environment.use_xla("mirrored") == (False, "several replicas")
@@ -117,7 +117,9 @@ def test_xla_is_for_one_gpu_alone(monkeypatch):
 def test_training_asks_for_precision_and_xla(monkeypatch, image_folder, xla):
     monkeypatch.setattr(environment, "use_xla", lambda strategy: (xla, f"as {strategy}"))
     monkeypatch.setattr(environment, "dtype_policy", {"auto": ("mixed_bfloat16", "so")}.get)
-    flags = config.TrainConfig(model="lenet5", data=f"folder:{image_folder}", batch_size=16)
+    flags = config.TrainConfig.from_flags(
+        model="lenet5", data=f"folder:{image_folder}", batch_size=16
+    )
     plan = planning.prepare(flags)
     assert plan.model.jit_compile is xla
     assert plan.model.get_layer("logits").compute_dtype == "bfloat16"

@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
     for path in bad:
         path.write_bytes(b"")
     run = Run(root / "run")
-    flags = config.TrainConfig(
+    flags = config.TrainConfig.from_flags(
         model="lenet5",
         data=f"folder:{root / 'images'}",
         image_size=16,

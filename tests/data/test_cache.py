@@ -712,7 +712,7 @@ def test_blocks_are_as_small_as_their_limit(tmp_path, pictures, monkeypatch):
 
 
 def config_of(pictures: pathlib.Path, tmp_path: pathlib.Path, **options) -> TrainConfig:
-    return TrainConfig(
+    return TrainConfig.from_flags(
         model="lenet5", data=f"folder:{pictures}", image_size=32, batch_size=8, epochs=1, **options
     )
 

@@ -171,9 +171,9 @@ def train(run: Run, config: TrainConfig, devices: strategy.DistributedContext) -
     with contextlib.nullcontext() if run.dropout else model._without_dropout():
         history = model.fit(
             plan.batches(0),
-            epochs=config.epochs,
+            epochs=config.fit.epochs,
             validation_data=plan.validation(),
-            validation_freq=config.epochs,
+            validation_freq=config.fit.epochs,
             callbacks=[recording],
             verbose=0,
         ).history
@@ -183,7 +183,7 @@ def train(run: Run, config: TrainConfig, devices: strategy.DistributedContext) -
     if not run.deployed:
         return found
     with model.averaged():
-        model.recompute_statistics(iter(plan.batches(3)), config.precise_bn_batches)
+        model.recompute_statistics(iter(plan.batches(3)), config.fit.precise_bn_batches)
         found |= copied("deployed", model.weights, devices)
         found["figures|deployed"] = np.array(model.evaluate(plan.validation(), verbose=0))
     return found
@@ -477,7 +477,7 @@ CASES = (
 
 
 def compute(flags: dict, names: list[str], path: pathlib.Path) -> None:
-    config, found = TrainConfig(**flags), {}
+    config, found = TrainConfig.from_flags(**flags), {}
     try:
         with strategy.DistributedContext(strategy.choose(config), config) as devices:
             for name in names:

@@ -395,13 +395,13 @@ def test_workers_train_as_one_cluster_into_one_run_directory(commands):
         execute(["--workers", "3", "--", "--model", "nin", "--data", "digits", "--noexport"]) == 0
     )
     parsed = [flags_of(command)[0] for command in commands]
-    assert [config.worker_index for config in parsed] == [0, 1, 2]
+    assert [config.devices.worker_index for config in parsed] == [0, 1, 2]
     for config in parsed:
-        assert config.strategy == "multiworker"
-        assert config.model == "nin"
-        assert not config.export
-        assert config.run_dir == parsed[0].run_dir
-        assert config.workers == parsed[0].workers
+        assert config.devices.strategy == "multiworker"
+        assert config.model.model == "nin"
+        assert not config.output.export
+        assert config.output.run_dir == parsed[0].run_dir
+        assert config.devices.workers == parsed[0].workers
     assert re.fullmatch(r"runs/nin-digits-[\d-]+", parsed[0].run_dir)
     hosts, ports = zip(*(each.split(":") for each in parsed[0].workers.split(",")), strict=True)
     assert hosts == ("127.0.0.1",) * 3

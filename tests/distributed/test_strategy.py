@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import DevicesConfig
 from keras_cifar.core.errors import UsageError
 from keras_cifar.distributed import sharding, strategy
 from keras_cifar.distributed.cluster import Cluster
@@ -45,7 +45,7 @@ def environ(monkeypatch):
 
 
 def choose(name: str, replicas: int | None = None, **flags) -> StrategySpec:
-    return strategy.choose(TrainConfig(strategy=name, replicas=replicas, **flags))
+    return strategy.choose(DevicesConfig(strategy=name, replicas=replicas, **flags))
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,15 @@ def test_choice_without_gpu(gpus, name, replicas, chosen, count, reason):
     gpus(0)
     spec = choose(name, replicas)
     assert (spec.name, spec.reason, spec.replicas) == (chosen, reason, count)
-    strategy = DistributedContext(spec, TrainConfig()).strategy
+    strategy = DistributedContext(spec, DevicesConfig()).strategy
     assert strategy.num_replicas_in_sync == count
     assert isinstance(strategy, tf.distribute.MirroredStrategy) == (chosen == "mirrored")
-    assert DistributedContext(spec, TrainConfig(), start=False).strategy.num_replicas_in_sync == 1
+    assert DistributedContext(spec, DevicesConfig(), start=False).strategy.num_replicas_in_sync == 1
 
 
 def test_mirrored_uses_each_virtual_device_once(gpus):
     gpus(0)
-    strategy = DistributedContext(choose("mirrored", 2), TrainConfig()).strategy
+    strategy = DistributedContext(choose("mirrored", 2), DevicesConfig()).strategy
     devices = {device.rsplit("/", 1)[-1] for device in strategy.extended.worker_devices}
     assert devices == {"device:CPU:0", "device:CPU:1"}
 
@@ -91,7 +91,7 @@ def test_gpus_are_preferred(gpus, monkeypatch, count, name, replicas, devices, r
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: devices)
     spec = choose(name, replicas)
     assert (spec.name, spec.reason) == ("mirrored", reason)
-    assert DistributedContext(spec, TrainConfig()).strategy == devices
+    assert DistributedContext(spec, DevicesConfig()).strategy == devices
 
 
 @pytest.mark.parametrize(("count", "name"), [(1, "auto"), (1, "none"), (2, "none")])
@@ -114,7 +114,7 @@ def test_one_gpu_needs_no_strategy(gpus, count, name):
 def test_what_cannot_be_done_is_refused_in_one_line(gpus, count, name, replicas, message):
     gpus(count)
     with pytest.raises(UsageError, match=f"^{message}") as error:
-        DistributedContext(choose(name, replicas), TrainConfig())
+        DistributedContext(choose(name, replicas), DevicesConfig())
     assert "\n" not in str(error.value)
 
 
@@ -122,7 +122,7 @@ def test_process_without_a_cpu_device_is_refused(gpus, monkeypatch):
     gpus(0)
     monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [])
     with pytest.raises(UsageError, match="no CPU device"):
-        DistributedContext(choose("mirrored", 2), TrainConfig())
+        DistributedContext(choose("mirrored", 2), DevicesConfig())
 
 
 # ---- Clusters

@@ -59,7 +59,9 @@ def test_predict_and_evaluate_agree_on_200_real_images(tmp_path, capsys):
             for file in sorted(directory.iterdir())[:count]:
                 shutil.copy(file, target)
     run = Run(tmp_path / "run")
-    config = TrainConfig(model="resnet20", data=f"folder:{folder}", epochs=2, batch_size=50)
+    config = TrainConfig.from_flags(
+        model="resnet20", data=f"folder:{folder}", epochs=2, batch_size=50
+    )
     assert trainer.train(config, run)["count"] == 200
     check_agreement(run, capsys)
     assert (

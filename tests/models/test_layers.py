@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import OptimizerConfig
 from keras_cifar.models import classifier, layers
 from keras_cifar.training import optimizers
 
@@ -411,8 +411,8 @@ def test_training_leaves_the_bias_before_a_norm_as_it_was(optimizer, policy):
     x = layers.conv_norm(x, 4, 3, name="block", bias=True)
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     model = classifier.Classifier.build_from(images, keras.layers.Dense(3)(x), "model")
-    config = TrainConfig(optimizer=optimizer, learning_rate=0.1, weight_decay=0.1)
-    optimizers.compile_model(model, config, 3, run_eagerly=True)
+    config = OptimizerConfig(optimizer=optimizer, learning_rate=0.1, weight_decay=0.1)
+    optimizers.compile_model(model, config, optimizers.schedule(config, 10, 3), run_eagerly=True)
     conv = model.get_layer("block_conv")
     assert isinstance(conv, layers.ConvBeforeNorm)
     conv.bias.assign([1.0, -2.0, 3.0, 0.0])

@@ -292,7 +292,7 @@ def test_a_run_begins_with_its_weights(installed, names):
 
 def test_init_from_of_train_takes_its_name(installed, image_folder):
     flags = {"model": "lenet5", "data": f"folder:{image_folder}", "batch_size": 16}
-    plan = planning.prepare(TrainConfig(init_from="pretrained:tiny", **flags))
+    plan = planning.prepare(TrainConfig.from_flags(init_from="pretrained:tiny", **flags))
     assert plan.origin == "the weights of pretrained:tiny"
     with pytest.raises(UsageError, match="choose one of: tiny"):
-        planning.prepare(TrainConfig(init_from="pretrained:big", **flags))
+        planning.prepare(TrainConfig.from_flags(init_from="pretrained:big", **flags))

@@ -38,7 +38,7 @@ def write_run(path, names, flags=None, epochs=3, **changes) -> Run:
     run = Run(path)
     defaults = {"model": "lenet5", "data": "digits", "epochs": 3}
     config = {
-        "flags": vars(TrainConfig(**defaults | (flags or {}))),
+        "flags": TrainConfig.from_flags(**defaults | (flags or {})).flags(),
         "class_names": list(names),
         "image_shape": [32, 32, 3],
         "splits": SPLITS,

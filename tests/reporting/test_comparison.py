@@ -1,6 +1,5 @@
 """Runs beside each other: the table, the flags that differ, the picture, and what is no run."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -24,7 +23,7 @@ def write(path, epochs=SLOW, accuracy=0.5, interval=None, validated=True, **flag
     run = Run(path)
     run.path.mkdir(parents=True)
     config = {
-        "flags": dataclasses.asdict(TrainConfig(**flags)),
+        "flags": TrainConfig.from_flags(**flags).flags(),
         "class_names": ["a", "b"],
         "image_shape": [32, 32, 3],
         "splits": {},

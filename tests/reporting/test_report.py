@@ -141,7 +141,7 @@ def test_the_command_makes_the_same_run(tmp_path):
     words = shlex.split(found.command().replace("\\\n", ""))
     assert words[:3] == ["python", "-m", "keras_cifar.train"]
     config, rest = cli.parse(TrainConfig, words[3:])
-    assert (config, rest) == (TrainConfig(model="lenet5", epochs=3, **flags), [])
+    assert (config, rest) == (TrainConfig.from_flags(model="lenet5", epochs=3, **flags), [])
     assert set(found.flags()) == {"model", "epochs", *flags}
 
 

@@ -49,7 +49,7 @@ def run(tmp_path_factory, pictures) -> Run:
             for path in sorted(folder.iterdir())[:count]:
                 shutil.copy(path, data / split / folder.name)
     run = Run(tmp_path_factory.mktemp("runs") / "run")
-    config = TrainConfig(
+    config = TrainConfig.from_flags(
         model="resnet20", data=f"folder:{data}", epochs=2, batch_size=64, run_dir=str(run.path)
     )
     trainer.train(config, run)

@@ -78,7 +78,7 @@ def start(flags: dict, run: Run) -> tuple[int, int]:
             os.write(writer, b"x")
 
         recorder.Recorder.on_train_batch_end = counted
-        trainer.train(TrainConfig(**BASE | flags, run_dir=str(run.path)), run)
+        trainer.train(TrainConfig.from_flags(**BASE | flags, run_dir=str(run.path)), run)
         status = 0
     except BaseException:
         traceback.print_exc()

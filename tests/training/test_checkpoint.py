@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from keras_cifar import models
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import OptimizerConfig
 from keras_cifar.core.errors import UserError
 from keras_cifar.data import Split, training_batches
 from keras_cifar.training import checkpoint
 from keras_cifar.training.checkpoint import TrainingProgress
-from keras_cifar.training.optimizers import compile_model
+from keras_cifar.training.optimizers import compile_model, schedule
 from tests.conftest import colour_images
 
 POSITION = TrainingProgress([{"epoch": 1, "loss": 0.1}], 2, (0.1, 1 / 3, 4.0, 2.0, 0.0), 1.5, 1)
@@ -21,7 +21,8 @@ POSITION = TrainingProgress([{"epoch": 1, "loss": 0.1}], 2, (0.1, 1 / 3, 4.0, 2.
 
 def build(name="vgg_bn_drop", classes=3, **flags):
     model = models.build(name, (32, 32, 3), classes)
-    compile_model(model, TrainConfig(epochs=4, learning_rate=0.01, **flags), 2, jit_compile=False)
+    config = OptimizerConfig(learning_rate=0.01, **flags)
+    compile_model(model, config, schedule(config, 4, 2), jit_compile=False)
     return model
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import OptimizerConfig
 from keras_cifar.core.errors import UsageError
 from keras_cifar.models import classifier, layers
 from keras_cifar.training import optimizers
@@ -115,10 +115,8 @@ def test_milestones_that_are_no_increasing_shares_are_refused(text):
 
 
 def test_schedule_counts_epochs_in_steps():
-    config = TrainConfig(
-        epochs=10, learning_rate=0.2, lr_schedule="step(0.5,0.75)", warmup_epochs=1.5
-    )
-    assert optimizers.schedule(config, 20).get_config() == {
+    config = OptimizerConfig(learning_rate=0.2, lr_schedule="step(0.5,0.75)", warmup_epochs=1.5)
+    assert optimizers.schedule(config, 10, 20).get_config() == {
         "kind": "step",
         "peak": 0.2,
         "total_steps": 200,
@@ -129,21 +127,21 @@ def test_schedule_counts_epochs_in_steps():
 
 @pytest.mark.parametrize("warmup", [10.0, 11.0])
 def test_warmup_that_never_ends_is_refused(warmup):
-    config = TrainConfig(epochs=10, warmup_epochs=warmup)
+    config = OptimizerConfig(warmup_epochs=warmup)
     with pytest.raises(UsageError, match=rf"^--warmup_epochs={warmup} must be below --epochs=10$"):
-        optimizers.schedule(config, 20)
+        optimizers.schedule(config, 10, 20)
 
 
 def test_warmup_may_fill_all_but_the_last_step():
-    config = TrainConfig(epochs=10, warmup_epochs=9.95, lr_schedule="cosine", learning_rate=1)
-    rates = [float(optimizers.schedule(config, 20)(step)) for step in (0, 198, 199)]
+    config = OptimizerConfig(warmup_epochs=9.95, lr_schedule="cosine", learning_rate=1)
+    rates = [float(optimizers.schedule(config, 10, 20)(step)) for step in (0, 198, 199)]
     assert rates == pytest.approx([1 / 199, 1, 1])
 
 
 # ---- Optimizers
 
 
-def model(**flags) -> classifier.Classifier:
+def model(epochs=10, **flags) -> classifier.Classifier:
     """A compiled network of two kernels, two biases and BN."""
     keras.utils.set_random_seed(0)
     images, x = classifier.image_input((4, 4, 3))
@@ -151,7 +149,9 @@ def model(**flags) -> classifier.Classifier:
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     logits = keras.layers.Dense(3, name="logits")(x)
     built = classifier.Classifier.build_from(images, logits, "model")
-    optimizers.compile_model(built, TrainConfig(**flags), 10, jit_compile=False)
+    config = OptimizerConfig(**flags)
+    rate = optimizers.schedule(config, epochs, 10)
+    optimizers.compile_model(built, config, rate, jit_compile=False)
     return built
 
 

@@ -39,7 +39,7 @@ FLAGS = {
 
 def train_to(path, folder, **flags) -> Run:
     run = Run(path)
-    trainer.train(TrainConfig(data=f"folder:{folder}", **FLAGS | flags), run)
+    trainer.train(TrainConfig.from_flags(data=f"folder:{folder}", **FLAGS | flags), run)
     return run
 
 
@@ -423,7 +423,7 @@ def layer_weights(model, name) -> bytes:
 def begun(path, folder, **flags):
     """The model that a run begins with, and its plan."""
     flags = FLAGS | {"ema": 0.0} | flags
-    plan = planning.prepare(TrainConfig(data=f"folder:{folder}", **flags))
+    plan = planning.prepare(TrainConfig.from_flags(data=f"folder:{folder}", **flags))
     return plan.model, plan
 
 

@@ -20,7 +20,7 @@ from keras_cifar.training import recorder, seeds, trainer
 def config(folder, path, **flags) -> TrainConfig:
     defaults = {"model": "lenet5", "data": f"folder:{folder}", "epochs": 2, "batch_size": 16}
     flags = {"augment": "crop(2)|flip", "export": False, "run_dir": str(path), "seeds": 3} | flags
-    return TrainConfig(**defaults | flags)
+    return TrainConfig.from_flags(**defaults | flags)
 
 
 @pytest.fixture(scope="module")

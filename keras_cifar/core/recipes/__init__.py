@@ -1,20 +1,20 @@
-"""Recipes: files of flags beside this one, a result each. Standard library only: commands read it.
+"""Recipes: files of flags beside this one, each with a known result. Standard library only.
 
-NAME.flags is what absl's --flagfile reads: a flag a line, and comments. It begins with a line for each
-name in HEAD, in this order:
+NAME.flags is what absl's --flagfile reads: one flag a line, and comments. It starts with one line for
+each name in HEAD, in this order:
 
     # expected: 0.9125                   test accuracy, or "not run"
-    # spread: one run                    over which runs, and how far they lay apart
+    # spread: one run                    of which runs, and how far they differ
     # basis: published                   published, measured (by us), or none
-    # source: He et al. 2015, table 6    who says so; of what is measured, keras_cifar and its revision
-    # data: CIFAR-10                     of that figure; "JPEG CIFAR-10" are lossy images
-    # hardware: not said                 likewise
-    # time: not said                     likewise
+    # source: He et al. 2015, table 6    the paper; for measured results, keras_cifar and its revision
+    # data: CIFAR-10                     of the result; "JPEG CIFAR-10" are lossy images
+    # hardware: not said                 of the result
+    # time: not said                     of the result
     # command: python -m keras_cifar.train --recipe NAME
 
-A figure that was measured later takes the place of "not run", with its spread, basis, source, data,
-hardware and time. Further comments say how a recipe differs from its source. Where the images are
-(--data, --data_dir) is no part of a recipe, nor is what a machine decides.
+A measured result replaces "not run", with its spread, basis, source, data, hardware and time. Further
+comments say how a recipe differs from its source. A recipe does not say where the images are (--data,
+--data_dir), nor what depends on the machine.
 """
 
 import pathlib
@@ -27,12 +27,17 @@ SUFFIX = ".flags"
 HEAD = ("expected", "spread", "basis", "source", "data", "hardware", "time", "command")
 BASES = ("published", "measured", "none")
 NOT_RUN = "not run"
+# Names of earlier revisions, for command lines that use them.
+FORMER = {
+    "chapter_resnet32": "tutorial_resnet32",
+    "chapter_vgg_bn_drop": "tutorial_vgg_bn_drop",
+}
 
 _SHOWN = ("expected", "basis", "data", "time", "hardware", "source")
 
 
 def names() -> list[str]:
-    """The recipes there are, in order."""
+    """The names of all recipes, sorted."""
     return sorted(path.stem for path in DIRECTORY.glob(f"*{SUFFIX}"))
 
 
@@ -40,29 +45,30 @@ def find(name: str) -> pathlib.Path:
     """The file of a recipe.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: there is no recipe of this name.
     """
+    name = FORMER.get(name, name)
     if name not in names():
         raise unknown("--recipe", name, names())
     return DIRECTORY / f"{name}{SUFFIX}"
 
 
 def head(name: str) -> dict[str, str]:
-    """What a recipe says of itself: a text for each name in HEAD.
+    """What a recipe says about its result: a text for each name in HEAD.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: there is no recipe of this name.
         ValueError: a line is missing.
     """
     lines = find(name).read_text("utf-8").splitlines()
     found = [re.fullmatch(r"# (\w+): (.+)", line) for line in lines[: len(HEAD)]]
     if [match and match[1] for match in found] != list(HEAD):
-        raise ValueError(f"{name}{SUFFIX} does not begin with a line for each of {', '.join(HEAD)}")
+        raise ValueError(f"{name}{SUFFIX} does not start with a line for each of {', '.join(HEAD)}")
     return {match[1]: match[2].strip() for match in found}
 
 
 def table() -> str:
-    """All recipes, a line each."""
+    """All recipes, one a line."""
     rows = [("name", *_SHOWN)]
     rows += [(name, *(head(name)[column] for column in _SHOWN)) for name in names()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -70,4 +76,4 @@ def table() -> str:
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return "\n".join([*lines, f"\nthe files, with what is to be known of each: {DIRECTORY}"])
+    return "\n".join([*lines, f"\nthe files, with details of each: {DIRECTORY}"])
