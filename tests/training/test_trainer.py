@@ -340,7 +340,7 @@ def test_list_models_has_a_line_a_network(capsys, monkeypatch):
     monkeypatch.setattr(models, "variants", lambda: few)
     assert cli._execute("train", train.main, TrainConfig, "", ["--list_models"]) == 0
     _, lenet5, vgg16 = capsys.readouterr().out.splitlines()
-    assert lenet5.split()[:4] == ["lenet5", "32", "62,006", "416,520"]
+    assert lenet5.split()[:4] == ["lenet5", "32", "62,006", "651,720"]
     assert vgg16.split()[:4] == ["vgg16", "224", "138,357,544", "15,470,264,320"]
     assert vgg16.endswith("arXiv:1409.1556")
 
