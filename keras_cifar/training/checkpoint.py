@@ -31,7 +31,7 @@ class TrainingProgress:
     Attributes:
         history: a row for each completed epoch.
         steps: completed in the current epoch.
-        totals: the sums of `classifier.METRICS` over these steps.
+        totals: the sums of `training_step.METRICS` over these steps.
         seconds: the time of these steps.
         rollbacks: how often the run returned to a checkpoint because the loss was not finite.
     """

@@ -241,7 +241,7 @@ def test_the_temperature_of_another_run_is_fitted_to_its_images(trained_run, tmp
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("epochs", 4, "was trained with --epochs=4 and .* its temperature would be another"),
+        ("epochs", 4, "was trained with --epochs=4 and .* their temperatures differ"),
         ("val_fraction", 0.0, "there is no validation split: the run was made with --val_fraction"),
         ("seed", 1, "the val images of .* have changed"),
         ("recipe", "x", None),
