@@ -89,29 +89,9 @@ def test_an_unknown_model_of_a_server_is_one_line(url, files, capsys):
 # ---- Servers that fail
 
 
-METADATA = {
-    "model_spec": {"name": "model", "signature_name": "", "version": "1"},
-    "metadata": {
-        "signature_def": {
-            "signature_def": {
-                "serving_default": {
-                    "inputs": {
-                        "images": {
-                            "dtype": "DT_UINT8",
-                            "tensor_shape": {
-                                "dim": [{"size": s, "name": ""} for s in ("-1", "16", "16", "3")],
-                                "unknown_rank": False,
-                            },
-                            "name": "x",
-                        }
-                    },
-                    "outputs": {},
-                    "method_name": "tensorflow/serving/predict",
-                }
-            }
-        }
-    },
-}
+SHAPE = {"dim": [{"size": size, "name": ""} for size in ("-1", "16", "16", "3")]}
+SIGNATURE = {"inputs": {"images": {"dtype": "DT_UINT8", "tensor_shape": SHAPE, "name": "x"}}}
+METADATA = {"metadata": {"signature_def": {"signature_def": {"serving_default": SIGNATURE}}}}
 
 
 class Fake:
