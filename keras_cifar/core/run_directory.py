@@ -177,7 +177,9 @@ def previous_config(config: TrainConfig, run: Run) -> dict | None:
     check_utf8("run_dir", run.path)
     if not run.config.exists():
         if not run.is_empty():
-            raise UsageError(f"--run_dir={run.path} exists and is not a run directory; choose another")
+            raise UsageError(
+                f"--run_dir={run.path} exists and is not a run directory; choose another"
+            )
         return None
     previous = run.read_config()
     differences = config.differences(previous["flags"])

@@ -143,9 +143,7 @@ def test_directories_of_one_and_of_several_are_not_mixed(done, trained_run, imag
 
 def test_other_flags_are_refused_before_a_seed_that_is_new(done):
     flags, several = done
-    with pytest.raises(
-        UsageError, match="seed_1 has a run with other flags: --epochs was 2, is 3"
-    ):
+    with pytest.raises(UsageError, match="seed_1 has a run with other flags: --epochs was 2, is 3"):
         train.main(dataclasses.replace(flags, seed=0, epochs=3))
     assert not several.of_seed(0).path.exists()
 
