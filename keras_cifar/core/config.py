@@ -237,11 +237,7 @@ class DevicesConfig(Options):
         compared=False,
     )
     worker_index: int | None = option(
-        None,
-        "which of --workers this process is, from 0",
-        "Devices",
-        compared=False,
-        shared=False,
+        None, "which of --workers this process is, from 0", "Devices", compared=False, shared=False
     )
     startup_timeout: float = option(
         120.0,
@@ -312,11 +308,7 @@ class OutputConfig(Options):
         compared=False,
     )
     export: bool = option(
-        True,
-        "write RUN/export/1, a SavedModel, at the end",
-        "Output",
-        compared=False,
-        shared=False,
+        True, "write RUN/export/1, a SavedModel, at the end", "Output", compared=False, shared=False
     )
     recipe: str | None = option(
         None,
