@@ -453,7 +453,7 @@ def test_other_filters_are_pytorchs_default():
     assert kernel.var() == pytest.approx(1 / (3 * 9 * 16), rel=0.02)
 
 
-def test_answer_is_the_mean_of_an_image_and_its_mirror_image(random):
+def test_prediction_is_the_mean_of_an_image_and_its_mirror_image(random):
     images = keras.Input((4, 4, 3))
     inside = keras.layers.Dense(5, name="dense")
     x = keras.layers.Flatten()(layers.AddMirrored()(images))
