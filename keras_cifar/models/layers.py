@@ -122,6 +122,26 @@ def replicas() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
+def check_for_replicas(model: keras.Model) -> None:
+    """Raises ValueError for a layer of Keras that several replicas would compute wrongly.
+
+    Relatives of dropout would draw the same mask on each replica, and normalization would weigh
+    unequal shards of a batch equally.
+    """
+    wrong = (
+        *(keras.layers.BatchNormalization, keras.layers.Dropout, keras.layers.AlphaDropout),
+        *(keras.layers.GaussianDropout, keras.layers.GaussianNoise),
+    )
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            check_for_replicas(layer)
+        elif isinstance(layer, wrong) and not isinstance(layer, (BatchNormalization, Dropout)):
+            raise ValueError(
+                f"layer {layer.name!r}: keras.layers.{type(layer).__name__} is not right under "
+                "several replicas; use those of keras_cifar.models.layers"
+            )
+
+
 def conv(
     x,
     filters: int,
