@@ -31,6 +31,7 @@ from keras_cifar import models
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.distributed import strategy
 from keras_cifar.models import classifier, layers, lenet5
+from keras_cifar.models.precise_batch_norm import without_dropout
 from keras_cifar.training import optimizers
 from keras_cifar.training import plan as planning
 from tests.distributed.test_rendezvous import free_addresses
@@ -168,7 +169,7 @@ def train(run: Run, config: TrainConfig, context: strategy.DistributedContext) -
     plan = planning.prepare(config.replace(**BASE | run.flags), context)
     model, config = plan.model, plan.config
     recording = Recording(context)
-    with contextlib.nullcontext() if run.dropout else model._without_dropout():
+    with contextlib.nullcontext() if run.dropout else without_dropout(model.logits_model):
         history = model.fit(
             plan.batches(0),
             epochs=config.fit.epochs,
