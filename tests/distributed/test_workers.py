@@ -264,7 +264,7 @@ def train(root: pathlib.Path, resumed: bool = False) -> tuple[bytes, list, dict]
         for index in range(2):
             workers.start(index, *FLAGS)
         since = time.monotonic()
-        assert [workers.ended(i, since, limit=300).status for i in range(2)] == [0, 0]
+        assert [workers.ended(i, since, limit=900).status for i in range(2)] == [0, 0]
         # Only the chief writes.
         assert not (root / "machine1" / "run").exists()
         assert workers.output(1) == "this worker is done; worker 0 has the results\n"
