@@ -380,7 +380,7 @@ def test_a_report_that_cannot_be_written_ends_no_training(trained_run, monkeypat
     )
 
 
-MISTAKE = {"row": 99, "true": "ape", "predicted": "bee", "probability": 1, "true_probability": 0}
+MISTAKE = {"row": 0, "true": "ape", "predicted": "bee", "probability": 1, "true_probability": 0}
 
 
 @pytest.mark.parametrize(
@@ -388,18 +388,18 @@ MISTAKE = {"row": 99, "true": "ape", "predicted": "bee", "probability": 1, "true
     [
         ("eval/test.json", "{"),
         ("eval/test.json", '{"accuracy": 1}'),
-        ("eval/test.npz", "no archive"),
-        ("eval/test_disturbances.json", "[]"),
-        ("history.csv", "epoch,loss\n1,x\n"),
-        ("history.csv", "loss\n1\n"),
-        ("config.json", {"versions": "x"}),
-        ("config.json", {"parameter_count": "<b>"}),
         ("eval/test.json", {"accuracy": "<b>"}),
-        ("eval/test.json", {"mistakes": [MISTAKE]}),
+        ("eval/test.json", {"mistakes": [MISTAKE | {"row": 99}]}),
+        ("eval/test.json", {"mistakes": [MISTAKE | {"probability": "ape"}]}),
         ("eval/test.json", {"confused": [{"true": "x", "predicted": "ape", "count": 1}]}),
         ("eval/test.json", {"intervals": {"loss": ["x", "y"]}}),
         ("eval/test.json", {"calibration": {}}),
+        ("eval/test.npz", "no archive"),
+        ("eval/test_disturbances.json", "[]"),
         ("eval/test_disturbances.json", {"clean_accuracy": []}),
+        ("history.csv", "loss\n1\n"),
+        ("config.json", {"versions": "x"}),
+        ("config.json", {"parameter_count": "<b>"}),
     ],
 )
 def test_a_damaged_file_is_one_line_that_names_it(run, file, content, capsys):
