@@ -114,7 +114,7 @@ def test_metrics_are_in_the_text(run):
     assert "61,706 parameters" in text
     assert "102 images a second" in text
     assert "3 of 3 epochs" in text
-    assert "Accuracy 90.00% on 20 images as they are, 50.00%" in text
+    assert "Accuracy 90.00% on 20 images without disturbances, 50.00%" in text
     pair = metrics["confused"][0]
     assert f"{pair['true']} {pair['predicted']} {pair['count']}" in text
     assert "unfinished" not in text
