@@ -291,6 +291,7 @@ def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path):
 def evaluated(trained_run, tmp_path_factory) -> Run:
     """A copy of `trained_run` with mistakes in its evaluation."""
     run = Run(shutil.copytree(trained_run.path, tmp_path_factory.mktemp("evaluated") / "run"))
+    run.disturbances("test").unlink(missing_ok=True)
     config = run.read_config()
     test = load_data(config, "test").test
     probabilities = predict(load_model(run.model), test)
@@ -374,9 +375,9 @@ def test_a_report_that_cannot_be_written_ends_no_training(trained_run, monkeypat
 
     monkeypatch.setattr(page, "write", fail)
     dataset = load_data(trained_run.read_config(), "test")
-    trainer.report(trained_run, load_model(trained_run.model), dataset)
+    trainer.write_report(trained_run, load_model(trained_run.model), dataset)
     assert capsys.readouterr().err == (
-        f"no report: {trained_run.path / 'report.html'} cannot be written: No space left on device\n"
+        f"warning: {trained_run.path / 'report.html'} cannot be written: No space left on device\n"
     )
 
 
