@@ -133,12 +133,10 @@ def load_all(runs: list[Run]) -> list[Record]:
     """`load` of each; runs whose directories have the same name are named by their paths."""
     records = [load(run) for run in runs]
     names = [record.name for record in records]
-    return [
-        dataclasses.replace(record, name=str(run.path.resolve()))
-        if names.count(record.name) > 1
-        else record
-        for run, record in zip(runs, records, strict=True)
-    ]
+    for index, run in enumerate(runs):
+        if names.count(names[index]) > 1:
+            records[index] = dataclasses.replace(records[index], name=str(run.path.resolve()))
+    return records
 
 
 def _read(path: pathlib.Path, parse):

@@ -153,18 +153,17 @@ def test_the_same_run_gives_the_same_bytes(run, charts):
 # ---- Any run
 
 
-@pytest.mark.parametrize("classes", [2, 100])
-def test_any_number_of_classes(tmp_path, classes, charts):
-    names = [f"class {i}" for i in range(classes)]
+def test_many_classes(tmp_path, charts):
+    names = [f"class {i}" for i in range(100)]
     run = reports.write_run(tmp_path / "run", names)
-    labels, probabilities = reports.predictions(2000, classes)
+    labels, probabilities = reports.predictions(2000, 100)
     reports.evaluate(run, names, labels, probabilities)
     text = render(run)
     document = Document(text)
     assert all(f"run1-{name}" in document.ids for name in SECTIONS)
     drawing = text[text.index('id="run1-confusion"') :]
     drawing = drawing[: drawing.index("</section>")]
-    assert drawing.count(">class 99</text>") == (2 if classes == 100 else 0)  # left and below
+    assert drawing.count(">class 99</text>") == 2  # left and below
     assert len(text) < 500_000
 
 
