@@ -63,11 +63,10 @@ def test_confusion_shows_shares_of_each_true_class(tmp_path, classes):
 
 
 @pytest.mark.parametrize(
-    "name", ["日本", "$x^{", "$$", "\\frac", "a" * 255, "<b>&", '"#1f6feb" id="x"', "\ud800\n"]
+    "name", ["日本 <b>&", "$x^{ \\frac$", "a" * 255, '"#1f6feb" id="x"', "\ud800\n"]
 )
-def test_any_class_name_is_drawn_as_it_is(tmp_path, name):
+def test_any_class_name_is_drawn_as_it_is(name):
     figure = plots.confusion([[5, 0], [1, 4]], (name, "b"))
-    assert pixels(figure, tmp_path).std() > 0
     root = ElementTree.fromstring(svg(figure, title=name))
     texts = [element.text for element in root.iter("text")]
     shown = name.encode("unicode_escape").decode() if not name.isprintable() else name
