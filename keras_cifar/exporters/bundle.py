@@ -101,20 +101,11 @@ def commands(base: pathlib.Path) -> dict[str, str]:
     mount = shlex.quote(f"{base.absolute()}:/models/{name}")
     # The shell's own printf and a pipe: a program's arguments have at most 128 KB.
     request = '{"signature_name": "serving_bytes", "instances": [{"b64": "%s"}]}'
-    body = (
-        '{"signature_name": "serving_bytes", "instances": '
-        '[{"b64": base64.b64encode(pathlib.Path("dog.jpg").read_bytes()).decode()}]}'
-    )
-    client = (
-        "import base64, json, pathlib, urllib.request as r; print(json.load(r.urlopen("
-        f'"{url}:predict", json.dumps({body}).encode())))'
-    )
     return {
         "serve": f"docker run --rm -p 8500:8500 -p 8501:8501 -v {mount} -e MODEL_NAME={name} "
         "tensorflow/serving",
         "serve without Docker": "python -m keras_cifar.serve "
         f"--model {shlex.quote(str(base.absolute()))} --name {name}",
         "request": f"printf '{request}' \"$(base64 -w0 dog.jpg)\" | curl -d @- {url}:predict",
-        "request from Python": f"python -c '{client}'",
         "request with this package": f"python -m keras_cifar.predict --model {url} dog.jpg",
     }

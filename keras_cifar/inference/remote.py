@@ -37,8 +37,7 @@ class RemotePredictor:
 
     Attributes:
         url: the model's, .../v1/models/NAME.
-        size: (height, width) of the input images, in pixels.
-        class_names: in the order of the probabilities.
+        size, class_names: as Predictor has them.
     """
 
     def __init__(self, url: str, timeout: float, labels: str | None = None):

@@ -25,36 +25,20 @@ MAX_BYTES = 4_000_000  # of the weights: everybody who installs the package down
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """Facts about a network.
+    """Facts about a network."""
 
-    Attributes:
-        model: its name in `models`.
-        image_shape: (height, width, 3) of the input images.
-        class_names: in the order of the probabilities.
-        data: what it was trained and tested on.
-        recipe: the training recipe; None where there was none.
-        accuracy: of these weights on the test images.
-        count: the number of test images.
-        temperature: divides the logits (temperature scaling); None where there is no scaling.
-        calibration_error: expected calibration error on the test images, with the temperature (Guo et
-            al. 2017, arXiv:1706.04599).
-        limits: what the network is not suited for.
-        licence: of the weights.
-        source: who trained it, with which revision of the code.
-    """
-
-    model: str
-    image_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    data: str
+    model: str  # its name in `models`
+    image_shape: tuple[int, int, int]  # (height, width, 3)
+    class_names: tuple[str, ...]  # in the order of the probabilities
+    data: str  # what it was trained and tested on
     recipe: str | None
-    accuracy: float
-    count: int
-    temperature: float | None
-    calibration_error: float
-    limits: str
-    licence: str
-    source: str
+    accuracy: float  # of these weights on the test images
+    count: int  # of test images
+    temperature: float | None  # divides the logits; None where there is no temperature scaling
+    calibration_error: float  # with the temperature (Guo et al. 2017, arXiv:1706.04599)
+    limits: str  # what the network is not suited for
+    licence: str  # of the weights
+    source: str  # who trained it, with which revision of the code
 
 
 def names() -> list[str]:

@@ -12,17 +12,11 @@ import numpy as np
 
 @dataclasses.dataclass
 class _Item:
-    """A waiting request.
+    """A waiting request."""
 
-    Attributes:
-        run: computes the outputs; requests with the same function can share a batch.
-        inputs: [N, ...].
-        outputs: the future {name: [N, ...]}, or an exception.
-    """
-
-    run: Callable
-    inputs: np.ndarray
-    outputs: asyncio.Future
+    run: Callable  # computes the outputs; requests with the same function can share a batch
+    inputs: np.ndarray  # [N, ...]
+    outputs: asyncio.Future  # of {name: [N, ...]}
 
 
 class Batcher:

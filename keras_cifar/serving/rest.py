@@ -25,17 +25,11 @@ class RequestError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A request to predict.
-
-    Attributes:
-        signature: its name.
-        by_rows: whether request and response are in row format.
-        values: the JSON of the input.
-    """
+    """A request to predict."""
 
     signature: str
-    by_rows: bool
-    values: object
+    by_rows: bool  # whether request and response are in row format
+    values: object  # the JSON of the input
 
 
 def parse(body: bytes) -> Call:

@@ -57,34 +57,23 @@ def exported(request, tmp_path_factory):
 
 def test_signatures_are_the_contract(exported):
     _, path, _ = exported
-    signatures = load(path).signatures
-    assert set(signatures) == {"serving_default", "serving_bytes", "features"}
-
-    def names(signature):
-        return {
-            k: (v.dtype, v.shape.rank) for k, v in signatures[signature].structured_outputs.items()
-        }
-
+    found = {}
+    for name, signature in load(path).signatures.items():
+        outputs = signature.structured_outputs.items()
+        (spec,) = signature.structured_input_signature[1].values()
+        inputs = (spec.name, spec.dtype, spec.shape.as_list())
+        found[name] = (inputs, {k: (v.dtype, v.shape.rank) for k, v in outputs})
     classes = {
         "probabilities": (tf.float32, 2),
         "label": (tf.string, 1),
         "label_index": (tf.int64, 1),
     }
-    assert names("serving_default") == classes
-    assert names("serving_bytes") == classes
-    assert names("features") == {"features": (tf.float32, 2)}
-    (images,) = signatures["serving_default"].structured_input_signature[1].values()
-    assert (images.name, images.dtype, images.shape.as_list()) == (
-        "images",
-        tf.uint8,
-        [None, 32, 32, 3],
-    )
-    (encoded,) = signatures["serving_bytes"].structured_input_signature[1].values()
-    assert (encoded.name, encoded.dtype, encoded.shape.as_list()) == (
-        "image_bytes",
-        tf.string,
-        [None],
-    )
+    images = ("images", tf.uint8, [None, 32, 32, 3])
+    assert found == {
+        "serving_default": (images, classes),
+        "serving_bytes": (("image_bytes", tf.string, [None]), classes),
+        "features": (images, {"features": (tf.float32, 2)}),
+    }
 
 
 def test_probabilities_equal_the_models(exported):

@@ -45,18 +45,6 @@ def test_the_page_uses_only_its_server(served_run):
     assert 'name="viewport"' in page
 
 
-def test_the_requests_of_the_page_are_answered(served_run, image, trained_run):
-    names = served_run.request("GET", "/v1/models/model/metadata")[1]["metadata"]["class_names"]
-    body = {
-        "signature_name": "serving_bytes",
-        "inputs": [{"b64": base64.b64encode(image.read_bytes()).decode()}],
-    }
-    status, response = served_run.predict(body)
-    assert status == 200
-    assert len(response["outputs"]["probabilities"][0]) == len(names) == 3
-    assert response["outputs"]["label"][0] in names
-
-
 @pytest.fixture
 def page(browser, address):
     """The page, with its requests in `page.requests`; it must not report an error."""

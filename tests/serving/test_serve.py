@@ -15,10 +15,14 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
+from keras_cifar import serve
 from keras_cifar.core import cli
+from keras_cifar.core.errors import UserError
 from keras_cifar.inference.predictor import Predictor
+from keras_cifar.serving.servable import Servable
 from tests.conftest import colour_images
 from tests.serving import tensorflow_serving as tfs
 from tests.serving.server import serving
@@ -115,13 +119,6 @@ def test_status_and_metadata_are_as_documented(server, predictor):
         spec = signatures["serving_default"]["inputs"]["images"]
         assert [d["size"] for d in spec["tensor_shape"]["dim"]] == ["-1", "16", "16", "3"]
         assert response["metadata"]["class_names"] == list(predictor.class_names)
-
-
-def test_a_version_can_be_addressed_by_its_number(server, images):
-    version = server.request("GET", "/v1/models/model")[1]["model_version_status"][0]["version"]
-    path = f"/v1/models/model/versions/{version}:predict"
-    status, response = server.request("POST", path, {"instances": images[:1].tolist()})
-    assert (status, len(response["predictions"])) == (200, 1)
 
 
 def test_health_and_metrics(server, images):
@@ -355,7 +352,6 @@ def test_requests_in_flight_are_answered_after_a_signal(trained_run, images):
 @pytest.fixture
 def failure(capsys):
     """Runs the command in this process, which must fail: (exit status, the line on stderr)."""
-    from keras_cifar import serve
 
     def run(*argv):
         status = cli._execute("serve", serve.main, serve.ServeOptions, "", list(argv))
@@ -404,11 +400,6 @@ def test_a_failure_to_start_is_one_line(failure, trained_run, tmp_path):
 
 def test_a_signature_that_fails_is_found_at_the_start(trained_run, tmp_path):
     """A model that loads and cannot be computed is not served."""
-    import tensorflow as tf
-
-    from keras_cifar.core.errors import UserError
-    from keras_cifar.serving.servable import Servable
-
     export = trained_run.path / "export" / "1"
     loaded = tf.saved_model.load(str(export))
 
