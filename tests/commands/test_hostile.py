@@ -126,12 +126,12 @@ def gzip_bomb(path: pathlib.Path) -> pathlib.Path:
 
 
 CASES = {
-    "train 40,000": "bomb.png cannot be used: the picture has more than 178,956,970 pixels",
-    "predict 40,000": "bomb.png: the picture has more than 178,956,970 pixels",
-    "train 30,000": "bomb.png cannot be used: the picture has more than 178,956,970 pixels",
-    "predict 30,000": "bomb.png: the picture has more than 178,956,970 pixels",
+    "train 40,000": "bomb.png cannot be read: the image has more than 178,956,970 pixels",
+    "predict 40,000": "bomb.png: the image has more than 178,956,970 pixels",
+    "train 30,000": "bomb.png cannot be read: the image has more than 178,956,970 pixels",
+    "predict 30,000": "bomb.png: the image has more than 178,956,970 pixels",
     "pickle command": "data_batch_1 cannot be read: it names posix.system",
-    "pickle memo": "data_batch_1 cannot be read: it asks for more memory",
+    "pickle memo": "data_batch_1 cannot be read: a dict with data and labels was expected",
     "pickle claim": "data_batch_1 cannot be read: expected 2147483647 bytes",
     "pickle lists": "data_batch_1 cannot be read: it asks for more memory",
     "member above": "'../made' would be written outside of the folder",

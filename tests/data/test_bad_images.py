@@ -1,7 +1,6 @@
 """--on_bad_image=skip through training, going on and evaluating."""
 
 import csv
-import dataclasses
 import os
 
 import pytest
@@ -62,28 +61,28 @@ def test_going_on_has_the_same_images_and_the_same_list(trained, capsys):
     flags, run, _ = trained
     before = table(run)
     run.skipped.unlink()
-    trainer.train(dataclasses.replace(flags, max_bad_share=0.5), run)
+    trainer.train(flags.replace(max_bad_share=0.5), run)
     assert table(run) == before
-    assert "skipped   2 pictures that cannot be used" in capsys.readouterr().err
+    assert "skipped   2 images that cannot be read" in capsys.readouterr().err
 
 
 def test_going_on_with_the_other_flag_is_refused(trained):
     flags, run, _ = trained
     with pytest.raises(UsageError, match="--on_bad_image was 'skip', is 'error'"):
-        trainer.train(dataclasses.replace(flags, on_bad_image="error"), run)
+        trainer.train(flags.replace(on_bad_image="error"), run)
 
 
 def test_a_new_run_without_skip_fails_before_it_begins(trained, tmp_path):
     flags, _, (first, _) = trained
-    with pytest.raises(UserError, match="cannot be used: the file is empty") as error:
-        trainer.train(dataclasses.replace(flags, on_bad_image="error"), Run(tmp_path / "new"))
+    with pytest.raises(UserError, match="cannot be read: the file is empty") as error:
+        trainer.train(flags.replace(on_bad_image="error"), Run(tmp_path / "new"))
     assert "\\n.png" in str(error.value)
     assert first.name not in str(error.value)  # Its name is two lines.
     assert not (tmp_path / "new").exists()
 
 
 def test_a_run_with_more_than_the_share_fails_before_it_begins(trained, tmp_path):
-    flags = dataclasses.replace(trained[0], max_bad_share=0.01)
+    flags = trained[0].replace(max_bad_share=0.01)
     with pytest.raises(UserError, match=r"more than --max_bad_share=0\.01"):
         trainer.train(flags, Run(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
@@ -98,8 +97,8 @@ def test_evaluating_leaves_out_the_same(trained, split):
 
 def test_of_other_data_every_picture_counts(trained):
     flags, run, _ = trained
-    with pytest.raises(UserError, match="cannot be used"):
-        evaluator.evaluate_run(run, "test", evaluator.DataSource(flags.data))
+    with pytest.raises(UserError, match="cannot be read"):
+        evaluator.evaluate_run(run, "test", evaluator.DataSource(flags.data.data))
 
 
 def test_evaluating_makes_no_directory_that_a_configuration_names(trained, tmp_path):
@@ -118,7 +117,7 @@ def test_evaluating_makes_no_directory_that_a_configuration_names(trained, tmp_p
 
 def test_a_run_directory_that_is_no_text_is_refused_before_it_begins(trained, tmp_path):
     path = tmp_path / os.fsdecode(b"\xff")
-    with pytest.raises(UsageError, match="names are UTF-8"):
+    with pytest.raises(UsageError, match="UTF-8 paths only"):
         trainer.train(trained[0], Run(path))
     assert not path.exists()
 

@@ -228,7 +228,9 @@ def test_shares_of_training_are_the_batches_of_one_process(total, count, parts):
     arguments = (split, 3, 16, "flip|mixup(0.2)|crop(2)", 5, 7)
     expected = take(training_batches(*arguments), steps)
     streams = [
-        take(training_batches(*arguments, share=share, microbatches=parts), steps * parts * count)
+        take(
+            training_batches(*arguments, replicas=share, microbatches=parts), steps * parts * count
+        )
         for share in shares(total, count)
     ]
     got = put_together(streams, np.diff(bounds(16 // parts, total)).tolist(), steps * parts)
@@ -260,7 +262,7 @@ def test_shares_of_evaluation_are_the_batches_of_one_process_again_and_again(tot
 )
 def test_shares_have_static_shapes_where_their_pieces_are_equal(share, parts, size):
     spec = tf.TensorSpec((size, 4, 4, 3), tf.uint8), tf.TensorSpec((size, 3), tf.float32)
-    batches = training_batches(numbered(20), 3, 16, AUGMENT, 0, share=share, microbatches=parts)
+    batches = training_batches(numbered(20), 3, 16, AUGMENT, 0, replicas=share, microbatches=parts)
     assert batches.element_spec == spec
     if parts == 1:
         assert evaluation_batches(numbered(20), 3, 16, share).element_spec == spec
@@ -269,20 +271,22 @@ def test_shares_have_static_shapes_where_their_pieces_are_equal(share, parts, si
 def test_what_does_not_end_says_so():
     split, share = numbered(20), ReplicaRange(0, 2, 3)
     assert training_batches(split, 3, 4, "", 0).cardinality() == INFINITE
-    assert training_batches(split, 3, 4, "", 0, share=share).cardinality() == INFINITE
+    assert training_batches(split, 3, 4, "", 0, replicas=share).cardinality() == INFINITE
     assert evaluation_batches(split, 3, 4, share).cardinality() == INFINITE
 
 
 def test_a_process_reads_only_its_share():
     split, share, steps = numbered(48), ReplicaRange(1, 1, 2), 3
-    own = order(split, 2 * steps, 16, share=share, microbatches=2)
+    own = order(split, 2 * steps, 16, replicas=share, microbatches=2)
     theirs = set(order(split, steps, 16)) - set(own)
     assert len(theirs) == 24
     rows = np.arange(48)
     rows[list(theirs)] = 10**6  # A gather of it is an error.
     spoilt = Split(split.stored, split.labels, rows)
     streams = [
-        take(training_batches(s, 3, 16, "crop(2)|flip", 0, share=share, microbatches=2), 2 * steps)
+        take(
+            training_batches(s, 3, 16, "crop(2)|flip", 0, replicas=share, microbatches=2), 2 * steps
+        )
         for s in (spoilt, split)
     ]
     assert_same_batches(*streams)
@@ -302,7 +306,7 @@ def test_replicas_of_a_strategy_get_their_pieces():
     arguments = (split, 3, 5, AUGMENT, 0)
     batches = iter(
         sharding.shard_batches(
-            strategy, lambda share: training_batches(*arguments, share=share), steps=None
+            strategy, lambda share: training_batches(*arguments, replicas=share), steps=None
         )
     )
     for images, labels in take(training_batches(*arguments), 4):
@@ -315,7 +319,7 @@ def test_replicas_of_a_strategy_get_their_pieces():
 def test_a_batch_too_small_to_share_is_refused_in_one_line(batch_size, parts, total):
     share = ReplicaRange(0, 1, total)
     with pytest.raises(UsageError, match=f"--batch_size={batch_size} .* {total} replicas") as error:
-        training_batches(numbered(20), 3, batch_size, "", 0, share=share, microbatches=parts)
+        training_batches(numbered(20), 3, batch_size, "", 0, replicas=share, microbatches=parts)
     assert "\n" not in str(error.value)
     if parts == 1:
         with pytest.raises(UsageError, match="--batch_size"):

@@ -656,7 +656,7 @@ def test_a_test_split_of_another_size_is_refused_when_it_is_in_the_cache(tmp_pat
 def test_a_bad_picture_leaves_nothing(tmp_path, pictures):
     bad = pictures / "train" / "class_2" / "bad.png"
     bad.write_bytes(b"no picture")
-    with pytest.raises(UserError, match=f"{bad} cannot be used: not an image"):
+    with pytest.raises(UserError, match=f"{bad} cannot be read: not an image"):
         load(pictures, tmp_path / "cache")
     assert left(tmp_path / "cache") == []
     bad.unlink()
@@ -824,7 +824,7 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
         with Peak() as peak:
             batches = strategy.distribute_datasets_from_function(
                 lambda context: training_batches(
-                    train, augment="", seed=0, share=ReplicaRange.of_input_context(context),
+                    train, augment="", seed=0, replicas=ReplicaRange.of_input_context(context),
                     microbatches=2, **arguments
                 )
             )

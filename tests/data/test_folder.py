@@ -236,15 +236,15 @@ def test_a_bad_picture_is_refused_with_its_name(tmp_path, damage, name, why, ima
     bad = tmp_path / "train" / "class_2" / name
     damage(bad)
     message = refusal(tmp_path, image_size=image_size)
-    assert message.startswith(f"{bad} cannot be used: ")
-    assert why in message.removeprefix(f"{bad} cannot be used: ").partition(";")[0]
+    assert message.startswith(f"{bad} cannot be read: ")
+    assert why in message.removeprefix(f"{bad} cannot be read: ").partition(";")[0]
 
 
 def test_a_bad_picture_that_comes_first_is_refused_with_its_name(tmp_path):
     write_folder(tmp_path, {"train": 12, "test": 6})
     bad = tmp_path / "train" / "class_0" / "000.png"
     empty(bad)
-    assert f"{bad} cannot be used: the file is empty" in refusal(tmp_path)
+    assert f"{bad} cannot be read: the file is empty" in refusal(tmp_path)
 
 
 # ---- Pictures that are left out
@@ -295,7 +295,7 @@ def test_skip_leaves_out_what_cannot_be_used_and_says_why(tmp_path, image_size, 
         assert reasons[path] in why
     assert [s.split for s in dataset.skipped] == ["train"] * 4 + ["test"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"skipped   5 pictures that cannot be used: {dataset.skipped[0].file}: ")
+    assert line.startswith(f"skipped   5 images that cannot be read: {dataset.skipped[0].file}: ")
     assert line.endswith("; ...")
     # The same as without these files.
     for path in reasons:
@@ -323,7 +323,7 @@ def test_what_was_skipped_once_is_an_error_again_without_skip(tmp_path):
     for path in list(reasons)[1:]:
         os.unlink(path)
     before = refusal(tmp_path)
-    assert before.startswith(f"{bad} cannot be used: not an image")
+    assert before.startswith(f"{bad} cannot be read: not an image")
     assert "--on_bad_image=skip" in before
     assert len(load(tmp_path, bad_images=SKIP).skipped) == 1
     assert refusal(tmp_path) == before
@@ -352,7 +352,7 @@ def test_more_than_the_share_stops_all_the_same(tmp_path, image_size):
     enough, less = data.BadImages(True, 0.1), data.BadImages(True, 0.09)
     for _ in range(2):  # Decoded, and found in the cache.
         message = refusal(tmp_path, bad_images=less, image_size=image_size)
-        assert "more than --max_bad_share=0.09 of its 33 pictures" in message
+        assert "more than --max_bad_share=0.09 of its 33 images" in message
         assert f"{tmp_path / 'train/class_1/bad'}" in message
         assert "the file is empty" in message
         assert len(load(tmp_path, bad_images=enough, image_size=image_size).skipped) == 3
@@ -364,7 +364,7 @@ def test_a_class_of_which_nothing_is_left_is_an_error(tmp_path, split):
     for path in (tmp_path / split / "class_1").iterdir():
         empty(path)
     message = refusal(tmp_path, bad_images=data.BadImages(True, 0.5))
-    assert f"class 'class_1' of {tmp_path} {split} has no picture" in message
+    assert f"class 'class_1' of {tmp_path} {split} has no image" in message
 
 
 def test_a_picture_of_another_size_is_not_skipped(tmp_path):
@@ -379,7 +379,7 @@ def test_a_bomb_a_pipe_and_a_circle_are_refused(tmp_path, damage):
     write_folder(tmp_path, {"train": 12, "test": 6})
     bad = tmp_path / "train" / "class_2" / "bad.png"
     damage(bad)
-    assert refusal(tmp_path).startswith(f"{bad} cannot be used: ")
+    assert refusal(tmp_path).startswith(f"{bad} cannot be read: ")
 
 
 def test_names_that_are_no_line_of_text_are_read_and_named(tmp_path):
@@ -491,7 +491,7 @@ def test_an_unreadable_picture_is_named(tmp_path, monkeypatch):
         return real(path, *args, **options)
 
     monkeypatch.setattr(os, "open", refuse)
-    assert f"{locked} cannot be used: Permission denied" in refusal(tmp_path)
+    assert f"{locked} cannot be read: Permission denied" in refusal(tmp_path)
 
 
 def test_a_folder_name_with_a_colon_is_a_path(tmp_path):

@@ -195,7 +195,7 @@ import time
 from keras_cifar.core import environment
 environment.import_tensorflow()
 import tensorflow as tf
-from keras_cifar.data.batches import _in_place
+from keras_cifar.data.batches import _prefetched
 from keras_cifar.distributed import sharding
 
 cpu = tf.config.list_physical_devices("CPU")[0]
@@ -212,8 +212,7 @@ def slow(index):
 def numbers(share):
     dataset = tf.data.Dataset.range(1_000_000)
     dataset = dataset.map(lambda index: tf.numpy_function(slow, [index], tf.int64))
-    # As all of the package's data sets; it is what makes TensorFlow free the data set first.
-    return _in_place(dataset)
+    return _prefetched(dataset)
 
 
 batches = sharding.shard_batches(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), numbers, None)
@@ -232,6 +231,6 @@ print("left in peace")
 
 
 def test_iterator_may_be_left_while_a_batch_is_computed():
-    """Without its own end the process dies of SIGSEGV within the first few."""
+    """A thread that reads freed memory would end the process with SIGSEGV."""
     done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "left in peace\n"), done.stderr

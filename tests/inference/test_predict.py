@@ -315,7 +315,7 @@ def circle(path):
 
 def bomb(path):
     (path / "bomb.png").write_bytes(hostile.png(40_000, 40_000))
-    return path / "bomb.png", "the picture has more than 178,956,970 pixels"
+    return path / "bomb.png", "the image has more than 178,956,970 pixels"
 
 
 def postscript(path):
