@@ -226,7 +226,7 @@ def test_image_size_resizes(tmp_path, side):
 # ---- Damaged archives
 
 
-def test_a_missing_archive_is_named(tmp_path):
+def test_missing_archive_is_named(tmp_path):
     assert "does not exist" in refusal(tmp_path / "none.tar.gz")
 
 

@@ -127,7 +127,7 @@ def augment_some(text: str, positions: list[int] | None, count: int = 19) -> tup
 
 
 @pytest.mark.parametrize("text", [*EACH, *CHAINS])
-def test_an_example_becomes_the_same_whichever_others_are_computed_with_it(text):
+def test_example_becomes_the_same_whichever_others_are_computed_with_it(text):
     images, labels, _ = augment_some(text, None)
     # The last of these, whose partners would be as many as the batch, has it read as a whole.
     for positions in ([18], [2, 3], [4, 0, 17], [5, 6, 7, 8, 9], list(range(7, 19))):
@@ -343,8 +343,8 @@ def pil(images: np.ndarray, function) -> np.ndarray:
     return np.stack([np.asarray(function(Image.fromarray(image))) for image in images])
 
 
-def pictures(height: int = 24, width: int = 20) -> np.ndarray:
-    """Noise, a dark and a bright picture of little contrast, a gradient, few levels, one level."""
+def photos(height: int = 24, width: int = 20) -> np.ndarray:
+    """Noise, a dark and a bright image of little contrast, a gradient, few levels, one level."""
     wide = noise(1, height, width)[0].astype(int)
     ramp = np.broadcast_to(np.arange(width)[None, :, None] * 9 + 20, wide.shape)
     few = wide // 100 * 90 + 10
@@ -362,7 +362,7 @@ def affine(matrix):
 @pytest.mark.parametrize("level", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("operation", [0, 1, 2], ids=["rotate", "shear_x", "shear_y"])
 def test_rotation_and_shear_move_pixels_as_pil(one_operation, operation, level, sign):
-    images = pictures()
+    images = photos()
     height, width = images.shape[1:3]
     shear = sign * level * 0.3
     reference = (
@@ -401,7 +401,7 @@ def test_translation_moves_by_a_share_of_a_third_of_the_side_and_fills_grey(
     ],
 )
 def test_enhancements_are_those_of_pil(one_operation, operation, enhance, tolerance, level, sign):
-    images = pictures()
+    images = photos()
     expected = pil(images, lambda image: enhance(image).enhance(1 + sign * 0.9 * level))
     got = one_operation(images, operation, level, sign).astype(int)
     assert np.abs(got - expected).max() <= tolerance
@@ -409,21 +409,21 @@ def test_enhancements_are_those_of_pil(one_operation, operation, enhance, tolera
 
 @pytest.mark.parametrize("magnitude", range(11))
 def test_posterize_is_that_of_pil(one_operation, magnitude):
-    images = pictures()
+    images = photos()
     expected = pil(images, lambda image: ImageOps.posterize(image, 8 - round(magnitude * 0.4)))
     np.testing.assert_array_equal(one_operation(images, 9, magnitude / 10), expected)
 
 
 @pytest.mark.parametrize("magnitude", range(11))
 def test_solarize_is_that_of_pil(one_operation, magnitude):
-    images = pictures()
+    images = photos()
     threshold = 256 - 25.6 * magnitude
     expected = pil(images, lambda image: ImageOps.solarize(image, threshold))
     np.testing.assert_array_equal(one_operation(images, 10, magnitude / 10), expected)
 
 
 def test_autocontrast_is_that_of_pil(one_operation):
-    images = pictures()
+    images = photos()
     got = one_operation(images, 11, 0.9).astype(int)
     assert np.abs(got - pil(images, ImageOps.autocontrast)).max() <= 1
     assert not np.array_equal(got[1], images[1])
@@ -431,18 +431,18 @@ def test_autocontrast_is_that_of_pil(one_operation):
 
 @pytest.mark.parametrize(("height", "width"), [(24, 20), (32, 32), (15, 17), (16, 16)])
 def test_equalize_is_that_of_pil(one_operation, height, width):
-    images = pictures(height, width)
+    images = photos(height, width)
     np.testing.assert_array_equal(one_operation(images, 12, 0.9), pil(images, ImageOps.equalize))
 
 
-def test_the_fourteenth_operation_is_the_identity(one_operation):
-    images = pictures()
+def test_fourteenth_operation_is_the_identity(one_operation):
+    images = photos()
     np.testing.assert_array_equal(one_operation(images, 13, 1.0), images)
 
 
 @pytest.mark.parametrize("operation", range(11))
 def test_magnitude_is_how_far_an_operation_goes(one_operation, operation):
-    images = pictures()
+    images = photos()
     changes = [
         np.abs(one_operation(images, operation, level).astype(int) - images).mean()
         for level in (0.0, 0.5, 1.0)
@@ -460,7 +460,7 @@ def test_randaugment_runs_at_every_magnitude(magnitude):
 
 
 def test_randaugment_draws_all_operations_and_adds_up_by_number():
-    images = np.broadcast_to(pictures()[1], (700, 24, 20, 3)).copy()
+    images = np.broadcast_to(photos()[1], (700, 24, 20, 3)).copy()
     once, twice = (augment(f"randaugment({n},9)", images)[0] for n in (1, 2))
     kinds, times = np.unique(once.reshape(700, -1), axis=0, return_counts=True)
     # Nine operations have a sign, which makes two kinds of each.
