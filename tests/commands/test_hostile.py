@@ -26,7 +26,7 @@ from keras_cifar.core import cli, config
 
 answers = {}
 for name, module, argv in json.load(sys.stdin):
-    start, out, err = time.monotonic(), io.StringIO(), io.StringIO()
+    start, out, err = time.process_time(), io.StringIO(), io.StringIO()
     main, options = {
         "train": (train.main, config.TrainConfig),
         "predict": (predict.main, predict.PredictOptions),
@@ -34,7 +34,7 @@ for name, module, argv in json.load(sys.stdin):
     arguments = "IMAGE ..." if module == "predict" else ""
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = cli._execute(module, main, options, arguments, argv)
-    answers[name] = [status, time.monotonic() - start, out.getvalue(), err.getvalue()]
+    answers[name] = [status, time.process_time() - start, out.getvalue(), err.getvalue()]
 # Not ru_maxrss: a new program begins with that of the process which started it.
 (peak,) = [int(x.split()[1]) / 2**10 for x in open("/proc/self/status") if x[:6] == "VmHWM:"]
 json.dump([answers, peak], sys.stdout)
@@ -45,7 +45,7 @@ SECONDS, MEBIBYTES = 5, 1024
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory, trained_run):
-    """name -> (status, seconds, stdout, stderr) of each command; the process's peak memory in MiB."""
+    """name -> (status, seconds of the processor, stdout, stderr) of each command; the process's peak memory in MiB."""
     root = tmp_path_factory.mktemp("hostile")
     commands = []
 

@@ -241,12 +241,6 @@ def test_truncated_archive(tmp_path, kind, keep):
     assert any(name in message for name in (*members_of(kind), "first member"))
 
 
-def test_truncated_archive_without_compression(tmp_path):
-    path = packed_without_compression(tmp_path, "cifar-10-binary")
-    path.write_bytes(path.read_bytes()[:20_000])
-    assert "data_batch_2.bin" in refusal(path)
-
-
 @pytest.mark.parametrize(
     "contents",
     [

@@ -73,19 +73,6 @@ def test_validation_folder_is_the_validation_split(tmp_path, name):
     assert [len(dataset.train), len(dataset.val), len(dataset.test)] == [12, 9, 6]
 
 
-def test_without_a_validation_folder_a_share_of_train_is(tmp_path):
-    write_folder(tmp_path, {"train": 30, "test": 6})
-    dataset = load(tmp_path, val_fraction=0.2)
-    assert [len(dataset.train), len(dataset.val), len(dataset.test)] == [24, 6, 6]
-
-
-def test_train_without_test_is_split_by_hash(tmp_path):
-    write_flat(tmp_path / "train", 60)
-    dataset = load(tmp_path, val_fraction=0)
-    assert 0 < len(dataset.test) < 20
-    assert members(dataset.train) | members(dataset.test) == set(range(60))
-
-
 def test_classes_are_sorted_by_name(tmp_path):
     for split in ("train", "test"):
         for name in ("zebra", "Ant", "ape", "été"):
@@ -115,9 +102,9 @@ def test_formats_and_upper_case_suffixes_are_read(tmp_path, name):
 
 
 def test_folder_may_be_below_home(tmp_path, monkeypatch):
-    write_folder(tmp_path / "images", {"train": 12, "test": 6})
+    write_folder(tmp_path / "a:b", {"train": 12, "test": 6})
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(data.load("folder:~/images", val_fraction=0).train) == 12
+    assert len(data.load("folder:~/a:b", val_fraction=0).train) == 12
 
 
 # ---- The split by hash
@@ -240,14 +227,7 @@ def test_bad_image_is_refused_with_its_name(tmp_path, damage, name, why, image_s
     assert why in message.removeprefix(f"{bad} cannot be read: ").partition(";")[0]
 
 
-def test_bad_image_that_comes_first_is_refused_with_its_name(tmp_path):
-    write_folder(tmp_path, {"train": 12, "test": 6})
-    bad = tmp_path / "train" / "class_0" / "000.png"
-    empty(bad)
-    assert f"{bad} cannot be read: the file is empty" in refusal(tmp_path)
-
-
-# ---- Pictures that are left out
+# ---- Skipped images
 
 
 SKIP = data.BadImages(skip=True, max_share=0.25)
@@ -287,7 +267,7 @@ def skipped(dataset) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("image_size", [None, 8])
-def test_skip_leaves_out_what_cannot_be_used_and_says_why(tmp_path, image_size, capsys):
+def test_skip_leaves_out_invalid_images_and_says_why(tmp_path, image_size, capsys):
     reasons = damaged_folder(tmp_path)
     dataset = load(tmp_path, image_size=image_size, bad_images=SKIP, val_fraction=0.2)
     assert list(skipped(dataset)) == list(reasons)
@@ -317,7 +297,7 @@ def test_second_start_skips_the_same_and_decodes_nothing(tmp_path, monkeypatch):
     assert second.describe() == first.describe()
 
 
-def test_what_was_skipped_once_is_an_error_again_without_skip(tmp_path):
+def test_skipped_image_is_an_error_without_skip(tmp_path):
     reasons = damaged_folder(tmp_path)
     bad = next(iter(reasons))
     for path in list(reasons)[1:]:
@@ -329,7 +309,7 @@ def test_what_was_skipped_once_is_an_error_again_without_skip(tmp_path):
     assert refusal(tmp_path) == before
 
 
-def test_what_became_readable_is_read(tmp_path):
+def test_repaired_images_are_read(tmp_path):
     reasons = damaged_folder(tmp_path)
     assert len(load(tmp_path, bad_images=SKIP).skipped) == 5
     for path in reasons:
@@ -345,7 +325,7 @@ def test_what_became_readable_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("image_size", [None, 8])
-def test_more_than_the_share_stops_all_the_same(tmp_path, image_size):
+def test_more_than_the_share_stops_nevertheless(tmp_path, image_size):
     write_folder(tmp_path, {"train": 30, "test": 6})
     for index in range(3):
         empty(tmp_path / "train" / "class_1" / f"bad{index}.png")
@@ -359,7 +339,7 @@ def test_more_than_the_share_stops_all_the_same(tmp_path, image_size):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_class_of_which_nothing_is_left_is_an_error(tmp_path, split):
+def test_class_without_an_image_left_is_an_error(tmp_path, split):
     write_folder(tmp_path, {"train": 30, "test": 30})
     for path in (tmp_path / split / "class_1").iterdir():
         empty(path)
@@ -448,21 +428,6 @@ def test_class_name_that_is_not_printable_is_refused(tmp_path, name):
     assert "printable" in refusal(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-@pytest.mark.parametrize("which", [".", "train", "train/class_1"])
-def test_locked_folder_is_named(tmp_path, which):
-    root = tmp_path / "root"
-    write_folder(root, {"train": 12, "test": 6})
-    locked = root / which
-    locked.chmod(0)
-    try:
-        message = refusal(root)
-    finally:
-        locked.chmod(0o755)
-    assert str(locked) in message
-    assert "Permission denied" in message
-
-
 @pytest.mark.parametrize("which", [".", "train", "train/class_1"])
 def test_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch):
     write_folder(tmp_path, {"train": 12, "test": 6})
@@ -480,33 +445,13 @@ def test_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch):
     assert "Permission denied" in message
 
 
-def test_unreadable_image_is_named(tmp_path, monkeypatch):
-    write_folder(tmp_path, {"train": 12, "test": 6})
-    locked = tmp_path / "train" / "class_1" / "001.png"
-    real = os.open
-
-    def refuse(path, *args, **options):
-        if str(path) == str(locked):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *args, **options)
-
-    monkeypatch.setattr(os, "open", refuse)
-    assert f"{locked} cannot be read: Permission denied" in refusal(tmp_path)
-
-
-def test_folder_name_with_a_colon_is_a_path(tmp_path):
-    root = tmp_path / "a:b"
-    write_folder(root, {"train": 12, "test": 6})
-    assert len(load(root, val_fraction=0).train) == 12
-
-
 def test_image_size_that_does_not_fit_is_refused(tmp_path):
     write_folder(tmp_path, {"train": 12, "test": 6})
     message = refusal(tmp_path, image_size=10**6)
     assert "--image_size" in message
 
 
-def test_images_of_many_sizes_are_resized_as_one_by_one(tmp_path, monkeypatch):
+def test_images_of_many_sizes_are_resized_as_each_alone(tmp_path, monkeypatch):
     """Together where they have one size, in their own order, a few megabytes at a time."""
     random = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 2)):

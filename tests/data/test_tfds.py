@@ -3,7 +3,6 @@
 import json
 import shutil
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -295,19 +294,8 @@ def test_second_load_decodes_nothing(data_dir, tmp_path, decoded):
     assert second.describe() == first.describe()
     assert_is(second.test, TinyPlain, "test")
     assert len(left(tmp_path)) == 2
-
-
-def test_another_image_size_is_another_entry(data_dir, tmp_path, decoded):
-    for image_size in (None, 4, 5):
-        decoded.clear()
-        load(data_dir, "tiny_plain", cache_dir=str(tmp_path), image_size=image_size)
-        assert decoded == ["train", "test"]
-
-
-def test_splits_of_the_same_shape_are_different_entries(data_dir, tmp_path):
-    dataset = load(data_dir, "tiny_validation", cache_dir=str(tmp_path))
-    assert len(left(tmp_path)) == 3
-    assert_is(dataset.val, TinyValidation, "validation")
+    load(data_dir, "tiny_plain", cache_dir=str(tmp_path), image_size=4)
+    assert decoded == ["train", "test"] * 2
 
 
 def test_what_is_prepared_again_with_other_images_is_decoded_again(data_dir, tmp_path, monkeypatch):
@@ -387,7 +375,9 @@ def test_another_number_of_images_than_is_said_is_refused(data_dir, tmp_path, mo
 
 
 @needs_proc
-@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+@pytest.mark.parametrize(
+    "file_format", ["tfrecord", pytest.param("array_record", marks=pytest.mark.slow)]
+)
 def test_reading_takes_no_memory_for_all_of_it(tmp_path, file_format):
     TinyMany(data_dir=str(tmp_path)).download_and_prepare(file_format=file_format)
     result = peaks(f"""
@@ -409,7 +399,7 @@ def test_reading_takes_no_memory_for_all_of_it(tmp_path, file_format):
     assert result["second"] < 30, result
 
 
-# ---- What cannot be used
+# ---- What is invalid
 
 
 @pytest.mark.parametrize("name", ["tiny_unsupervised", "tiny_other_keys", "tiny_regression"])
@@ -504,10 +494,9 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_without_network_the_other_ways_are_named_at_once(tmp_path, offline, name):
-    start = time.monotonic()
+    """TFDS itself tries for more than 3 minutes."""
     with pytest.raises(UserError) as caught:
         load(tmp_path, name)
-    assert time.monotonic() - start < 10  # TFDS itself tries for more than 3 minutes.
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"{name} cannot be downloaded")
@@ -515,7 +504,3 @@ def test_without_network_the_other_ways_are_named_at_once(tmp_path, offline, nam
     for way in ("archive:PATH", "folder:PATH", "digits"):
         assert f"--data={way}" in message
     assert not isinstance(caught.value, UsageError)
-
-
-def test_what_is_prepared_needs_no_network(data_dir, offline):
-    load(data_dir, "tiny_plain")
