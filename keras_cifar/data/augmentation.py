@@ -276,7 +276,7 @@ def cutmix(images, labels, random, partners, alpha: float):
 
 
 def randaugment(images, labels, random, operations: float, magnitude: float):
-    """Applies `operations` of 14 transformations, chosen anew for each image, at one magnitude.
+    """Applies `operations` of 14 transformations, chosen at random for each image, at one magnitude.
 
     Cubuk et al. 2019, arXiv:1909.13719: the operations and ranges of its reference
     implementation, magnitude 0 to 10 (N=2, M=9 on ImageNet; N=3, M=4 and more on CIFAR-10);

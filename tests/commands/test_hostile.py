@@ -45,7 +45,7 @@ SECONDS, MEBIBYTES = 5, 1024
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory, trained_run):
-    """name -> (status, seconds of the processor, stdout, stderr) of each command; the process's peak memory in MiB."""
+    """name -> (status, CPU seconds, stdout, stderr) of each command; the peak memory in MiB."""
     root = tmp_path_factory.mktemp("hostile")
     commands = []
 

@@ -1,4 +1,4 @@
-"""--on_bad_image=skip through training, going on and evaluating."""
+"""--on_bad_image=skip through training, resuming and evaluating."""
 
 import csv
 import os
@@ -57,7 +57,7 @@ def test_run_has_a_list_of_what_was_skipped(trained):
     assert run.read_config()["splits"]["test"]["count"] == 24
 
 
-def test_going_on_has_the_same_images_and_the_same_list(trained, capsys):
+def test_resuming_has_the_same_images_and_the_same_list(trained, capsys):
     flags, run, _ = trained
     before = table(run)
     run.skipped.unlink()
@@ -66,7 +66,7 @@ def test_going_on_has_the_same_images_and_the_same_list(trained, capsys):
     assert "skipped   2 images that cannot be read" in capsys.readouterr().err
 
 
-def test_going_on_with_the_other_flag_is_refused(trained):
+def test_resuming_with_the_other_flag_is_refused(trained):
     flags, run, _ = trained
     with pytest.raises(UsageError, match="--on_bad_image was 'skip', is 'error'"):
         trainer.train(flags.replace(on_bad_image="error"), run)
@@ -89,7 +89,7 @@ def test_run_with_more_than_the_share_fails_before_it_begins(trained, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_evaluating_leaves_out_the_same(trained, split):
+def test_evaluation_skips_the_same(trained, split):
     _, run, _ = trained
     metrics = evaluator.evaluate_run(run, split)
     assert metrics["count"] == run.read_config()["splits"][split]["count"]
