@@ -223,7 +223,7 @@ def _contents(path: str) -> bytes:
 def _read(source: _Files, size: tuple[int, int] | None, given: bool, cache: Cache) -> Split:
     """The images of a split, in the order of their files, decoded unless `cache` has them.
 
-    An entry has every file, the invalid ones black: it does not depend on what is done about these.
+    An entry has every file, the invalid ones black, so it does not depend on `bad_images`.
 
     Args:
         size: that all have, or are resized to if it was `given`; None is that of the first.

@@ -9,8 +9,6 @@ import psutil
 
 from keras_cifar.core.errors import UserError
 
-ALIGNMENT = 64  # bytes, of TensorFlow's tensors
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
@@ -200,7 +198,4 @@ def allocate(count: int, shape: tuple[int, int, int], where: str) -> np.ndarray:
             f"{where}: {count} images of {shape[0]} x {shape[1]} pixels need {needed / 1e9:.1f} GB "
             f"of memory and {available / 1e9:.1f} GB are free: choose a smaller --image_size"
         )
-    # NumPy aligns to 16 bytes; TensorFlow takes what is aligned to 64 without a copy.
-    memory = np.empty(needed + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + needed].reshape(count, *shape)
+    return np.empty((count, *shape), np.uint8)
