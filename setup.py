@@ -21,6 +21,7 @@ REQUIRES = [
     "tensorboard>=2.20,<3",  # TensorFlow 2.21 writes summaries only where it is installed
     "numpy>=2.1,<3",
     "Pillow>=12,<14",
+    "safetensors>=0.6,<1",  # checkpoints and the weights that come with the package
     "absl-py>=2.1,<3",
     "scikit-learn>=1.6,<2",  # the digits; metrics of evaluation
     "scipy>=1.13,<2",  # the minimum that temperature scaling looks for
