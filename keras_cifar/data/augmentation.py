@@ -146,7 +146,8 @@ def _with_partners(read: Read, batch, partners, positions) -> tuple[Batch, Batch
         return everything, _rows(everything, partners)
     if 2 * positions.shape[0] < batch:
         both = read(tf.concat([positions, partners], axis=0))
-        return tuple(zip(*(tf.split(part, 2) for part in both), strict=True))
+        images, labels = (tf.split(part, 2) for part in both)
+        return (images[0], labels[0]), (images[1], labels[1])
     everything = read(None)
     return _rows(everything, positions), _rows(everything, partners)
 

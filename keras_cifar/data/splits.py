@@ -59,16 +59,16 @@ class Split:
         else:
             digests = self.digests if self.rows is None else self.digests[self.rows]
         digest = hashlib.sha256(repr(tuple(self.image_shape)).encode())
-        digest.update(np.ascontiguousarray(digests))
-        digest.update(np.ascontiguousarray(self.labels))
+        digest.update(np.ascontiguousarray(digests).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()[:16]
 
 
 def pixel_digests(images: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
     """uint8 [n, 16]: a hash of each image uint8 [H, W, 3], or of those in `rows`."""
-    rows = range(len(images)) if rows is None else rows
     joined = b"".join(
-        hashlib.blake2b(np.ascontiguousarray(images[row]), digest_size=16).digest() for row in rows
+        hashlib.blake2b(np.ascontiguousarray(images[row]).data, digest_size=16).digest()
+        for row in (range(len(images)) if rows is None else rows)
     )
     return np.frombuffer(joined, np.uint8).reshape(-1, 16)
 
@@ -153,9 +153,9 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
         if len(split) == 0:
             raise UserError(f"{splits.where} has no {name} images")
     known = np.unique(train.labels)
-    for name, split in (("val", val), ("test", test)):
-        if split is not None:
-            unknown = np.setdiff1d(split.labels, known)
+    for name, other in (("val", val), ("test", test)):
+        if other is not None:
+            unknown = np.setdiff1d(other.labels, known)
             if len(unknown):
                 raise UserError(
                     f"class {splits.class_names[unknown[0]]!r} of {splits.where} is in {name} "
