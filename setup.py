@@ -1,4 +1,4 @@
-"""Installs keras_cifar: `pip install .`, or with what developers need `pip install -e .[dev]`."""
+"""Installs keras_cifar: `pip install .`, or `pip install -e .[dev]` for development."""
 
 import pathlib
 import re
@@ -10,8 +10,8 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "keras_cifar" / "__init__.py").read_text("utf-8"), re.M
 )[1]
 
-# TensorFlow and Keras: what the tests were run with. The others were tested at the versions of
-# constraints.txt; their lower bounds come from what is used of them.
+# The tests run with the versions in constraints.txt. TensorFlow and Keras are bound to these; the lower
+# bounds of the others come from the functions that are used.
 REQUIRES = [
     "tensorflow>=2.21,<2.22",
     "keras>=3.15,<3.16",
@@ -21,16 +21,17 @@ REQUIRES = [
     "tensorboard>=2.20,<3",  # TensorFlow 2.21 writes summaries only where it is installed
     "numpy>=2.1,<3",
     "Pillow>=12,<14",
+    "safetensors>=0.6,<1",  # checkpoints and the weights that come with the package
     "absl-py>=2.1,<3",
-    "scikit-learn>=1.6,<2",  # the digits; figures of evaluation
-    "scipy>=1.13,<2",  # the minimum that calibration looks for
+    "scikit-learn>=1.6,<2",  # the digits; metrics of evaluation
+    "scipy>=1.13,<2",  # the minimum that temperature scaling looks for
     "matplotlib>=3.9,<4",  # curves and confusion matrices
     "Jinja2>=3.1,<4",  # the report, escaped
     "psutil>=5.9,<8",  # whether a data set fits into memory
     "tqdm>=4.66,<5",
 ]
 
-# ONNX and LiteRT: what writes them and what checks them.
+# The writers of ONNX and LiteRT, and the runtimes that check their files.
 FORMATS = ["tf2onnx>=1.17,<2", "onnx>=1.17,<2", "onnxruntime>=1.20,<2", "ai-edge-litert>=2.0,<3"]
 SERVE = [
     "starlette>=1,<2",
@@ -62,8 +63,10 @@ setup(
         "dev": [
             *FORMATS,
             *SERVE,
-            "jsonschema>=4.18,<5",  # requests and answers against TensorFlow Serving's documentation
-            "openvino>=2025.0",  # as another runtime that reads the SavedModel
+            "import-linter>=2.17,<3",  # the layers of the package
+            "jsonschema>=4.18,<5",  # requests and responses against TensorFlow Serving's documentation
+            "mypy>=2.4,<3",  # the types of core, data and distributed
+            "openvino>=2025.0",  # another runtime that reads the SavedModel
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "PyYAML>=6,<7",

@@ -1,8 +1,8 @@
-"""Compares runs: what they reached on the test images, what it took, and which flags differ.
+"""Compares runs: accuracy on the test images, time, speed, and the flags that differ.
 
 python -m keras_cifar.compare RUN OTHER_RUN --out comparison.png
 
-A directory of --seeds counts as one run: mean and standard deviation, and a band in the picture.
+A directory of --seeds counts as one run: its mean and standard deviation, and a band in the image.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ def main(options: CompareOptions, arguments: list[str]) -> None:
     print("\n\n".join("\n".join(map(one_line, t.splitlines())) for t in texts if t))
     if options.out:
         path = pathlib.Path(options.out).expanduser()
-        comparison.picture(entries, path)
-        print(f"\npicture   {path}")
+        comparison.draw(entries, path)
+        print(f"\nimage     {path}")
 
 
 if __name__ == "__main__":

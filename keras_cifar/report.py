@@ -1,4 +1,4 @@
-"""Writes what a run is and found as one HTML file, or several runs side by side.
+"""Writes the report of a run as one HTML file, or of several runs side by side.
 
 python -m keras_cifar.report RUN
 python -m keras_cifar.report RUN RUN ... --out compared.html
@@ -30,13 +30,13 @@ def main(options: ReportOptions, arguments: list[str]) -> None:
     )
     runs = [Run(argument) for argument in arguments]
     records = record.load_all(runs)
-    most, alone = gallery.MISTAKES // len(runs), len(runs) == 1
-    galleries = [gallery.load(*pair, most, alone) for pair in zip(runs, records, strict=True)]
+    mistakes, alone = gallery.MISTAKES // len(runs), len(runs) == 1
+    galleries = [gallery.load(*pair, mistakes, alone) for pair in zip(runs, records, strict=True)]
     out = pathlib.Path(options.out).expanduser() if options.out else runs[0].report
     page.write(out, records, galleries)
-    for one, pictures in zip(records, galleries, strict=True):
-        if pictures.missing:
-            print(f"{one.name}: without pictures ({pictures.missing})")
+    for one, images in zip(records, galleries, strict=True):
+        if images.missing:
+            print(f"{one.name}: without images ({images.missing})")
     print(f"report    {out}")
 
 

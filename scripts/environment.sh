@@ -1,9 +1,9 @@
-# Sourced by the other scripts: makes the virtual environment with the package and puts it on PATH.
+# Sourced by the other scripts: creates the virtual environment with the package, and activates it.
 #
 #   source scripts/environment.sh [EXTRA]
 #
-# PYTHON: the interpreter to make it with (default python3). VENV: where it is (default .venv in the
-# checkout). It is made again when setup.py or the versions change.
+# PYTHON: its interpreter (default python3). VENV: its folder (default .venv in the checkout).
+# When setup.py or constraints.txt change, the package is installed again.
 
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 _python=${PYTHON:-python3}
@@ -17,7 +17,7 @@ fi
 
 _stamp=$(cat "$_root/setup.py" "$_root/constraints.txt" | cksum)
 for _installed in "$_venv/.installed-$_extra" "$_venv/.installed-dev"; do
-  # The development extra contains the plain installation.
+  # The extra `dev` contains the plain installation.
   if [ -f "$_installed" ] && [ "$(cat "$_installed")" = "$_stamp" ]; then _done=yes; fi
 done
 if [ "${_done:-}" != yes ]; then

@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# From nothing to a served model in a few minutes: installs, trains on the built-in digits,
-# evaluates, exports and classifies pictures.
+# From a clone to a model in a few minutes: installs the package, trains on the built-in digits,
+# evaluates, exports and classifies images.
 #
-#   scripts/quickstart.sh [PICTURE ...]
+#   scripts/quickstart.sh [IMAGE ...]
 #
-# Pictures of yours are classified by a network that comes with the package: aeroplanes, cars, birds,
-# cats, deer, dogs, frogs, horses, ships and trucks.
+# A network that comes with the package classifies the IMAGEs as aeroplane, car, bird, cat, deer, dog,
+# frog, horse, ship or truck. RUN_DIR: the run directory (default runs/quickstart-<time> in the clone).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/environment.sh"
-here=$PWD
-cd "$root"
-run=runs/quickstart-$(date +%Y%m%d-%H%M%S)
+run=${RUN_DIR:-$root/runs/quickstart-$(date +%Y%m%d-%H%M%S)}
 
 echo "== train"
 python -m keras_cifar.train --data digits --model resnet20 --epochs 12 \
@@ -21,7 +19,7 @@ echo "== evaluate"
 python -m keras_cifar.evaluate --run "$run"
 
 echo "== predict"
-python - "$run/pictures" <<'END'
+python - "$run/images" <<'END'
 import pathlib
 import sys
 
@@ -39,12 +37,12 @@ for index in range(0, 50, 10):
     name = f"{index:03}-a-{test.labels[index]}.png"
     Image.fromarray(test.images[index]).save(folder / name)
 END
-python -m keras_cifar.predict --model "$run/export" "$run/pictures"
+python -m keras_cifar.predict --model "$run/export" "$run/images"
 if (($#)); then
-  echo "== your pictures"
-  (cd "$here" && python -m keras_cifar.predict --model pretrained:fast "$@")
+  echo "== your images"
+  python -m keras_cifar.predict --model pretrained:fast "$@"
 fi
 echo
-echo "all of it is in $root/$run; next, your own pictures:"
+echo "everything is in $run; next, train on your own images:"
 echo "  source ${VENV:-$root/.venv}/bin/activate"
 echo "  python -m keras_cifar.train --data folder:PATH --image_size 64 --model resnet18"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Serves a run or an export with TensorFlow Serving in Docker, over REST and loopback alone:
+# Serves a run or an export with TensorFlow Serving in Docker, with REST on the loopback interface only:
 #
 #   scripts/serve.sh RUN_or_EXPORT [NAME]
 #
-# PORT: where (default 8501). IMAGE: TensorFlow Serving's, of a version that is not older than the
-# TensorFlow that made the export. New versions of the export are served as they appear.
+# PORT: the port (default 8501). IMAGE: the image of TensorFlow Serving, whose version must not be older
+# than that of the TensorFlow that wrote the export. New versions of the export are served as they appear.
 set -euo pipefail
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
   echo "usage: scripts/serve.sh RUN_or_EXPORT [NAME]" >&2

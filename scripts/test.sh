@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# Makes the environment, then runs the linter and the tests. Arguments go to pytest:
+# Creates the environment, then runs the linters, the type checker and the tests. Arguments go to pytest:
 #
-#   scripts/test.sh                       all that CI runs, in two processes
-#   scripts/test.sh tests/test_image.py   one file
-#   scripts/test.sh -m slow               what takes minutes
+#   scripts/test.sh                              everything that CI runs, in two processes
+#   scripts/test.sh tests/data/test_images.py    one file
+#   scripts/test.sh -m slow                      the tests that take minutes
+#
+# scripts/nightly.sh runs all of them.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/environment.sh" dev
 cd "$root"
 ruff check .
 ruff format --check --quiet . || { echo "run 'ruff format .'" >&2; exit 1; }
-# -rs says what was skipped and why, such as the pages where there is no Chromium.
+lint-imports --no-cache --no-logo
+mypy
+# -rs says which tests were skipped and why, such as those of pages where there is no Chromium.
 [ $# -gt 0 ] || set -- -n 2 --dist loadfile -rs
 exec python -m pytest -q "$@"

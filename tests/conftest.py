@@ -91,6 +91,23 @@ def trained_run(tmp_path_factory, image_folder):
     return run
 
 
+@pytest.fixture
+def small_network(monkeypatch) -> str:
+    """The name of a network with batch normalization for images of any size."""
+    from keras_cifar import models
+    from keras_cifar.models import classifier, layers, lenet5
+
+    def build(input_shape, num_classes, name):
+        images, x = classifier.image_input(input_shape)
+        x = layers.conv_norm(x, 4, 3, name="conv")
+        x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+        logits = keras.layers.Dense(num_classes, name="logits")(x)
+        return classifier.Classifier.build_from(images, logits, name)
+
+    monkeypatch.setitem(lenet5.VARIANTS, "small", models.Variant(build, "", 8, 10, 4))
+    return "small"
+
+
 @pytest.fixture(scope="session")
 def served_run(trained_run):
     """A server of `trained_run`, in a process of its own."""

@@ -27,14 +27,14 @@ app = fastapi.FastAPI()
 
 @app.post("/predict")
 async def predict(body: dict):  # in one thread: Keras promises nothing about several
-    pictures = [io.BytesIO(base64.b64decode(item["b64"])) for item in body["instances"]]
-    images = [np.array(Image.open(p).convert("RGB").resize(size)) for p in pictures]
+    files = [io.BytesIO(base64.b64decode(item["b64"])) for item in body["instances"]]
+    images = [np.array(Image.open(file).convert("RGB").resize(size)) for file in files]
     return {"predictions": model.predict(np.stack(images), verbose=0).tolist()}
 
 
 if __name__ == "__main__":
     model.predict(np.zeros((1, *model.input_shape[1:]), np.uint8), verbose=0)
-    # TCP by name, as uvicorn's own sockets are: asyncio sends small packets at once then.
+    # With IPPROTO_TCP, as uvicorn's own sockets have, asyncio sends small packets at once.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen()

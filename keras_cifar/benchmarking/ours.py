@@ -1,4 +1,4 @@
-"""What this package does, one kind of work a process: step, pipeline, fit, predict or profile."""
+"""The contender that this package is: step, pipeline, fit, predict or profile, one a process."""
 
 import collections
 import pathlib
@@ -17,7 +17,6 @@ import tensorflow as tf
 from keras_cifar import data, models
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.run_directory import Run
-from keras_cifar.data.splits import allocate
 from keras_cifar.exporters import saved_model
 from keras_cifar.inference.predictor import Predictor
 from keras_cifar.training import optimizers, trainer
@@ -27,7 +26,7 @@ SHAPE = (32, 32, 3)
 CLASSES = 10
 PROFILED_STEPS = 3
 
-# The first that is part of a kernel's name is its kind.
+# A kernel has the kind of the first key that is part of its name.
 KINDS = {
     "Conv2D": "convolutions",
     "BatchNorm": "batch normalization",
@@ -39,17 +38,14 @@ KINDS = {
 
 
 def random_split(count: int) -> data.Split:
-    """Noise in place of pictures."""
+    """Noise in place of images."""
     random = np.random.default_rng(0)
-    images = allocate(count, SHAPE, "noise")  # as the sources do, so that TensorFlow takes no copy
-    for start in range(0, count, 1000):
-        block = images[start : start + 1000]
-        block[:] = random.integers(0, 256, block.shape, np.uint8)
+    images = random.integers(0, 256, (count, *SHAPE), np.uint8)
     return data.Split(images, random.integers(0, CLASSES, count))
 
 
 def train_function(settings: dict):
-    """A training step, compiled as `fit` compiles it, on one batch of noise that stays."""
+    """A training step, compiled as `fit` compiles it, on the same batch of noise each time."""
     keras.config.set_dtype_policy(environment.dtype_policy(settings["dtype_policy"])[0])
     model = models.build(settings["model"], SHAPE, CLASSES)
     model.compile(optimizers.Adam(1e-3), jit_compile=environment.use_xla("none")[0])
@@ -66,7 +62,7 @@ def step(turns: Turns) -> None:
 
 
 def profile(turns: Turns) -> None:
-    """Reports the share of each kind of kernel in the time of all kernels of a step."""
+    """The share of each kind of kernel in the time of all kernels of a step."""
     run = train_function(turns.settings)
     for _ in range(turns.settings["warm_up"]):
         run()
@@ -87,7 +83,7 @@ def profile(turns: Turns) -> None:
 
 
 def kernel_times(directory: pathlib.Path) -> collections.Counter:
-    """Kernel type -> seconds, of the CPU kernels in a trace of TensorFlow's profiler."""
+    """Seconds of each type of CPU kernel in a trace of TensorFlow's profiler."""
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
     times = collections.Counter()
@@ -105,25 +101,24 @@ def kernel_times(directory: pathlib.Path) -> collections.Counter:
 
 def batches_of(turns: Turns) -> None:
     """Images a second of the input pipeline alone."""
-    settings = turns.settings
+    settings, size = turns.settings, turns.settings["batch_size"]
     if settings["data"]:
         split = data.load(settings["data"], val_fraction=0).train
     else:
         split = random_split(settings["images"])
-    size = settings["batch_size"]
     batches = iter(data.training_batches(split, CLASSES, size, settings["augment"], 0))
     turns.repeat(lambda: next(batches), size)
 
 
 class TakesTurns(keras.callbacks.Callback):
-    """Makes each epoch of a `fit` a turn."""
+    """Makes each epoch of a `fit` a turn, except the first, which traces."""
 
-    def __init__(self, turns: Turns, warm_up: int = 1):
+    def __init__(self, turns: Turns):
         super().__init__()
-        self.turns, self.warm_up = turns, warm_up
+        self.turns = turns
 
     def on_epoch_begin(self, epoch, logs=None):
-        if epoch >= self.warm_up:
+        if epoch:
             self.turns.wait()
         self.started = time.perf_counter()
 
@@ -131,26 +126,18 @@ class TakesTurns(keras.callbacks.Callback):
         self.ended = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        settings = self.turns.settings
-        if epoch >= self.warm_up:
-            images = settings["steps"] * settings["batch_size"]
+        if epoch:
+            images = self.turns.settings["steps"] * self.turns.settings["batch_size"]
             self.turns.report(images / (self.ended - self.started))
 
 
 def fit(turns: Turns) -> None:
-    """Images a second of training as the command trains: `fit` with everything that watches it."""
-    settings = turns.settings
+    """Images a second of training as `train` does it, with all callbacks."""
+    names = ("model", "data", "augment", "batch_size", "dtype_policy")
+    flags = {name: turns.settings[name] for name in names}
+    flags |= {"steps_per_epoch": turns.settings["steps"], "epochs": 10**6, "val_fraction": 0.0}
     with tempfile.TemporaryDirectory() as directory:
-        config = TrainConfig.from_flags(
-            model=settings["model"],
-            data=settings["data"] or "digits",
-            augment=settings["augment"],
-            batch_size=settings["batch_size"],
-            steps_per_epoch=settings["steps"],
-            dtype_policy=settings["dtype_policy"],
-            epochs=10**6,
-            val_fraction=0.0,
-        )
+        config = TrainConfig.from_flags(**flags)
         plan = planning.prepare(config)
         trainer.fit(plan, Run(pathlib.Path(directory)), callbacks=(TakesTurns(turns),))
 
@@ -167,7 +154,8 @@ def predict(turns: Turns) -> None:
     turns.repeat(lambda: predictor.classify(images), len(images))
 
 
+WORK = {"step": step, "profile": profile, "pipeline": batches_of, "fit": fit, "predict": predict}
+
 if __name__ == "__main__":
-    kinds = {f.__name__: f for f in (step, profile, fit, predict)} | {"pipeline": batches_of}
     turns = Turns()
-    kinds[turns.settings["what"]](turns)
+    WORK[turns.settings["what"]](turns)

@@ -14,32 +14,31 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
 from keras_cifar import data, models
+from keras_cifar.benchmarking.contest import package_environment, show
+from keras_cifar.benchmarking.options import BenchmarkOptions
 from keras_cifar.exporters import saved_model
 
-CLIENTS = (1, 4, 16)  # each sends a request when it has the answer to the one before
-PICTURES = 64  # that are sent in turn
+CLIENTS = (1, 4, 16)  # each sends a request as soon as it has the answer to the last one
+IMAGES = 64  # that are sent in turn
 WARM_UP = 1.0  # seconds before each turn that are not counted
 OURS, PEER = "serve", "FastAPI and Model.predict"
 
 
-def measure(options, env: dict[str, str], say: Callable[[str], None]) -> dict:
-    """{server: {clients: {rate, p50, p99, requests}}}: requests a second of one picture, and seconds.
+def measure(options: BenchmarkOptions) -> dict:
+    """Measures and prints requests a second, of one image each, and their latency.
 
-    Args:
-        options: of the command.
-        env: of the servers' processes.
-        say: shows progress.
+    Returns:
+        {server: {clients: {rate, p50, p99, requests}}}, latencies in seconds.
     """
     dataset = data.load(options.data, val_fraction=0)
     model = models.build(options.model, dataset.image_shape, len(dataset.class_names)).deployable
-    bodies = [_body(image) for image in dataset.test.images[:PICTURES]]
-    seconds = {}  # (server, clients) -> (rate, latencies) of each round
+    bodies = [_body(image) for image in dataset.test.images[:IMAGES]]
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         path = pathlib.Path(scratch)
         export = saved_model.export(model, path / "export", dataset.class_names)
@@ -49,30 +48,43 @@ def measure(options, env: dict[str, str], say: Callable[[str], None]) -> dict:
             peer = "keras_cifar.benchmarking.fastapi_keras"
             commands[PEER] = [peer, str(path / "model.keras")]
         else:
-            say(f"{PEER}: fastapi is not installed\n")
-        urls = {name: stack.enter_context(_server(c, env)) for name, c in commands.items()}
+            show(f"{PEER}: fastapi is not installed\n")
+        urls = {name: stack.enter_context(_server(command)) for name, command in commands.items()}
         urls[OURS] += ":predict"
-        for number in range(options.rounds):
-            for clients in CLIENTS:
-                for name, url in urls.items():
-                    say(f"round {number + 1} of {options.rounds}: {name}, {clients} clients")
-                    _load(url, bodies, clients, WARM_UP)
-                    start = time.perf_counter()
-                    taken = _load(url, bodies, clients, options.seconds)
-                    # With what was asked before the end and answered after it.
-                    rate = len(taken) / (time.perf_counter() - start)
-                    seconds.setdefault((name, clients), []).append((rate, taken))
-    say("")
-    figures = {name: {} for name in urls}
-    for (name, clients), rounds in seconds.items():
-        every = np.concatenate([taken for _, taken in rounds])
-        figures[name][clients] = {
+        measured = _take_turns(options, urls, bodies)
+    print(f"{options.model}, one image a request, {options.data}")
+    print(f"\n{'':<28}{'clients':>8}{'requests/s':>12}{'p50, ms':>10}{'p99, ms':>10}")
+    for name, rows in measured.items():
+        for clients, row in rows.items():
+            latencies = f"{1e3 * row['p50']:>10.1f}{1e3 * row['p99']:>10.1f}"
+            print(f"{name:<28}{clients:>8}{row['rate']:>12,.0f}{latencies}")
+    return measured
+
+
+def _take_turns(options: BenchmarkOptions, urls: dict[str, str], bodies: list[bytes]) -> dict:
+    """The measurements of each server with each number of clients, after all rounds."""
+    turns = {}  # (server, clients) -> (rate, latencies) of each round
+    for number in range(options.rounds):
+        for clients in CLIENTS:
+            for name, url in urls.items():
+                show(f"round {number + 1} of {options.rounds}: {name}, {clients} clients")
+                _load(url, bodies, clients, WARM_UP)
+                start = time.perf_counter()
+                latencies = _load(url, bodies, clients, options.seconds)
+                # Requests that were sent before the end and answered after it count too.
+                rate = len(latencies) / (time.perf_counter() - start)
+                turns.setdefault((name, clients), []).append((rate, latencies))
+    show("")
+    measured = {name: {} for name in urls}
+    for (name, clients), rounds in turns.items():
+        latencies = np.concatenate([latencies for _, latencies in rounds])
+        measured[name][clients] = {
             "rate": float(np.median([rate for rate, _ in rounds])),
-            "p50": float(np.percentile(every, 50)),
-            "p99": float(np.percentile(every, 99)),
-            "requests": len(every),
+            "p50": float(np.percentile(latencies, 50)),
+            "p99": float(np.percentile(latencies, 99)),
+            "requests": len(latencies),
         }
-    return figures
+    return measured
 
 
 def _body(image: np.ndarray) -> bytes:
@@ -83,10 +95,13 @@ def _body(image: np.ndarray) -> bytes:
 
 
 @contextlib.contextmanager
-def _server(command: list[str], env: dict[str, str]) -> Iterator[str]:
-    """Starts `python -m COMMAND` and waits for the line in which it prints its address."""
+def _server(command: list[str]) -> Iterator[str]:
+    """Starts `python -m COMMAND`, waits until it prints its address, and stops it at the end."""
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, env=env
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=package_environment(),
     )
     try:
         for line in process.stdout:
@@ -102,23 +117,23 @@ def _server(command: list[str], env: dict[str, str]) -> Iterator[str]:
 
 
 def _load(url: str, bodies: list[bytes], clients: int, seconds: float) -> list[float]:
-    """The seconds of each request that so many clients made in this time."""
+    """Sends requests from so many clients for so long; returns the seconds that each took."""
     parts = urllib.parse.urlsplit(url)
     end = time.perf_counter() + seconds
 
     def client(number: int) -> list[float]:
-        taken = []
+        latencies = []
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
         with contextlib.closing(connection):
             while (start := time.perf_counter()) < end:
-                body = bodies[(number + len(taken)) % len(bodies)]
+                body = bodies[(number + len(latencies)) % len(bodies)]
                 connection.request("POST", parts.path, body, {"Content-Type": "application/json"})
-                answer = connection.getresponse()
-                text = answer.read()
-                if answer.status != 200:
-                    raise RuntimeError(f"{url} answered {answer.status}: {text[:200]!r}")
-                taken.append(time.perf_counter() - start)
-        return taken
+                response = connection.getresponse()
+                text = response.read()
+                if response.status != 200:
+                    raise RuntimeError(f"{url} responded {response.status}: {text[:200]!r}")
+                latencies.append(time.perf_counter() - start)
+        return latencies
 
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         return [second for taken in pool.map(client, range(clients)) for second in taken]

@@ -1,7 +1,7 @@
-"""One measurement that lives in a process of its own and works when it is its turn.
+"""The side of the contest that runs in a contender's process. Standard library only.
 
-The command starts it with its settings as JSON, waits for a line "ready", and then asks for one turn
-after another, so that what is compared is measured in the same minutes. Standard library only.
+`contest.Worker` starts the process with its settings as JSON, waits for "ready", and then asks for one
+turn after another.
 """
 
 import json
@@ -24,15 +24,15 @@ class Turns:
         self._started = False
 
     def wait(self) -> None:
-        """Returns when it is this worker's turn; the process ends when there are no more."""
+        """Returns when it is this worker's turn; ends the process when there are no more turns."""
         if not self._started:
             self._started = True
             self._send({"ready": True})
         if not sys.stdin.readline():
-            os._exit(0)  # Nothing is worth cleaning up, and threads may still be at work.
+            os._exit(0)  # Nothing needs to be cleaned up, and threads may still be at work.
 
     def report(self, rate: float, **more) -> None:
-        """Ends a turn with a rate a second and other figures."""
+        """Ends a turn with a rate a second and other measurements."""
         self._send({"rate": rate, "peak_memory": peak_memory()} | more)
 
     def repeat(self, once: Callable[[], None], amount: float) -> None:
@@ -48,7 +48,7 @@ class Turns:
             self.report(done * amount / seconds)
 
     def fail(self, reason: str) -> None:
-        """Says why this measurement cannot be had, and ends the process."""
+        """Reports why this contender cannot run, and ends the process."""
         self._send({"error": reason})
         sys.exit(0)
 
@@ -57,10 +57,10 @@ class Turns:
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has held."""
+    """The peak memory of this process, in bytes."""
     try:
         status = pathlib.Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
-        # Elsewhere than on Linux. (There, this would count what the parent held when it forked.)
+        # Not Linux, where this number would include what the parent held when it forked.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

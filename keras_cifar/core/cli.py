@@ -37,7 +37,7 @@ def run(
     """Parses sys.argv into `options_class`, calls `main(options[, positional])` and exits.
 
     Args:
-        name: the module of the command in this package.
+        name: the module of the command in this package, or the path of a script.
         main: takes the options and, if `arguments` is given, the list of positional arguments. It
             returns the exit status; None is 0.
         options_class: a frozen dataclass whose fields were made with `options.option`.
@@ -47,7 +47,8 @@ def run(
     """
     argv = sys.argv[1:]
     if {"--help", "-help", "-h"} & set(argv[: argv.index("--")] if "--" in argv else argv):
-        print(usage(options_class, doc, f"python -m keras_cifar.{name}", arguments))
+        command = f"python {name}" if "/" in name else f"python -m keras_cifar.{name}"
+        print(usage(options_class, doc, command, arguments))
         sys.exit(0)
     sys.exit(_execute(name, main, options_class, arguments, argv, tensorflow))
 

@@ -1,8 +1,7 @@
-"""Data sources. `load` takes the spec of --data; a new source is one new file here.
+"""Data sets, by the spec of --data, and batches of them.
 
-A source is a module with `load(argument, data_dir, image_size, cache, bad_images) -> Splits`.
-`NAME:ARGUMENT` and the bare NAME of a module find it; any other name is a data set of TensorFlow
-Datasets.
+A source is a module here with `load(argument, data_dir, image_size, cache, bad_images) -> Splits`.
+`NAME:ARGUMENT` or `NAME` selects it; any other name is a data set of TensorFlow Datasets.
 """
 
 import importlib
@@ -33,7 +32,7 @@ __all__ = [
 
 NO_SOURCES = {"augmentation", "batches", "cache", "images", "splits", "tfds"}
 
-SHOWN = 3  # of the pictures that were skipped
+SHOWN = 3  # skipped images that a message names
 
 
 def load(
@@ -45,22 +44,22 @@ def load(
     cache_dir: str | None = None,
     bad_images: BadImages | None = None,
 ) -> Dataset:
-    """Loads a data set as uint8 pixels: into memory, or decoded once into files that are mapped.
+    """Loads a data set as uint8 pixels, in memory or memory-mapped from a cache of decoded images.
 
     Args:
         spec: a TFDS name such as `cifar10`, `folder:PATH`, `archive:PATH` or `digits`.
         data_dir: where TFDS keeps its data sets; None is TFDS's default.
-        image_size: height and width that images are resized to, in pixels; None keeps their size,
-            which must then be the same for all.
-        val_fraction: the share of each class of train that becomes the validation split where the
-            source has none of its own; 0 holds nothing out.
-        seed: of that choice; the same seed gives the same split.
+        image_size: height and width in pixels to resize to; None keeps the size, which must then be
+            the same for all images.
+        val_fraction: the fraction of each class of train that becomes the validation split where the
+            source has none; 0 holds nothing out.
+        seed: selects the images held out.
         cache_dir: where decoded images of folders and TFDS are kept; None is `Cache`'s default.
-        bad_images: what is done about pictures that cannot be used; None stops at the first.
+        bad_images: what to do about images that cannot be read; None stops at the first.
 
     Raises:
         UsageError: the spec names no source.
-        UserError: the data cannot be had, or is damaged; the message names the file.
+        UserError: the data is missing or damaged; the message names the file.
     """
     name, colon, argument = spec.partition(":")
     sources = {m.name for m in pkgutil.iter_modules(__path__)} - NO_SOURCES
@@ -75,6 +74,6 @@ def load(
     if dataset.skipped:
         first = "; ".join(f"{s.file}: {s.reason}" for s in dataset.skipped[:SHOWN])
         more = "; ..." if len(dataset.skipped) > SHOWN else ""
-        line = f"skipped   {len(dataset.skipped):,} pictures that cannot be used: {first}{more}"
+        line = f"skipped   {len(dataset.skipped):,} images that cannot be read: {first}{more}"
         print(one_line(line), file=sys.stderr, flush=True)
     return dataset

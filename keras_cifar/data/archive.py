@@ -1,16 +1,15 @@
-"""The official CIFAR-10 and CIFAR-100 archives (https://www.cs.toronto.edu/~kriz/cifar.html), in
-python and in binary form, packed or unpacked. Nothing is written, no link is followed, and pickles
-are read without executing anything.
+"""The official CIFAR-10 and CIFAR-100 archives (https://www.cs.toronto.edu/~kriz/cifar.html).
+
+They are read in their python and binary forms, packed or unpacked. Nothing is written, no link is
+followed, and a pickle can neither call nor import anything.
 """
 
 import bz2
 import contextlib
 import dataclasses
 import gzip
-import io
 import lzma
 import pathlib
-import pickle
 import pickletools
 import re
 import tarfile
@@ -27,20 +26,15 @@ from keras_cifar.data.splits import BadImages, Split, Splits, allocate
 
 PIXELS = 32 * 32 * 3  # bytes of an image: all red, then all green, then all blue, row by row
 
-# Bytes of a member and of all that an archive holds, unpacked. The largest member is CIFAR-100's train
-# at 155 MB, the largest archive CIFAR-10's at 186 MB.
+# Unpacked bytes. The largest member is CIFAR-100's train (155 MB), the largest archive CIFAR-10's
+# (186 MB). The official archives have up to 9 members.
 MAX_MEMBER = 200_000_000
 MAX_ARCHIVE = 500_000_000
-
-# Members of an archive; the official ones have up to 9.
 MAX_MEMBERS = 1000
 
-# Operations in a pickle: 4 to 9 for each image of CIFAR-100's train, which has 50,000, as written by
-# Python 2 and by Python 3. Each takes up to some 100 bytes of memory. And tuples among them, of which a
-# batch has a handful: hashing a tuple in a tuple ... takes C's stack.
+# Operations in a pickle; each takes up to some 100 bytes of memory. CIFAR-100's train has 4 to 9 for
+# each of its 50,000 images.
 MAX_OPERATIONS = 1_000_000
-MAX_TUPLES = 100
-TOO_MUCH = "it asks for more memory than a CIFAR file does"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Layout:
     train: tuple[str, ...]
     test: str
     names: str
-    images: tuple[int, int]  # officially, in each training member and in the test member
+    images: tuple[int, int]  # in each official training member and in the test member
     names_key: bytes = b""  # python: the names' key in the `names` member
     labels_key: bytes = b""  # python: the labels' key in a batch
     label_bytes: int = 0  # binary: bytes before the pixels, the last of which is the label
@@ -76,6 +70,7 @@ LAYOUTS = (
     ),
     Layout(("train.bin",), "test.bin", "fine_label_names.txt", _HUNDRED, label_bytes=2),
 )  # fmt: skip
+MEMBERS = frozenset(name for layout in LAYOUTS for name in layout.members)
 
 
 def load(
@@ -84,8 +79,8 @@ def load(
     """Reads an archive, or the folder it was unpacked to.
 
     Raises:
-        UserError: the archive is missing, truncated, not one of the four or made to do harm; the
-            message names the member.
+        UserError: the archive is missing, damaged, not one of the four or malicious; the message
+            names the member.
     """
     path = pathlib.Path(argument).expanduser()
     try:
@@ -95,31 +90,32 @@ def load(
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read: {reason(error)}") from None
     except MemoryError:
-        raise UserError(f"{path} cannot be read: it is too large for the memory") from None
+        raise UserError(f"{path} cannot be read: there is too little memory for it") from None
     layout = _layout(path, members)
-    names = _class_names(path, members, layout)
-    batches = {
-        name: _batch(f"{path}: {name}", members[name], layout, len(names))
-        for name in (*layout.train, layout.test)
-    }
+
+    def parse(name, parser, *arguments):
+        try:
+            return parser(members[name], layout, *arguments)
+        except Exception as error:  # Damage can raise almost anything.
+            raise UserError(
+                f"{path}: {name} cannot be read: {reason(error)}; download it again"
+            ) from None
+
+    names = parse(layout.names, _class_names)
+    batches = {name: parse(name, _batch, len(names)) for name in (*layout.train, layout.test)}
     _check_counts(path, layout, {name: len(labels) for name, (_, labels) in batches.items()})
-
-    def split(wanted):
-        return _split([batches[name] for name in wanted], image_size, str(path))
-
-    return Splits(split(layout.train), None, split([layout.test]), names, where=str(path))
+    train = _split([batches[name] for name in layout.train], image_size, str(path))
+    test = _split([batches[layout.test]], image_size, str(path))
+    return Splits(train, None, test, names, where=str(path))
 
 
 # ---- Members
 
 
-_WANTED = frozenset(name for layout in LAYOUTS for name in layout.members)
-
-
 def _folder_members(path: pathlib.Path) -> dict[str, bytes]:
     """Base name -> contents, from the folder itself or the one folder in it that has them."""
     for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
-        names = _WANTED & {p.name for p in folder.iterdir() if p.is_file()}
+        names = MEMBERS & {p.name for p in folder.iterdir() if p.is_file()}
         if any({*layout.train, layout.test} & names for layout in LAYOUTS):
             for name in names:
                 if (folder / name).stat().st_size > MAX_MEMBER:
@@ -129,9 +125,9 @@ def _folder_members(path: pathlib.Path) -> dict[str, bytes]:
 
 
 class _Bounded:
-    """The unpacked bytes of an archive, of which no more is read than a CIFAR archive has.
+    """An unpacked archive that refuses to be read beyond MAX_ARCHIVE.
 
-    A few megabytes can unpack to terabytes, and a header can claim that so many belong to a name.
+    A few megabytes can unpack to terabytes, and a header can claim a name of any length.
     """
 
     def __init__(self, file: BinaryIO):
@@ -139,16 +135,16 @@ class _Bounded:
         self.tell = file.tell
 
     def read(self, size: int) -> bytes:
-        self._check(size <= MAX_MEMBER and self.tell() + size <= MAX_ARCHIVE)
+        self._check(max(self.tell() + size, size + MAX_ARCHIVE - MAX_MEMBER))
         return self._file.read(size)
 
     def seek(self, position: int) -> int:
-        self._check(position <= MAX_ARCHIVE)
+        self._check(position)
         return self._file.seek(position)
 
     @staticmethod
-    def _check(condition: bool) -> None:
-        if not condition:
+    def _check(end: int) -> None:
+        if end > MAX_ARCHIVE:
             raise tarfile.ReadError(f"it unpacks to more than {MAX_ARCHIVE:,} bytes")
 
 
@@ -167,40 +163,23 @@ def _unpacked(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
-    """Base name -> contents of the files that a CIFAR archive has; nothing is written to disk.
+    """Base name -> contents of the files that a CIFAR archive has.
 
-    An archive with anything but files and folders below itself is refused as a whole: whoever unpacked
-    it would be harmed.
+    An archive with a member that would harm whoever unpacks it is refused as a whole.
     """
-    members = {}
-    current = "its first member"
+    members, current = {}, "its first member"
     try:
         with _unpacked(path) as file, tarfile.TarFile(fileobj=_Bounded(file)) as tar:
             for number, member in enumerate(tar):
-                where = pathlib.PurePosixPath(member.name)
-                name = where.name
+                name = pathlib.PurePosixPath(member.name).name
                 if number >= MAX_MEMBERS:
                     raise UserError(f"{path} has more than {MAX_MEMBERS} members; none was used")
-                if where.is_absolute() or ".." in where.parts:
-                    raise UserError(
-                        f"{path}: the member {member.name!r} would be written outside of the folder; "
-                        "no CIFAR archive has one, nothing was read from it"
-                    )
-                if not (member.isfile() or member.isdir()):
-                    raise UserError(
-                        f"{path}: the member {member.name!r} is a link or a device; no CIFAR archive "
-                        "has one, nothing was read from it"
-                    )
-                if member.size > MAX_MEMBER:
-                    raise UserError(f"{path}: {name} is too large for a CIFAR file")
-                if not member.isfile() or name not in _WANTED:
-                    continue
-                current = name
-                if name in members:
-                    raise UserError(f"{path} has {name} twice; download it again")
-                members[name] = tar.extractfile(member).read()
-                if len(members[name]) != member.size:
-                    raise EOFError("it is truncated")
+                _check_member(path, member, name in members)
+                if member.isfile() and name in MEMBERS:
+                    current = name
+                    members[name] = tar.extractfile(member).read()
+                    if len(members[name]) != member.size:
+                        raise EOFError("it is truncated")
     except UserError:
         raise
     except Exception as error:  # tarfile and the decompressors raise a dozen classes.
@@ -208,6 +187,21 @@ def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
             f"{path} cannot be read at {current}: {reason(error)}; download it again"
         ) from None
     return members
+
+
+def _check_member(path: pathlib.Path, member: tarfile.TarInfo, known: bool) -> None:
+    where = pathlib.PurePosixPath(member.name)
+    if where.is_absolute() or ".." in where.parts:
+        problem = "would be written outside of the folder"
+    elif not (member.isfile() or member.isdir()):
+        problem = "is a link or a device"
+    elif member.size > MAX_MEMBER:
+        problem = "is too large for a CIFAR file"
+    elif member.isfile() and known:
+        problem = "is there twice"
+    else:
+        return
+    raise UserError(f"{path}: the member {member.name!r} {problem}; nothing was read from it")
 
 
 def _layout(path: pathlib.Path, members: dict) -> Layout:
@@ -225,13 +219,13 @@ def _layout(path: pathlib.Path, members: dict) -> Layout:
 
 
 def _check_counts(path: pathlib.Path, layout: Layout, counts: dict[str, int]) -> None:
-    """Refuses members that lost whole records: all have the official number, or, in a set of
-    one's own in this layout, all training members have the same.
+    """Refuses members that lost whole records.
+
+    Either all members have the official number of images, or all training members have the same:
+    a data set of one's own may use these layouts.
     """
-    official = dict.fromkeys(layout.train, layout.images[0]) | {layout.test: layout.images[1]}
-    if any(counts[name] == official[name] for name in official):
-        expected = official
-    else:
+    expected = dict.fromkeys(layout.train, layout.images[0]) | {layout.test: layout.images[1]}
+    if not any(counts[name] == count for name, count in expected.items()):
         expected = dict.fromkeys(layout.train, max(counts[name] for name in layout.train))
     for name, count in expected.items():
         if counts[name] != count:
@@ -243,195 +237,159 @@ def _check_counts(path: pathlib.Path, layout: Layout, counts: dict[str, int]) ->
 # ---- Contents
 
 
-def _class_names(path: pathlib.Path, members: dict, layout: Layout) -> tuple[str, ...]:
-    where = f"{path}: {layout.names}"
-    try:
-        if layout.names_key:
-            names = _unpickle(where, members[layout.names])[layout.names_key]
-            # Nothing but a list of names: what is nested may refer to itself a billion times.
-            if type(names) is not list or any(type(name) is not bytes for name in names):
-                raise TypeError("a list of bytes was expected")
-            names = [name.decode() for name in names]
-        else:
-            names = members[layout.names].decode().split()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where} has no class names: {reason(error)}") from None
+def _class_names(contents: bytes, layout: Layout) -> tuple[str, ...]:
+    if layout.names_key:
+        (names,) = _unpickle(contents, layout.names_key)
+        if type(names) is not list or any(type(name) is not bytes for name in names):
+            raise TypeError("a list of class names was expected")
+        if sum(map(len, names)) > len(contents):  # A pickle can repeat one for a few bytes.
+            raise ValueError("it repeats class names")
+        names = [name.decode() for name in names]
+    else:
+        names = contents.decode().split()
     if not names or len(set(names)) != len(names):
-        raise UserError(f"{where} has no class names, or some twice")
+        raise ValueError("it has no class names, or one of them twice")
     return tuple(names)
 
 
-def _batch(where: str, contents: bytes, layout: Layout, classes: int) -> tuple:
+def _batch(contents: bytes, layout: Layout, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 [N, 3072] pixels, int64 [N] labels) of a member."""
     if layout.label_bytes:
         record = layout.label_bytes + PIXELS
         if not contents or len(contents) % record:
-            raise UserError(
-                f"{where} has {len(contents)} bytes, not a whole number of {record}-byte records; "
-                "download it again"
-            )
+            raise ValueError(f"its {len(contents)} bytes are not a number of {record}-byte records")
         records = np.frombuffer(contents, np.uint8).reshape(-1, record)
         pixels, labels = records[:, layout.label_bytes :], records[:, layout.label_bytes - 1]
     else:
-        batch = _unpickle(where, contents)
-        try:
-            pixels, labels = _values(batch[b"data"]), _values(batch[layout.labels_key])
-        except Exception as error:  # Damage shows as any of a dozen classes.
-            raise UserError(
-                f"{where} is not a CIFAR batch; data or labels: {reason(error)}"
-            ) from None
-        if (
-            pixels.dtype != np.uint8
-            or pixels.ndim != 2
-            or pixels.shape[1] != PIXELS
-            or not len(pixels)
-        ):
-            raise UserError(
-                f"{where} has data of {pixels.dtype} {list(pixels.shape)} instead of "
-                f"uint8 [N, {PIXELS}]"
+        pixels, labels = map(_array, _unpickle(contents, b"data", layout.labels_key))
+        if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != PIXELS:
+            raise ValueError(
+                f"data is {pixels.dtype} {list(pixels.shape)} instead of uint8 [N, {PIXELS}]"
             )
         if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
-            raise UserError(
-                f"{where} has {len(pixels)} images and other than as many integer labels"
-            )
+            raise ValueError(f"it has {len(pixels)} images and not as many integer labels")
     labels = labels.astype(np.int64)
     if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(f"{where} has a label outside 0 ... {classes - 1}")
+        raise ValueError(f"it has a label outside 0 ... {classes - 1}")
     return pixels, labels
 
 
 def _split(batches: list, image_size: int | None, where: str) -> Split:
-    count = sum(len(labels) for _, labels in batches)
-    images = allocate(count, (32, 32, 3), where)
+    side = image_size or 32
+    labels = np.concatenate([labels for _, labels in batches])
+    images = allocate(len(labels), (side, side, 3), where)
     position = 0
-    for pixels, labels in batches:
-        stop = position + len(labels)
-        images[position:stop] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        position = stop
-    if image_size and image_size != 32:
-        small, images = images, allocate(count, (image_size, image_size, 3), where)
-        for start in range(0, count, 1000):
-            part = slice(start, start + 1000)
-            images[part] = resize_images(small[part], (image_size, image_size))
-    return Split(images, np.concatenate([labels for _, labels in batches]))
+    for pixels, _ in batches:
+        for start in range(0, len(pixels), 1000):
+            block = pixels[start : start + 1000].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            stop = position + len(block)
+            images[position:stop] = block if side == 32 else resize_images(block, (side, side))
+            position = stop
+    return Split(images, labels)
 
 
 # ---- Pickles
 
 
-class _Array:
-    """Takes the state of a pickled `numpy.ndarray`, which is checked before an array is made of it."""
+@dataclasses.dataclass(slots=True)
+class _Object:
+    """A function that a pickle names, or what a call of it would return. It is never called."""
 
-    def __init__(self, *_):
-        self.state = None
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _Dtype(_Array):
-    """Takes the state of a pickled `numpy.dtype`."""
-
-    def __init__(self, text, *_):
-        super().__init__()
-        self.text = text.decode() if isinstance(text, bytes) else text
+    name: str
+    arguments: tuple | None = None
+    state: tuple | None = None
 
 
-def _values(value: object) -> np.ndarray:
-    """An array from a pickle's array, or from its list of integers.
+# What pickles of arrays name in NumPy 1 and 2, and pickles of bytes in protocol 2.
+_ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+_FUNCTIONS = (*_ARRAYS, "numpy.dtype", "_codecs.encode")
+_NAMES = (*_FUNCTIONS, "numpy.ndarray")  # an argument of `_reconstruct`
+
+_VALUES = re.compile("(BININT|LONG1|BINFLOAT|(SHORT_)?BIN(STRING|BYTES|UNICODE)).?")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+# How many values an operation takes from the stack; the others take all since a MARK.
+_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2}
+
+
+def _unpickle(contents: bytes, *keys: bytes) -> list:
+    """The values at these keys of a pickled dictionary, in protocols 2 to 4.
+
+    They are made of containers, numbers, bytes and `_Object`s; nothing that a pickle names is called.
+    Text becomes bytes: Python 2 and protocol 2 write these as text.
 
     Raises:
-        TypeError, ValueError: it is something else.
+        Exception: of any class; the pickle is damaged, or does what no CIFAR file does.
     """
-    if isinstance(value, _Array):
+    stack, marks, memo = [], [], {}
+
+    def pop(operation):
+        start = len(stack) - _SIZES[operation] if operation in _SIZES else marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for number, (operation, argument, _) in enumerate(pickletools.genops(contents)):
+        name = operation.name
+        if number >= MAX_OPERATIONS:
+            raise ValueError("it asks for more memory than a CIFAR file does")
+        if _VALUES.fullmatch(name):
+            stack.append(argument.encode("latin1") if isinstance(argument, str) else argument)
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("EMPTY_LIST", "EMPTY_DICT"):
+            stack.append([] if name == "EMPTY_LIST" else {})
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(pop(name)))
+        elif name in ("APPEND", "APPENDS"):
+            items = pop(name)
+            stack[-1].extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = pop(name)
+            if any(type(key) is not bytes for key in items[::2]):  # Hashing may overflow C's stack.
+                raise TypeError("a key is no text")
+            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            names = argument.replace(" ", ".") if argument else b".".join(pop(name)).decode()
+            stack.append(_Object(_known(names, _NAMES)))
+        elif name == "REDUCE":
+            arguments, function = stack.pop(), stack.pop()
+            _known(function.name, _FUNCTIONS)
+            encodes = function.name == "_codecs.encode" and arguments[1:] == (b"latin1",)
+            stack.append(arguments[0] if encodes else _Object(function.name, arguments))
+        elif name == "BUILD":
+            state = stack.pop()
+            stack[-1].state = state
+        elif name == "STOP":
+            break
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"it has the operation {name}, which no CIFAR file has")
+    if type(stack[-1]) is not dict or not stack[-1].keys() >= set(keys):
+        raise TypeError(f"a dict with {' and '.join(key.decode() for key in keys)} was expected")
+    return [stack[-1][key] for key in keys]
+
+
+def _known(name: str, names: tuple[str, ...]) -> str:
+    if name not in names:
+        raise ValueError(f"it names {name}, which no CIFAR file does")
+    return name
+
+
+def _array(value: object) -> np.ndarray:
+    """An array from a pickled array or a list of integers."""
+    if isinstance(value, _Object) and value.name in _ARRAYS:
         _, shape, dtype, fortran, contents = value.state
-        if not re.fullmatch("[biuf][1248]", dtype.text) or type(contents) is not bytes:
+        text, order = dtype.arguments[0], dtype.state[1] if dtype.state else b"="
+        if not re.fullmatch(b"[biuf][1248]", text):
             raise TypeError("an array of numbers was expected")
-        order = dtype.state[1] if dtype.state else b"="
-        order = order.decode() if isinstance(order, bytes) else order
-        values = np.frombuffer(contents, np.dtype(dtype.text).newbyteorder(order))
+        # A view of the bytes: `reshape` refuses a shape of any other number of them.
+        values = np.frombuffer(contents, np.dtype(text.decode()).newbyteorder(order.decode()))
         return values.reshape(shape, order="F" if fortran else "C")
     if type(value) is not list or any(type(item) is not int for item in value):
         raise TypeError("a list of integers or an array was expected")
     return np.array(value, np.int64)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds plain containers and `_Array`; refuses to look up anything else, so that nothing a
-    pickle names is ever called.
-    """
-
-    _encoded = 0
-
-    def find_class(self, module, name):
-        if (module, name) == ("numpy", "dtype"):
-            return _Dtype
-        if (module, name) == ("numpy", "ndarray"):
-            return _no_array
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _Array
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
-            return self._latin1
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR file does")
-
-    def _latin1(self, text: str, encoding: str) -> bytes:
-        if encoding != "latin1":
-            raise pickle.UnpicklingError("it names an encoding that no CIFAR file does")
-        self._encoded += len(text)  # A text can be named again and again.
-        if self._encoded > MAX_MEMBER:
-            raise pickle.UnpicklingError(TOO_MUCH)
-        return text.encode("latin1")
-
-
-def _no_array(*_):
-    """In place of `numpy.ndarray`, which is an argument of `_reconstruct` and never called."""
-    raise pickle.UnpicklingError("it calls numpy.ndarray, which no CIFAR file does")
-
-
-# What Python writes containers, numbers, text and arrays with, in protocols 2 to 4.
-_OPERATIONS = frozenset(
-    (
-        *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
-        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-        *(
-            "BINSTRING",
-            "SHORT_BINSTRING",
-            "BINBYTES",
-            "SHORT_BINBYTES",
-            "BINUNICODE",
-            "SHORT_BINUNICODE",
-        ),
-        *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
-        *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
-        *("BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
-        *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),
-    )
-)
-
-
-def _check_operations(contents: bytes) -> None:
-    """Raises UnpicklingError where reading a pickle would take more memory or stack than CIFAR's."""
-    tuples, last = 0, ""
-    for number, (operation, argument, _) in enumerate(pickletools.genops(contents)):
-        name = operation.name
-        if name not in _OPERATIONS:
-            raise pickle.UnpicklingError(f"it has the operation {name}, which no CIFAR file does")
-        tuples += "TUPLE" in name
-        if name == "REDUCE" and "TUPLE" in last:
-            tuples -= 1  # Arguments of a call, as of each text of bytes, go no deeper.
-        last = last if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE") else name
-        # The places of a memo are allocated up to the highest.
-        place = argument if name.endswith("BINPUT") else 0
-        if max(number, place) > MAX_OPERATIONS or tuples > MAX_TUPLES:
-            raise pickle.UnpicklingError(TOO_MUCH)
-
-
-def _unpickle(where: str, contents: bytes) -> dict:
-    try:
-        _check_operations(contents)
-        value = _Unpickler(io.BytesIO(contents), encoding="bytes").load()
-    except Exception as error:  # A damaged pickle can raise almost anything.
-        raise UserError(f"{where} cannot be read: {reason(error)}; download it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is not a CIFAR file: a dict was expected")
-    return value

@@ -3,56 +3,39 @@ of (seed, step, its position in the batch): the same seed gives the same batches
 part of them, and a run can go on at any step.
 """
 
-import types
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.data import augmentation
-from keras_cifar.data.splits import ALIGNMENT, Split
+from keras_cifar.data.splits import Split
 from keras_cifar.distributed.sharding import ReplicaRange, bounds, endless
 
-# The tensors of each split, so that several pipelines share one copy.
-_tensors = weakref.WeakKeyDictionary()
 
+def _reader(split: Split, classes: int) -> Callable[[tf.Tensor], augmentation.Batch]:
+    """Examples int64 [n] of a split -> (images uint8 [n, H, W, 3], labels float32 [n, K]).
 
-def _as_tensors(split: Split) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """(stored uint8 [M, H, W, 3], rows int64 [N] of it, labels int64 [N]) of a split."""
-    if split not in _tensors:
-        rows = np.arange(len(split)) if split.rows is None else split.rows
-        _tensors[split] = _shared(split.stored), tf.constant(rows), tf.constant(split.labels)
-    return _tensors[split]
-
-
-def _shared(array: np.ndarray) -> tf.Tensor:
-    """A tensor in the memory of an array, so that pixels are there once and a mapped file stays one.
-
-    It keeps the array alive. Where an array is laid out as no tensor is, the tensor is a copy.
+    NumPy copies the images of each batch, so that those of a mapped file stay on the disk: a tensor
+    of all images would be a copy in memory. It does not hold Python's lock for that.
     """
-    if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous or not array.size:
-        return tf.constant(array)
-    # DLPack cannot say that memory is not to be written, so NumPy refuses to give it a mapped file.
-    # Nothing writes to a tensor that a data set has captured.
-    description = array.__array_interface__ | {"data": (array.ctypes.data, False)}
-    alias = np.asarray(types.SimpleNamespace(__array_interface__=description, owner=array))
-    return tf.experimental.dlpack.from_dlpack(alias.__dlpack__())
+    labels = tf.constant(split.labels)
+    # TensorFlow never forgets a function. `read`, which the data set has, keeps the split.
+    reference = weakref.ref(split)
 
+    def gather(examples):
+        split = reference()
+        rows = examples if split.rows is None else split.rows.take(examples)
+        return split.stored.take(rows, axis=0)
 
-def _in_place(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Keeps TensorFlow from copying the tensors that a data set captures.
+    def read(examples):
+        images = tf.numpy_function(gather, [examples], tf.uint8, stateful=False)
+        images = tf.ensure_shape(images, (*examples.shape, *split.image_shape))
+        return images, tf.one_hot(tf.gather(labels, examples), classes)
 
-    Every rewriting of its graph does so: each of the optimizations, and sharding, which is for more
-    workers than one. That would be all images once more, and in memory.
-    """
-    options = tf.data.Options()
-    # The tuning thread sleeps for up to a minute and misses, one time in three, that an iterator is
-    # to end: the end of an evaluation, and of the process, would wait for it. It made nothing faster.
-    options.autotune.enabled = False
-    options.experimental_optimization.apply_default_optimizations = False
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return dataset.with_options(options)
+    return read
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
@@ -92,7 +75,7 @@ def training_batches(
         microbatches: into how many equal microbatches, one after another, each batch is split.
     """
     steps = steps_per_epoch(split, batch_size)
-    stored, rows, labels = _as_tensors(split)
+    read_examples = _reader(split, classes)
     transform = augmentation.parse(augment)
     positions, sizes = _positions(batch_size, share, microbatches)
     order_seed, augment_seed = (seed, 0), (seed, 1)
@@ -107,9 +90,7 @@ def training_batches(
 
     def batch(step, indices):
         def read(positions):
-            chosen = indices if positions is None else tf.gather(indices, positions)
-            label = tf.one_hot(tf.gather(labels, chosen), classes)
-            return tf.gather(stored, tf.gather(rows, chosen)), label
+            return read_examples(indices if positions is None else tf.gather(indices, positions))
 
         fold = tf.random.experimental.stateless_fold_in
         drawn = fold(tf.constant(augment_seed), tf.cast(step, tf.int32))
@@ -139,17 +120,15 @@ def evaluation_batches(
         share: the replicas to read for. The elements are then pieces, as in `training_batches`, and
             begin again after those of `evaluation_steps` batches, without end.
     """
-    stored, rows, labels = _as_tensors(split)
+    read = _reader(split, classes)
     positions, sizes = _positions(batch_size, share)
 
     def batch(indices):
         if positions is not None:
             indices = tf.gather(indices, positions)
         filling = indices >= len(split)
-        indices = tf.where(filling, tf.zeros_like(indices), indices)
-        # one_hot makes an index of -1 all zero.
-        label = tf.where(filling, -tf.ones_like(indices), tf.gather(labels, indices))
-        return tf.gather(stored, tf.gather(rows, indices)), tf.one_hot(label, classes)
+        images, label = read(tf.where(filling, tf.zeros_like(indices), indices))
+        return images, tf.where(filling[:, None], 0.0, label)
 
     count = evaluation_steps(split, batch_size) * batch_size
     indices = tf.data.Dataset.range(count).batch(batch_size, drop_remainder=True)
@@ -208,4 +187,8 @@ def _in_pieces(batches: tf.data.Dataset, sizes: list[int]) -> tf.data.Dataset:
 
 
 def _finished(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    return _in_place(dataset.prefetch(tf.data.AUTOTUNE))
+    options = tf.data.Options()
+    # The tuning thread sleeps for up to a minute and misses, one time in three, that an iterator is
+    # to end: the end of an evaluation, and of the process, would wait for it. It made nothing faster.
+    options.autotune.enabled = False
+    return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)

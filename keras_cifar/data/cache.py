@@ -1,8 +1,8 @@
-"""Decoded images on disk, made once and mapped into memory from then on.
+"""A cache of decoded images on disk, which are memory-mapped.
 
 An entry is one split of a source at one size: a directory named by a hash of all that decides its
-pixels. It is written under another name, put on the disk and renamed, so it is whole or not there.
-Entries are never changed: whoever has one mapped keeps it, also when it is replaced or deleted.
+pixels. It is written under another name, synced and renamed, so it is either complete or not there.
+Entries never change: a process that has mapped one keeps it, even when it is replaced or deleted.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from keras_cifar.core.files import sync
 from keras_cifar.data.images import VERSION
 from keras_cifar.data.splits import Split, pixel_digests
 
-# Of the files of an entry. What decodes is part of the name too, so that no entry outlives it.
-LAYOUT = 2
+LAYOUT = 2  # of the files of an entry
+
+# Part of an entry's name, so that other versions decode again.
 DECODER = [LAYOUT, VERSION, PIL.__version__, tf.__version__]
 
-SAMPLE = 16  # images of an entry that are compared with their digests when it is opened
-
+SAMPLE = 16  # images whose digests are checked when an entry is opened
 BLOCK = 2**23  # bytes of pixels that are decoded before they are written
 
 # write(start, images) puts uint8 [n, H, W, 3] into rows start ... start + n; threads may call it.
@@ -46,8 +46,8 @@ class Cache:
     """A directory of entries.
 
     Args:
-        directory: None is `$XDG_CACHE_HOME/keras_cifar` or `~/.cache/keras_cifar`, and a directory
-            for temporary files where that cannot be written.
+        directory: None is `$XDG_CACHE_HOME/keras_cifar` or `~/.cache/keras_cifar`, or a directory
+            for temporary files where that is not writable.
     """
 
     def __init__(self, directory: str | None = None):
@@ -55,12 +55,9 @@ class Cache:
         self._places = [pathlib.Path(directory).expanduser()] if directory else default_places()
 
     def find(self, cache_key: dict) -> Split | None:
-        """The entry of that description; None where there is none, or a damaged one."""
-        for place in self._places:
-            split = _open(place / _name(cache_key))
-            if split is not None:
-                return split
-        return None
+        """The entry with this key; None if it is missing or damaged."""
+        found = (_open(place / _name(cache_key)) for place in self._places)
+        return next((split for split in found if split is not None), None)
 
     def make(
         self,
@@ -70,27 +67,27 @@ class Cache:
         fill: Callable[[Write], np.ndarray],
         unreadable: Mapping[int, str] = types.MappingProxyType({}),
     ) -> Split:
-        """Makes an entry, unless another process does so at the same time, and opens it.
+        """Creates an entry and opens it, or waits for another process that creates it.
 
         Args:
             cache_key: all that decides the pixels and labels, for JSON; "source" names the kind.
             shape: (N, H, W, 3).
             what: the split, for messages.
             fill: writes all images and returns the labels, int64 [N].
-            unreadable: when `fill` has returned, the rows that it found no picture for, and why.
+            unreadable: row -> why, of images that `fill` could not decode; read after `fill`.
 
         Raises:
-            UserError: the directory cannot be written, or the disk is too full; and what `fill`
-                raises. Nothing is left then.
+            UserError: the directory is not writable, or the disk is too full. Like any error of
+                `fill`, it leaves no files behind.
         """
         if not shape[0]:
             return Split(np.empty(shape, np.uint8), np.empty(0, np.int64))
         name, place = _name(cache_key), self._writable
         with _lock(place / f"{name}.lock", what) as locked:
-            split = locked and _open(place / name)
-            if split:
-                return split
             if locked:
+                split = _open(place / name)
+                if split is not None:
+                    return split
                 _clean(place, name)
             _check_space(place, shape, what)
             temporary = place / f"{name}.building-{secrets.token_hex(8)}"
@@ -107,12 +104,12 @@ class Cache:
                 shutil.rmtree(temporary, ignore_errors=True)
             split = _open(place / name)
         if split is None:
-            raise UserError(f"{what}: {place / name} was damaged while it was written; start again")
+            raise UserError(f"{what}: {place / name} was damaged while it was written; try again")
         return split
 
     @functools.cached_property
     def _writable(self) -> pathlib.Path:
-        """The first place that can be written."""
+        """The first writable place."""
         errors = []
         for place in self._places:
             try:
@@ -120,10 +117,10 @@ class Cache:
                 tempfile.TemporaryFile(dir=place).close()
             except OSError as error:
                 errors.append(f"{place} cannot be written ({reason(error)})")
-                continue
-            if errors:
-                print(f"cache     {errors[0]}; {place} is used", file=sys.stderr, flush=True)
-            return place
+            else:
+                if errors:
+                    print(f"cache     {errors[0]}; using {place}", file=sys.stderr, flush=True)
+                return place
         flag = f"--cache_dir={self._given}: " if self._given else ""
         raise UserError(f"{flag}the cache {errors[0]}; choose another --cache_dir")
 
@@ -134,14 +131,14 @@ def in_block(image_shape: tuple[int, int, int]) -> int:
 
 
 def default_places() -> list[pathlib.Path]:
-    """Where entries are where no --cache_dir is given, the preferred place first."""
+    """Where entries are without --cache_dir, the preferred place first."""
     places = []
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # The standard has such a value ignored.
+    if not base.is_absolute():  # The standard says to ignore it.
         base = pathlib.Path(os.path.expanduser("~"), ".cache")
     if base.is_absolute():  # "~" stays where the user has no home.
         places.append(base / "keras_cifar")
-    # Of one user, who alone may write what he will train on.
+    # One for each user: nobody else may write what is trained on.
     return [*places, pathlib.Path(tempfile.gettempdir(), f"keras_cifar-{os.getuid()}")]
 
 
@@ -154,12 +151,12 @@ def _name(cache_key: dict) -> str:
 
 
 def _open(path: pathlib.Path) -> Split | None:
-    """The entry at `path`, its images mapped; None where there is none or it is damaged."""
+    """The entry at `path`, its images mapped; None if it is missing or damaged."""
     try:
         about = json.loads((path / "entry.json").read_text("utf-8"))
         if (path / "images.npy").stat().st_size != about["bytes"]:
             return None
-        # Not to be written, even privately: Linux would refuse to map more than it has memory for.
+        # Read-only: Linux refuses a writable mapping, even a private one, larger than the memory.
         images = np.load(path / "images.npy", mmap_mode="r").view(np.ndarray)
         split = Split(
             images,
@@ -169,8 +166,8 @@ def _open(path: pathlib.Path) -> Split | None:
         )
         if list(images.shape) != about["shape"] or images.dtype != np.uint8:
             return None
-        # Of labels and digests, and by some of the digests of the pixels: all of them may be more
-        # than the memory holds.
+        # The fingerprint covers labels and digests. Of the pixels, a sample is compared with the
+        # digests: all of them may be more than the memory holds.
         if len(images) != len(split) or split.fingerprint != about["fingerprint"]:
             return None
         sample = np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)
@@ -191,14 +188,13 @@ def _write(
     fill: Callable,
     unreadable: Mapping[int, str],
 ) -> None:
-    """Writes the files of an entry into the directory `path` and puts them on the disk."""
+    """Writes and syncs the files of an entry in the directory `path`."""
     digests = np.empty((shape[0], 16), np.uint8)
     stride = int(np.prod(shape[1:]))
     with (
         open(path / "images.npy", "wb", buffering=0) as file,
         tqdm.tqdm(total=shape[0], desc=f"reading {what}", leave=False, disable=None) as bar,
     ):
-        # NumPy fills the header up to a multiple of 64 bytes, to which TensorFlow's tensors align.
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": shape}
         )
@@ -207,9 +203,8 @@ def _write(
         def write(start, images):
             images = np.ascontiguousarray(images)
             digests[start : start + len(images)] = pixel_digests(images)
-            # Written and not mapped: on a full disk this raises where a mapping kills the process.
-            done = os.pwrite(file.fileno(), images, header + start * stride)
-            if done != images.nbytes:
+            # Not through a mapping, where a full disk kills the process.
+            if os.pwrite(file.fileno(), images, header + start * stride) != images.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             bar.update(len(images))
 
@@ -217,6 +212,7 @@ def _write(
         os.fsync(file.fileno())
     np.save(path / "labels.npy", labels)
     np.save(path / "digests.npy", digests)
+    empty = np.empty((0, *shape[1:]), np.uint8)
     about = {
         "what": what,
         "cache_key": cache_key,
@@ -224,9 +220,7 @@ def _write(
         "shape": shape,
         "unusable": sorted(unreadable.items()),
         "bytes": header + shape[0] * stride,
-        "fingerprint": Split(
-            np.empty((0, *shape[1:]), np.uint8), labels, None, digests
-        ).fingerprint,
+        "fingerprint": Split(empty, labels, None, digests).fingerprint,
     }
     (path / "entry.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     for name in ("labels.npy", "digests.npy", "entry.json", "."):
@@ -234,9 +228,9 @@ def _write(
 
 
 def _install(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """Renames a complete entry to its place, which a damaged or an equal one may hold."""
+    """Renames a complete entry to its place, where a damaged or an equal one may be."""
     for _ in range(10):
-        # Only what is there before it is looked at: else it is another's, who has just been faster.
+        # Only an entry that was there before `_open`: a later one comes from a faster process.
         with contextlib.suppress(FileNotFoundError):
             there = os.path.lexists(path)
             if _open(path) is not None:
@@ -265,10 +259,10 @@ def _remove(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _lock(path: pathlib.Path, what: str) -> Iterator[bool]:
-    """Holds the lock of an entry, which ends with the process however that ends.
+    """Holds the lock of an entry, which the system releases when the process ends.
 
-    It saves two processes from doing the same work; the entry is safe without it. So where the file
-    system has no locks, False is yielded instead of True.
+    It saves two processes from doing the same work; the entry is safe without it. Yields whether
+    there is a lock: not all file systems have them.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -291,7 +285,7 @@ def _lock(path: pathlib.Path, what: str) -> Iterator[bool]:
 
 
 def _clean(place: pathlib.Path, mine: str) -> None:
-    """Removes what killed processes left: half-written entries whose lock nobody holds."""
+    """Removes half-written entries whose lock nobody holds: killed processes left them."""
     for path in place.glob("*.building-*"):
         name = path.name.partition(".building-")[0]
         if name == mine:
@@ -307,7 +301,7 @@ def _clean(place: pathlib.Path, mine: str) -> None:
 
 
 def _check_space(place: pathlib.Path, shape: tuple, what: str) -> None:
-    needed = int(np.prod(shape, dtype=object)) + shape[0] * 24  # with labels and digests
+    needed = int(np.prod(shape, dtype=object)) + shape[0] * 24  # labels and digests
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(

@@ -1,5 +1,6 @@
-"""scikit-learn's 1,797 handwritten digits (the test set of the UCI data set of Alpaydin and Kaynak,
-8 x 8 pixels with 17 levels of grey): real images that need no download.
+"""scikit-learn's 1,797 handwritten digits, which need no download.
+
+They are the test set of the UCI data set of Alpaydin and Kaynak: 8 x 8 pixels, 17 levels of grey.
 """
 
 import numpy as np
@@ -8,7 +9,7 @@ from keras_cifar.data.cache import Cache
 from keras_cifar.data.images import resize_images
 from keras_cifar.data.splits import BadImages, Split, Splits, hold_out
 
-SIDE = 32  # pixels; CIFAR's, so that every model of the chapter takes them
+SIDE = 32  # pixels, as CIFAR: every model takes them
 LEVELS = 16  # the brightest grey of the original
 
 

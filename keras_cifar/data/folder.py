@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-import tqdm
 
 from keras_cifar.core import files
 from keras_cifar.core.errors import UserError, check_directory, reason
@@ -20,10 +19,12 @@ from keras_cifar.data.splits import BadImages, Skipped, Split, Splits, check_cla
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 TEST_SHARE = 10  # one file in so many, where there is no test folder
 
-AHEAD = 64  # files that the system is told of before they are read
+# Files of a split whose contents are compared with those that were decoded. Of the others, the size,
+# the time of the last change and the permissions are.
+SAMPLE = 64
 
-# Bytes of a file, on average. Below, threads that decode mostly wait for Python's lock: two of them
-# took 1.3 times as long as one for 32 x 32 pixels, and half as long for 256 x 256.
+# Mean bytes of a file. Below, threads that decode mostly wait for Python's lock: two of them took 1.3
+# times as long as one for 32 x 32 pixels, and half as long for 256 x 256.
 SMALL = 4096
 
 
@@ -32,51 +33,45 @@ def load(
 ) -> Splits:
     """Reads every image below the folder `argument`; the classes are the folders' names, sorted.
 
-    All files are read at each start, to know that they are those that were decoded.
-
     Raises:
-        UserError: a folder or a file cannot be used, or too many files; the message names it.
+        UserError: a folder or a file is invalid, or too many files are; the message names it.
     """
     root = check_directory(argument, "folder")
     below = {name: path for name, path, is_folder in _entries(str(root)) if is_folder}
-    parts = {
+    folders = {
         split: below[name]
         for split, names in SPLIT_FOLDERS.items()
         for name in names
         if name in below
     }
-    if parts and "train" not in parts:
-        raise UserError(f"{root} has a {' and a '.join(parts)} folder but no train folder")
-    found = {split: _classes(folder) for split, folder in (parts or {"train": str(root)}).items()}
+    if folders and "train" not in folders:
+        raise UserError(f"{root} has a {' and a '.join(folders)} folder but no train folder")
+    found = {split: _classes(path) for split, path in (folders or {"train": str(root)}).items()}
     names = tuple(sorted(set().union(*found.values())))
     for split, classes in found.items():
         for name in classes.keys() - found["train"].keys():
             raise UserError(
-                f"class {name!r} is in {parts[split]} but not in {parts['train']}; add training "
-                "images of it or take it out"
+                f"class {name!r} is in {folders[split]} but not in {folders['train']}; add training "
+                "images of it or remove it"
             )
     if "test" not in found:
-        found["train"], found["test"] = _by_hash(found["train"])
+        found["train"], found["test"] = _split_by_hash(found["train"])
         if not found["train"]:
             raise UserError(f"{root} has no training images: it has too few to split")
 
     size = (image_size, image_size) if image_size else None
     splits, skipped = {}, []
-    for split in ("train", *sorted(found.keys() - {"train"})):  # train first: it decides the size
-        splits[split], unreadable = _read(
-            found[split],
-            names,
-            size,
-            given=image_size is not None,
-            what=f"{root} {split}",
-            cache=cache,
-            bad_images=bad_images,
-        )
-        skipped += [Skipped(split, path, why) for path, why in unreadable]
+    for split in ("train", *sorted(found.keys() - {"train"})):  # The size is that of train.
+        source = _Files(found[split], names, f"{root} {split}", bad_images)
+        splits[split] = _read(source, size, image_size is not None, cache)
+        skipped += [Skipped(split, source.paths[row], why) for row, why in source.invalid.items()]
         size = splits[split].image_shape[:2]
     return Splits(
         splits["train"], splits.get("val"), splits["test"], names, str(root), tuple(skipped)
     )
+
+
+# ---- Finding files
 
 
 def _classes(folder: str) -> dict[str, list[str]]:
@@ -85,14 +80,13 @@ def _classes(folder: str) -> dict[str, list[str]]:
     for name, directory, is_folder in _entries(folder):
         if is_folder:
             check_class_name(name, folder)
-            paths = [
+            classes[name] = [
                 path
                 for file, path, _ in _entries(directory)
                 if os.path.splitext(file)[1].lower() in SUFFIXES
             ]
-            if not paths:
+            if not classes[name]:
                 raise UserError(f"class folder {directory} has no images; fill it or remove it")
-            classes[name] = paths
     if not classes:
         raise UserError(
             f"{folder} has no class folders; expected {folder}/<class>/*.jpg, "
@@ -118,7 +112,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _by_hash(classes: dict) -> tuple[dict, dict]:
+def _split_by_hash(classes: dict) -> tuple[dict, dict]:
     """(train, test): a file's split depends on its class and name alone, so adding files moves none."""
 
     def is_test(path):
@@ -137,121 +131,162 @@ def _relative(path: str) -> str:
     return "/".join(path.rsplit("/", 2)[1:])
 
 
-class _Unreadable:
-    """The pictures of a split that cannot be used: each is added once it is found.
+# ---- Reading files
+
+
+class _Files:
+    """The image files of a split.
 
     Attributes:
-        found: row -> why.
+        paths, labels: of each file, by class and name.
+        states: what `_state` says of each file.
+        where: the split, for messages.
+        invalid: row -> why, of files that are found to be no image.
     """
 
-    def __init__(self, paths: list[str], what: str, bad_images: BadImages):
-        self.found: dict[int, str] = {}
-        self._paths, self._what, self._bad_images = paths, what, bad_images
+    def __init__(self, classes: dict, names: tuple, where: str, bad_images: BadImages):
+        self.paths = [path for name in names for path in classes.get(name, ())]
+        counts = [len(classes.get(name, ())) for name in names]
+        self.labels = np.repeat(np.arange(len(names), dtype=np.int64), counts)
+        self.states = [_state(path) for path in self.paths]
+        self.names, self.where, self._bad_images = names, where, bad_images
+        self.invalid: dict[int, str] = {}
 
-    def add(self, row: int, why: str) -> None:
-        """Notes a picture.
+    def reject(self, row: int, why: str) -> None:
+        """Notes that a file is no image.
 
         Raises:
-            UserError: none is to be left out, or so many are not.
+            UserError: no file, or no more of them, may be skipped.
         """
-        path, share = self._paths[row], self._bad_images.max_share
+        path, share = self.paths[row], self._bad_images.max_share
         if not self._bad_images.skip:
             raise UserError(
-                f"{path} cannot be used: {why}; mend it, take it out or give --on_bad_image=skip"
+                f"{path} cannot be read: {why}; repair it, remove it or give --on_bad_image=skip"
             )
-        self.found[row] = why
-        if len(self.found) > share * len(self._paths):
+        self.invalid[row] = why
+        if len(self.invalid) > share * len(self.paths):
             raise UserError(
-                f"{self._what}: more than --max_bad_share={share:g} of its {len(self._paths):,} "
-                f"pictures cannot be used, such as {path}: {why}; mend them, take them out or allow "
-                "more"
+                f"{self.where}: more than --max_bad_share={share:g} of its {len(self.paths):,} "
+                f"images cannot be read, such as {path}: {why}; repair them, remove them or allow more"
             )
 
+    def image(self, row: int, size: tuple[int, int] | None) -> np.ndarray:
+        """Decodes a file, not quite to `size` yet.
 
-def _read(
-    classes: dict,
-    names: tuple,
-    size: tuple[int, int] | None,
-    given: bool,
-    what: str,
-    cache: Cache,
-    bad_images: BadImages,
-) -> tuple[Split, list[tuple[str, str]]]:
-    """The images of a split, in the order of their files, and (path, why) of those left out.
+        Raises:
+            ImageError: it is no image.
+            UserError: it was changed since its state was read.
+        """
+        path = self.paths[row]
+        image = load_image(_contents(path), size, exact=False)
+        if _state(path) != self.states[row]:
+            raise UserError(f"{path} was changed while the folder was read; start again")
+        return image
 
-    They are decoded unless `cache` has them. There, as in the order, is every file: an entry does not
-    depend on what is done about bad ones.
+    def first_size(self) -> tuple[int, int]:
+        """(height, width) of the first file that is an image."""
+        for row in range(len(self.paths)):
+            try:
+                return self.image(row, None).shape[:2]
+            except ImageError as error:
+                self.reject(row, str(error))
+        raise AssertionError("no share is so large that all are skipped")
+
+    def key(self) -> str:
+        """A hash that tells whether these files were decoded before, wherever they are."""
+        digest = hashlib.sha256()
+        for label, path, state in zip(self.labels, self.paths, self.states, strict=True):
+            digest.update(b"%d/%s/%s\0" % (label, os.fsencode(_relative(path)), state))
+        for row in np.unique(np.linspace(0, len(self.paths) - 1, SAMPLE).astype(int)):
+            with contextlib.suppress(ImageError):  # Decoding it will say why.
+                digest.update(hashlib.sha256(_contents(self.paths[row])).digest())
+        return digest.hexdigest()
+
+
+def _state(path: str) -> bytes:
+    """What changes with a file's contents or with whether they can be read."""
+    try:
+        found = os.stat(path)
+    except OSError:  # Reading it will say why.
+        return b""
+    return b"%d %d %o" % (found.st_size, found.st_mtime_ns, found.st_mode)
+
+
+def _contents(path: str) -> bytes:
+    """All bytes of a file, or an ImageError."""
+    try:
+        return files.read(path, MAX_FILE)
+    except OSError as error:
+        raise ImageError(reason(error)) from None
+
+
+def _read(source: _Files, size: tuple[int, int] | None, given: bool, cache: Cache) -> Split:
+    """The images of a split, in the order of their files, decoded unless `cache` has them.
+
+    An entry has every file, the invalid ones black: it does not depend on what is done about these.
 
     Args:
         size: that all have, or are resized to if it was `given`; None is that of the first.
     """
-    paths = [path for name in names for path in classes.get(name, ())]
-    labels = [index for index, name in enumerate(names) for _ in classes.get(name, ())]
-    if not paths:  # Only a test split of too few files can be empty; `finish` says so.
-        return Split(np.empty((0, *size, 3), np.uint8), np.array(labels, np.int64)), []
-    unreadable = _Unreadable(paths, what, bad_images)
-    digests, length = _digest(paths, what, unreadable)
-    contents = hashlib.sha256()
-    for label, path, digest in zip(labels, paths, digests, strict=True):
-        contents.update(b"%d/%s/%s" % (label, os.fsencode(_relative(path)), digest))
-    cache_key = {
+    if not source.paths:  # Only a test split of too few files can be empty; `finish` says so.
+        return Split(np.empty((0, *size, 3), np.uint8), source.labels)
+    key = {
         "source": "folder",
-        "contents": contents.hexdigest(),
+        "files": source.key(),
         "image_size": size if given else None,
     }
-
-    def fill(write):
-        workers = 1 if length < SMALL * len(paths) else os.cpu_count()
-        _decode(paths, digests, shape, given, workers, write, unreadable)
-        return np.array(labels, np.int64)
-
-    split = cache.find(cache_key)
+    split = cache.find(key)
     if split is None:
-        shape = (len(paths), *(size or _first_size(paths, digests, unreadable)), 3)
-        split = cache.make(cache_key, shape, what, fill, unreadable.found)
+        shape = (len(source.paths), *(size or source.first_size()), 3)
+
+        def fill(write):
+            _decode(source, shape, given, write)
+            return source.labels
+
+        split = cache.make(key, shape, source.where, fill, source.invalid)
     if size and split.image_shape[:2] != size:  # It was made beside another train.
-        raise _other_size(paths[0], split.image_shape, size)
+        raise _other_size(source.paths[0], split.image_shape, size)
     if not split.unreadable:
-        return split, []
+        return split
     for row, why in split.unreadable:
-        unreadable.add(row, why)
-    rows = np.setdiff1d(np.arange(len(paths)), [row for row, _ in split.unreadable])
-    split = split.take(rows)
-    for label in np.setdiff1d(labels, split.labels):
-        raise UserError(f"class {names[label]!r} of {what} has no picture that can be used")
-    return split, [(paths[row], why) for row, why in split.unreadable]
+        source.reject(row, why)
+    split = split.take(np.setdiff1d(np.arange(len(split)), list(source.invalid)))
+    for label in np.setdiff1d(source.labels, split.labels):
+        raise UserError(f"class {source.names[label]!r} of {source.where} has no image left")
+    return split
 
 
-def _first_size(paths: list[str], digests: list[bytes], unreadable: _Unreadable) -> tuple[int, int]:
-    """(height, width) of the first picture that can be used."""
-    for row, path in enumerate(paths):
+def _decode(source: _Files, shape: tuple, given: bool, write: Write) -> None:
+    """Decodes the files into rows of `shape` [N, H, W, 3], in blocks; invalid ones are black."""
+    count, size = shape[0], shape[1:3]
+    block = in_block(shape[1:])
+
+    def images(rows):
+        for row in rows:
+            try:
+                image = source.image(row, size if given else None)
+            except ImageError as error:
+                source.reject(row, str(error))
+                image = np.zeros(shape[1:], np.uint8)
+            if not given and image.shape[:2] != size:
+                raise _other_size(source.paths[row], image.shape, size)
+            yield image
+
+    def decode(start):
+        rows = range(start, min(start + block, count))
+        _announce(source.paths[start : start + block])
+        groups = _grouped(images(rows))
+        write(start, np.concatenate([resize_each(group, size) for group in groups]))
+
+    length = sum(int(state.split()[0]) for state in source.states if state)
+    workers = 1 if length < SMALL * count else os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
-            return _picture(path, digests[row], None).shape[:2]
-        except ImageError as error:
-            unreadable.add(row, str(error))
-    raise AssertionError("no share is so large that all are left out")
-
-
-def _digest(paths: list[str], what: str, unreadable: _Unreadable) -> tuple[list[bytes], int]:
-    """A hash of the contents of each file, and the bytes of all of them together.
-
-    A file that cannot be read has the hash of the reason.
-    """
-    digests, length = [], 0
-    with tqdm.tqdm(total=len(paths), desc=f"checking {what}", leave=False, disable=None) as bar:
-        for start in range(0, len(paths), AHEAD):
-            block = paths[start : start + AHEAD]
-            _announce(block)
-            for row, path in enumerate(block, start):
-                try:
-                    contents = _contents(path)
-                except ImageError as error:
-                    unreadable.add(row, str(error))
-                    contents = b"unreadable: " + str(error).encode()
-                digests.append(_hash(contents))
-                length += len(contents)
-            bar.update(len(block))
-    return digests, length
+            for _ in pool.map(decode, range(0, count, block)):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _announce(paths: list[str]) -> None:
@@ -267,79 +302,16 @@ def _announce(paths: list[str]) -> None:
                 os.close(descriptor)
 
 
-def _contents(path: str) -> bytes:
-    """All bytes of a file, or an ImageError."""
-    try:
-        return files.read(path, MAX_FILE)
-    except OSError as error:
-        raise ImageError(reason(error)) from None
-
-
-def _hash(contents: bytes) -> bytes:
-    return hashlib.blake2b(contents, digest_size=16).digest()
-
-
-def _decode(
-    paths: list[str],
-    digests: list[bytes],
-    shape: tuple,
-    given: bool,
-    workers: int,
-    write: Write,
-    unreadable: _Unreadable,
-) -> None:
-    """Decodes the files into rows of `shape` [N, H, W, 3], in blocks; unreadable ones are black."""
-    size = shape[1:3]
-    block = in_block(shape[1:])
-
-    def pictures(part):
-        for index in part:
-            try:
-                picture = _picture(paths[index], digests[index], size if given else None)
-            except ImageError as error:
-                unreadable.add(index, str(error))
-                picture = np.zeros((*size, 3), np.uint8)
-            if not given and picture.shape[:2] != size:
-                raise _other_size(paths[index], picture.shape, size)
-            yield picture
-
-    def decode(start):
-        part = range(start, min(start + block, len(paths)))
-        groups = _together(pictures(part))
-        write(start, np.concatenate([resize_each(group, size) for group in groups]))
-
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        try:
-            for _ in pool.map(decode, range(0, len(paths), block)):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _together(pictures: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Lists of pictures in order, each of at most BLOCK bytes or one picture."""
+def _grouped(images: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Lists of images in order, each of at most BLOCK bytes or one image."""
     group, held = [], 0
-    for picture in pictures:
-        if group and held + picture.nbytes > BLOCK:
+    for image in images:
+        if group and held + image.nbytes > BLOCK:
             yield group
             group, held = [], 0
-        group.append(picture)
-        held += picture.nbytes
+        group.append(image)
+        held += image.nbytes
     yield group
-
-
-def _picture(path: str, digest: bytes, size: tuple[int, int] | None) -> np.ndarray:
-    """Decodes a file, unless it is no longer the one that was hashed; not quite to `size` yet.
-
-    Raises:
-        ImageError: it cannot be used.
-        UserError: it was changed.
-    """
-    contents = _contents(path)
-    if _hash(contents) != digest:
-        raise UserError(f"{path} was changed while the folder was read; start again")
-    return load_image(contents, size, exact=False)
 
 
 def _other_size(path: str, shape: tuple, size: tuple[int, int]) -> UserError:

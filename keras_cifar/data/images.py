@@ -21,11 +21,11 @@ from PIL import Image, ImageOps
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import open_file, size_of
 
-# Of everything below: another number makes all decoded images on disk be made again.
+# Of everything below. A new number makes the cache decode all images again.
 VERSION = 1
 
-# The formats that are read, by Pillow's names, and the endings (lower case) by which a folder is
-# searched for them. Pillow knows more, of which EPS starts a PostScript interpreter.
+# The formats that are read, by Pillow's names, and their file name suffixes in lower case. Pillow
+# knows more; one of them, EPS, starts a PostScript interpreter.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe"),
     "PNG": (".png",),
@@ -40,38 +40,33 @@ FORMATS = {
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-# Pixels of a picture. Pillow refuses more, before it decodes any, also inside of others (ICO); it is
-# more than the largest camera sensor in use has (151 megapixels, Phase One IQ4). Bytes of a file:
-# three for each of these pixels.
+# Of an image. Pillow refuses more before it decodes any, also in images inside of others (ICO). The
+# largest camera sensor in use has 151 megapixels (Phase One IQ4).
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
-MAX_FILE = 3 * MAX_PIXELS
+MAX_FILE = 3 * MAX_PIXELS  # bytes
 
-# Passes over its pixels that the largest picture may ask for; a smaller one may ask for more. A JPEG
-# has one for each of its scans, 10 in a progressive one as they are made, which can have 31 bytes.
+# Passes over the pixels of the largest image; a smaller one may have more. A JPEG has one for each
+# scan: usual progressive ones have 10, and a scan can have as few as 31 bytes.
 MAX_PASSES = 20
 
 _TOO_MUCH = f"an animated WebP, or more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
 
-# Pixels of the rows that are converted at a time where that takes many bytes for each of them.
-BAND = 2**20
+BAND = 2**20  # pixels that are composited at a time, in float32
 
-# Sides at least this many times the target are first averaged in whole blocks, so that a
-# 100-megapixel photograph does not become 1.2 GB of float32 on its way to 32 x 32.
+# An image with sides of more than twice as many times the target is first averaged in blocks, down to
+# this many times: 100 megapixels in float32 would take 1.2 GB.
 BLOCK_REDUCTION = 16
 
-# Pillow warns of large pictures and damaged metadata; what cannot be read is an error of its own.
+# Pillow warns of large images and damaged metadata. What cannot be read raises an error anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(UserError):
-    """A file is not an image that can be read; the message is the reason alone."""
+    """A file is not an image that can be read. The message is the reason alone."""
 
 
 class _Budget:
-    """Lets threads decode at the same time what has no more than so many pixels together.
-
-    One picture may take a gigabyte. As many at once as there are threads, no machine has memory for.
-    """
+    """Limits the pixels that all threads together decode at a time: an image may take a gigabyte."""
 
     def __init__(self, pixels: int):
         self._free = pixels
@@ -98,19 +93,19 @@ def load_image(
 ) -> np.ndarray:
     """Reads an image file as a person would see it.
 
-    The first frame of an animation; EXIF orientation applied; transparency composited on white;
-    grey, palette, CMYK and 16-bit pictures converted.
+    It takes the first frame of an animation, applies the EXIF orientation, composites transparency on
+    white and converts grey, palette, CMYK and 16-bit images.
 
     Args:
         source: the file, or its contents.
-        size: (height, width) in pixels, or None for the picture's own.
-        exact: False leaves the last step to `resize_each`, which is cheaper for many pictures.
+        size: (height, width) in pixels, or None for the image's own.
+        exact: False leaves the last step to `resize_each`, which is cheaper for many images.
 
     Returns:
         uint8 [height, width, 3], RGB.
 
     Raises:
-        ImageError: the file is empty, truncated, too large, missing or no image.
+        ImageError: the file is empty, truncated, too large, missing or not an image.
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
@@ -120,13 +115,13 @@ def load_image(
             if length > MAX_FILE:
                 raise ImageError(f"it has more than {MAX_FILE:,} bytes")
             with (
-                Image.open(file, formats=tuple(FORMATS)) as picture,
-                _BUDGET.take(picture.width * picture.height),
+                Image.open(file, formats=tuple(FORMATS)) as image,
+                _BUDGET.take(image.width * image.height),
             ):
-                passes = _scans(file) if picture.format in ("JPEG", "MPO") else 1
-                if passes * picture.width * picture.height > MAX_PASSES * MAX_PIXELS:
-                    raise ImageError(f"it has {passes:,} scans, too many for a picture of its size")
-                pixels = _pixels(picture, size)
+                passes = _scans(file) if image.format in ("JPEG", "MPO") else 1
+                if passes * image.width * image.height > MAX_PASSES * MAX_PIXELS:
+                    raise ImageError(f"it has {passes:,} scans, too many for an image of its size")
+                pixels = _pixels(image, size)
                 if pixels.shape[-1] == 4:
                     pixels = _opaque(pixels)
                 return resize_each([pixels], size)[0] if exact and size is not None else pixels
@@ -136,24 +131,25 @@ def load_image(
         raise ImageError("not an image in a format that can be read") from None
     except Image.DecompressionBombError:
         raise ImageError(
-            f"the picture has more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
+            f"the image has more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
         ) from None
     except MemoryError:
-        raise ImageError("the picture is too large for the memory") from None
+        raise ImageError("the image is too large for the memory") from None
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError and more.
         raise ImageError(reason(error)) from None
 
 
-def resize_each(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Resizes uint8 [height, width, 3] each to uint8 [N, *size, 3]; those of one size at once.
+def resize_each(images: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Resizes images uint8 [height, width, 3] of different sizes to uint8 [N, *size, 3].
 
-    A call costs 0.5 ms and an image in it 0.05 ms (64 x 64 to 32 x 32).
+    Those of one size are resized together: a call takes 0.5 ms and 0.05 ms an image (64 x 64 to
+    32 x 32).
     """
-    resized = np.empty((len(pictures), *size, 3), np.uint8)
-    shapes = np.array([picture.shape[:2] for picture in pictures])
+    resized = np.empty((len(images), *size, 3), np.uint8)
+    shapes = np.array([image.shape[:2] for image in images])
     for shape in np.unique(shapes, axis=0):
         rows = np.flatnonzero((shapes == shape).all(1))
-        stack = np.stack([pictures[row] for row in rows])
+        stack = np.stack([images[row] for row in rows])
         resized[rows] = stack if tuple(shape) == tuple(size) else resize_images(stack, size).numpy()
     return resized
 
@@ -167,27 +163,25 @@ def _scans(file: BinaryIO) -> int:
     return found
 
 
-def _pixels(picture: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
+def _pixels(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
     """uint8 [height, width, 3 or 4] of the first frame, upright."""
-    picture.load()
-    ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode.startswith("I") or picture.mode == "F":
-        picture = Image.fromarray(_eight_bit(np.asarray(picture)))
-    transparent = (
-        picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
-    )
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_eight_bit(np.asarray(image)))
+    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     mode = "RGBA" if transparent else "RGB"
-    if picture.mode != mode or "transparency" in picture.info:
-        picture = picture.convert(mode)
+    if image.mode != mode or "transparency" in image.info:
+        image = image.convert(mode)
     if size is not None:
-        factor = min(picture.height // size[0], picture.width // size[1])
+        factor = min(image.height // size[0], image.width // size[1])
         if factor >= 2 * BLOCK_REDUCTION:
-            picture = picture.reduce(factor // BLOCK_REDUCTION)
-    return np.asarray(picture)
+            image = image.reduce(factor // BLOCK_REDUCTION)
+    return np.asarray(image)
 
 
 def _opaque(pixels: np.ndarray) -> np.ndarray:
-    """`on_white` of uint8 [height, width, 4], in bands of rows: it computes in float32."""
+    """Composites uint8 [height, width, 4] on white, in bands of rows to save memory."""
     opaque = np.empty((*pixels.shape[:2], 3), np.uint8)
     rows = max(1, BAND // pixels.shape[1])
     for start in range(0, len(pixels), rows):
@@ -196,7 +190,7 @@ def _opaque(pixels: np.ndarray) -> np.ndarray:
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:
-    """uint8 from the integers or floats of a grey picture of more than 8 bits a pixel."""
+    """uint8 from a grey image of integers or floats of more than 8 bits a pixel."""
     if values.dtype.kind == "f":
         values = np.nan_to_num(values)
         scale = 255.0 if values.max(initial=0) <= 1.0 else 1.0
@@ -216,8 +210,8 @@ def decode_image(encoded: tf.Tensor) -> tf.Tensor:
         uint8 [height, width, 3], RGB, transparency composited on white.
 
     Raises:
-        tf.errors.InvalidArgumentError: the bytes are no image, one of more pixels than
-            MAX_PIXELS (of all frames of a GIF), or an animated WebP.
+        tf.errors.InvalidArgumentError: the bytes are not an image, have more than MAX_PIXELS pixels
+            (in all frames of a GIF) or are an animated WebP.
     """
 
     def jpeg():
@@ -243,10 +237,10 @@ def decode_image(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _work(encoded: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
-    """int64 []: height times width by a file's header; more where the decoder does more with them.
+    """int64 []: the pixels that a decoder will compute, by the file's header; 0 if it is no image.
 
-    TensorFlow's decoders have limits of their own, which are higher, read every frame of a GIF and
-    every scan of a JPEG, and fail on an animated WebP. 0 for what is no picture.
+    TensorFlow's own limits are higher. Its decoders read every frame of a GIF and every scan of a
+    JPEG, and crash on an animated WebP.
     """
     start = tf.strings.substr(encoded, 0, 30)
     header = tf.cast(tf.io.decode_raw(start, tf.uint8, fixed_length=30), tf.int64)
@@ -254,29 +248,29 @@ def _work(encoded: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
     def number(*places):  # the lowest byte first
         return sum(header[place] * 2 ** (8 * i) for i, place in enumerate(places))
 
-    def pieces(separator):
-        return tf.size(tf.strings.split(encoded, separator), tf.int64)
+    def count(marker):
+        return tf.size(tf.strings.split(encoded, marker), tf.int64) - 1
 
-    def jpeg():  # begin of a scan
+    def jpeg():  # The marker begins a scan.
         area = tf.reduce_prod(tf.image.extract_jpeg_shape(encoded, tf.int64)[:2])
-        return tf.maximum(area, area * (pieces(b"\xff\xda") - 1) // MAX_PASSES)
+        return tf.maximum(area, area * count(b"\xff\xda") // MAX_PASSES)
 
-    def png():  # IHDR is the first chunk; sides of 2**31 and more are none
+    def png():  # IHDR is the first chunk. Sides of 2**31 and more are invalid.
         return number(19, 18, 17, 16) * tf.minimum(number(23, 22, 21, 20), 2**31)
 
-    def gif():  # the logical screen; what is before a frame ends in 0, but for some first ones
-        return number(6, 7) * number(8, 9) * tf.maximum(pieces(b"\0,") - 1, 1)
+    def gif():  # The logical screen. Before most frames is a block that ends in 0.
+        return number(6, 7) * number(8, 9) * tf.maximum(count(b"\0,"), 1)
 
-    def bmp():  # a negative height says that the first row is the top
+    def bmp():  # A negative height means that the first row is the top.
         rows = number(22, 23, 24, 25)
         return number(18, 19, 20, 21) * tf.where(header[25] > 127, 2**32 - rows, rows)
 
-    def webp():  # RFC 9649: lossy, lossless, and what has more than a picture
+    def webp():  # RFC 9649: lossy, lossless or extended.
         packed = number(21, 22, 23, 24)
         lossless = (packed % 2**14 + 1) * (packed // 2**14 % 2**14 + 1)
         lossy = number(26, 27) % 2**14 * (number(28, 29) % 2**14)
         extended = (number(24, 25, 26) + 1) * (number(27, 28, 29) + 1)
-        # TensorFlow 2.21 writes animations beyond the end of what it allocated: the process dies.
+        # TensorFlow 2.21 writes animations beyond the end of its memory, and the process dies.
         extended = tf.where(header[20] & 2 == 0, extended, MAX_PIXELS + 1)
         return tf.where(
             header[15] == ord("L"), lossless, tf.where(header[15] == ord("X"), extended, lossy)
@@ -302,7 +296,7 @@ def _opaque_in_graph(pixels: tf.Tensor) -> tf.Tensor:
     def composite(i, bands):
         return i + 1, bands.write(i, on_white(pixels[i * rows : (i + 1) * rows]))
 
-    # One at a time, or the memory would be that of all.
+    # One at a time, to save memory.
     _, bands = tf.while_loop(lambda i, _: i < count, composite, (0, bands), parallel_iterations=1)
     return bands.concat()
 
@@ -310,15 +304,15 @@ def _opaque_in_graph(pixels: tf.Tensor) -> tf.Tensor:
 def decode_images(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes and resizes many images inside a graph, in parallel; a bad one stops no others.
 
-    A graph cannot catch an error, but a tf.data pipeline can leave out what has one.
+    A graph cannot catch an error, but a tf.data pipeline can skip the element that has one.
 
     Args:
         encoded: string [N].
         size: (height, width) in pixels.
 
     Returns:
-        (uint8 [N, *size, 3], bool [N]): the pixels, and whether they are those of the image; where
-        it could not be decoded they have no meaning.
+        (uint8 [N, *size, 3], bool [N]): the pixels, and whether the image could be decoded. Where
+        it could not, the pixels are those of another image.
     """
 
     def finished(number, contents):
@@ -328,7 +322,7 @@ def decode_images(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor,
     numbers = tf.range(count)
     images = tf.data.Dataset.from_tensor_slices((numbers, encoded))
     images = images.map(finished, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
-    # One more than there are, so that there is always an element, and a next one after each.
+    # A sentinel at the end: there is always an element, and one after each.
     last = tf.data.Dataset.from_tensors((count, tf.zeros((*size, 3), tf.uint8)))
     options = tf.data.Options()
     options.autotune.enabled = False  # a thread a core from the start, and none that measures
@@ -349,7 +343,7 @@ def on_white(pixels: tf.Tensor) -> tf.Tensor:
 def resize_images(pixels: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     """Resizes uint8 [..., height, width, 3] to `size` (height, width): bilinear, antialiased.
 
-    The whole picture is kept, so its proportions change where they differ from those of `size`.
+    The whole image is kept, so its aspect ratio becomes that of `size`.
     """
     resized = tf.image.resize(pixels, size, method="bilinear", antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)

@@ -17,11 +17,11 @@ class Split:
     """Images and labels: some rows, in some order, of images in memory or mapped from a disk.
 
     Attributes:
-        stored: uint8 [M, H, W, 3], RGB in [0, 255]; splits that were taken from one share it.
+        stored: uint8 [M, H, W, 3], RGB in [0, 255]; splits that `take` made share it.
         labels: int64 [N], indices into the class names.
-        rows: int64 [N], the rows of `stored` that are this split's; None is all of them.
-        digests: uint8 [M, 16], `pixel_digests` of `stored`, where they are known already.
-        unreadable: (row of `stored`, why) of pictures that could not be decoded; black there.
+        rows: int64 [N], the rows of `stored` in this split; None is all of them.
+        digests: uint8 [M, 16], `pixel_digests` of `stored` where they are known.
+        unreadable: (row of `stored`, why) of images that could not be decoded; black there.
     """
 
     stored: np.ndarray
@@ -55,7 +55,7 @@ class Split:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the pixels and labels in order: equal for equal data only."""
+        """A hash of the pixels and labels in order."""
         if self.digests is None:
             digests = pixel_digests(self.stored, self.rows)
         else:
@@ -67,7 +67,7 @@ class Split:
 
 
 def pixel_digests(images: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [n, 16]: a hash of each image uint8 [H, W, 3], of all or of those in `rows`."""
+    """uint8 [n, 16]: a hash of each image uint8 [H, W, 3], or of those in `rows`."""
     rows = range(len(images)) if rows is None else rows
     joined = b"".join(
         hashlib.blake2b(np.ascontiguousarray(images[row]), digest_size=16).digest() for row in rows
@@ -77,11 +77,11 @@ def pixel_digests(images: np.ndarray, rows: np.ndarray | None = None) -> np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class BadImages:
-    """What is done about pictures that cannot be used.
+    """What to do about images that cannot be read.
 
     Attributes:
-        skip: they are left out, instead of stopping at the first.
-        max_share: of a split's pictures that may be left out.
+        skip: skip them instead of stopping at the first.
+        max_share: the share of a split's images that may be skipped.
     """
 
     skip: bool = False
@@ -90,7 +90,7 @@ class BadImages:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A picture that was left out: of which split of the source, its file, and why."""
+    """An image that was skipped: in which split of the source, its file, and why."""
 
     split: str
     file: str
@@ -99,7 +99,7 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Splits:
-    """What a source has. `val` is None where it has no validation split of its own."""
+    """The splits of a source; `val` is None where it has none."""
 
     train: Split
     val: Split | None
@@ -132,7 +132,7 @@ class Dataset:
         return split
 
     def describe(self) -> dict:
-        """The splits as they are written into config.json."""
+        """The size and fingerprint of each split, for config.json."""
         splits = {name: getattr(self, name) for name in ("train", "val", "test")}
         return {
             name: {"count": len(split), "fingerprint": split.fingerprint}
@@ -145,8 +145,8 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
     """Checks a source's splits and holds validation out of train where it is missing.
 
     Raises:
-        UserError: a split is empty, a class to be tested cannot be learnt, or a class has a name
-            that is no line of text.
+        UserError: a split is empty, train lacks a class of another split, or the name of a class is
+            not a line of text.
     """
     train, val, test = splits.train, splits.val, splits.test
     for name in splits.class_names:
@@ -157,11 +157,11 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
     known = np.unique(train.labels)
     for name, split in (("val", val), ("test", test)):
         if split is not None:
-            strange = np.setdiff1d(split.labels, known)
-            if len(strange):
+            unknown = np.setdiff1d(split.labels, known)
+            if len(unknown):
                 raise UserError(
-                    f"class {splits.class_names[strange[0]]!r} of {splits.where} is in {name} "
-                    "but not in train; add training images of it or take it out"
+                    f"class {splits.class_names[unknown[0]]!r} of {splits.where} is in {name} "
+                    "but not in train; add training images of it or remove it"
                 )
     if val is None and val_fraction > 0:
         held_out = hold_out(train.labels, val_fraction, seed)
@@ -175,16 +175,13 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
 
 
 def check_class_name(name: str, where: str) -> None:
-    """Raises UserError unless a class name is printable text: labels.txt has one a line."""
+    """Raises UserError unless a class name is printable text: labels.txt has a name a line."""
     if not name.isprintable() or not name.strip():
         raise UserError(f"{where}: a class name must be printable text, not {name!r}")
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """bool [N]: a share of each class, chosen at random, the same for the same seed.
-
-    At least one example of each class stays.
-    """
+    """bool [N]: a random fraction of each class, the same for the same seed; never a whole class."""
     random = np.random.default_rng([seed, 0x5B117])
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -195,13 +192,13 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def allocate(count: int, shape: tuple[int, int, int], where: str) -> np.ndarray:
-    """uint8 [count, *shape] in memory, or a UserError when the machine's cannot hold it."""
+    """uint8 [count, *shape] in memory, or a UserError where the memory is too small."""
     needed = count * int(np.prod(shape))
     available = psutil.virtual_memory().available
     if needed > available:
         raise UserError(
             f"{where}: {count} images of {shape[0]} x {shape[1]} pixels need {needed / 1e9:.1f} GB "
-            f"of memory and {available / 1e9:.1f} GB are free; choose a smaller --image_size"
+            f"of memory and {available / 1e9:.1f} GB are free: choose a smaller --image_size"
         )
     # NumPy aligns to 16 bytes; TensorFlow takes what is aligned to 64 without a copy.
     memory = np.empty(needed + ALIGNMENT, np.uint8)

@@ -1,22 +1,20 @@
-"""How the workers of a run meet, agree and learn why one of them ends. Standard library only.
+"""Rendezvous of the workers of a run: they join, compare values, and learn why one of them ends.
 
-TensorFlow's MultiWorkerMirroredStrategy waits silently for workers that never start. So they meet
-here first: worker 0, the chief, listens on its own port and all others connect to it, until
-TensorFlow takes the same ports. A message is 4 bytes of length and JSON `[kind, content]`:
+TensorFlow's MultiWorkerMirroredStrategy waits silently for workers that never start. Therefore they
+meet here first: worker 0, the chief, listens on its own port until all others have connected to it;
+TensorFlow uses the same port afterwards. A message is a line of JSON, `[kind, content]`:
 
-    hello, accepted    who connects; the chief's answer
-    joined             all are there
-    value, values      what one worker gathers; what all of them do
-    alive              there is nothing else to say
-    failed             why the group ends: the line that every worker shows
+    join, accepted    a worker introduces itself; the chief's answer
+    ready             all workers have joined
+    value, values     what a worker contributes to `all_gather`; the contributions of all
+    heartbeat         the sender is alive
+    failed            why the rendezvous ends: the line that every worker shows
 
 Like TensorFlow's own gRPC this trusts the network: whoever reaches the chief's port while a run
 starts can take part in it or end it. Run it where only the workers reach each other.
 """
 
-import asyncio
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -24,395 +22,306 @@ import queue
 import socket
 import threading
 import time
+import typing
 from collections.abc import Sequence
 
 import keras_cifar
 from keras_cifar.core.errors import UsageError, UserError, reason
 
-# What workers are given that were named no port: below those that Linux gives to outgoing connections.
+# For workers without a given port: below those that Linux gives to outgoing connections.
 PORTS = range(12_000, 32_000)
-PROTOCOL = 1
-MESSAGE_BYTES = 2**30
-# What those who have not said who they are may make us keep, and how many and how long they may.
-HELLO_BYTES, STRANGERS, HELLO_SECONDS = 4096, 1024, 10.0
-BEAT_SECONDS = 5.0
-# At the end: how long another may take nothing of what it is still to be told.
-LINGER_SECONDS = 5.0
-CONNECT_SECONDS, RETRY_SECONDS = 5.0, 0.3
-# Until the thread has heard what was said while something held Python up.
-SETTLE_SECONDS = 1.0
+MAX_MESSAGE_BYTES = 2**28
+# What a client may send, and how long it may be silent, until the chief has accepted it.
+MAX_JOIN_BYTES, JOIN_SECONDS = 4096, 10.0
+CONNECT_SECONDS, RETRY_SECONDS, ACCEPT_SECONDS = 5.0, 0.3, 0.05
+MAX_HEARTBEAT_SECONDS = 5.0
+CLOSE_SECONDS = 5.0  # how long `close` waits for the others to close too
+SETTLE_SECONDS = 1.0  # how long `failure` waits for a message that may be on its way
 
 
 class Rendezvous:
-    """The workers of a run, who talk through the first of them (the chief) until training starts.
+    """Connects the workers of a run through the first of them, the chief, until training starts.
 
     Args:
-        addresses: "host:port" of every worker, the same list at all of them.
-        index: which of them this process is.
-        timeout: seconds to wait for all workers to start.
-        silence: seconds after which a worker that says nothing at all is given up.
+        addresses: "host:port" of every worker, the same list in all of them.
+        index: the position of this process in the list.
+        startup_timeout: seconds to wait for all workers to start.
+        peer_timeout: seconds without a message after which a worker counts as lost.
 
     Raises:
-        UserError: a worker has not started or is not of this run, or a port is in use.
+        UserError: a worker has not started or belongs to another run, or a port is in use.
     """
 
-    def __init__(self, addresses: Sequence[str], index: int, timeout: float, silence: float):
+    def __init__(
+        self, addresses: Sequence[str], index: int, startup_timeout: float, peer_timeout: float
+    ):
         self.addresses, self.index = list(addresses), index
-        self._timeout, self._silence = timeout, silence
+        self._startup_timeout, self._peer_timeout = startup_timeout, peer_timeout
+        self._chief_address = parse_address(self.addresses[0])
+        self._changed = threading.Condition()  # Whoever holds it may change the state, and send.
+        # To all others at the chief, to the chief at the others; when each last sent something.
+        self._connections: dict[int, socket.socket] = {}
+        self._heard: dict[int, float] = {}
+        self._values: dict[int, typing.Any] = {}
+        self._results: queue.SimpleQueue[tuple] = queue.SimpleQueue()  # of (content, failure)
         self._line: str | None = None
-        self._unfit: str | None = None
-        self._failure = self._thread = None
-        self._chief, *_ = [split_address(address) for address in self.addresses]
+        self._ended = threading.Event()
         if len(self.addresses) == 1:
             return
-        listener = None
+        deadline = time.monotonic() + startup_timeout
         try:
-            listener = self._listen()
-        except UserError as error:
+            self._start_thread(self._watch)
             if index == 0:
-                raise
-            self._unfit = str(error)  # The chief is to hear it, and from it the others.
-        # The thread owns the connections; this one only takes its answers, of which the last is
-        # why there will be no more.
-        self._answers = queue.SimpleQueue()
-        self._loop = asyncio.new_event_loop()
-        self._over = asyncio.Event()
-        self._peers, self._strangers, self._values = [], {}, {}
-        self._joined = False
-        self._thread = threading.Thread(target=self._talk, args=[listener], daemon=True)
-        self._thread.start()
-        try:
-            self._answer()
+                self._accept_workers(deadline)
+            else:
+                self._join_chief(deadline)
+            self._next_result()
         except BaseException:
             self.close()
             raise
 
     def all_gather(self, value) -> list:
-        """The JSON value of every worker, in their order; waits until each has given one.
+        """Waits until every worker has given a JSON value; returns all of them in worker order.
 
         Raises:
-            UserError: a worker has ended or is silent.
+            UserError: a worker ended, or was silent for too long.
         """
-        value = json.loads(json.dumps(value))  # what the others will see
+        value = json.loads(json.dumps(value))  # as the others will receive it
         if len(self.addresses) == 1:
             return [value]
-        self._call(self._give, value)
-        return self._answer()
+        if self.index == 0:
+            self._collect(0, value)
+        else:
+            self._send_to_all("value", value)
+        return self._next_result()
 
     def failure(self) -> str | None:
-        """The line on which the group ended, where it did; for a caller who waited elsewhere."""
-        if self._thread:
-            self._thread.join(SETTLE_SECONDS)
+        """Why the rendezvous failed, for a caller that waited elsewhere; None if it did not."""
+        self._ended.wait(SETTLE_SECONDS)
         return self._line
 
     def abort(self, why: str) -> None:
-        """Tells the others, as well as it can, why this worker ends, and closes."""
-        self._call(self._end, f"{self._name(self.index)} ended: {why}")
+        """Tells the others why this worker ends, and closes."""
+        self._end(f"{self._name(self.index)} ended: {why}")
         self.close()
 
     def close(self) -> None:
-        """Leaves the group, which has done its work; what the others are still to get is sent."""
-        self._call(self._end)
-        if self._thread:
-            self._thread.join()
+        """Leaves the rendezvous.
 
-    def _call(self, function, *arguments) -> None:
-        """Has the thread call a function."""
-        if self._thread:
-            with contextlib.suppress(RuntimeError):  # the thread has ended
-                self._loop.call_soon_threadsafe(function, *arguments)
+        Waits for the others: to close first would discard messages that are still on their way.
+        """
+        self._end()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._connections, CLOSE_SECONDS)
+            self._shutdown(socket.SHUT_RDWR)
 
-    def _answer(self):
-        if self._failure is None:
-            kind, content = self._answers.get()
-            if kind != "failed":
-                return content
-            self._failure = content
-        # The process may end on this error: the others are told before.
-        self._thread.join()
-        raise UserError(self._failure)
+    # ---- Joining
+
+    def _accept_workers(self, deadline: float) -> None:
+        """As the chief, accepts connections until all workers have joined."""
+        with listen(self.addresses[0], 0) as listener:
+            listener.settimeout(ACCEPT_SECONDS)
+            while self._missing() and not self._ended.is_set():
+                if time.monotonic() > deadline:
+                    self._end(self._not_started(self._missing()))
+                with contextlib.suppress(OSError):
+                    connection, (host, *_) = listener.accept()
+                    self._start_thread(self._admit, connection, host.removeprefix("::ffff:"))
+        self._send_to_all("ready")
+        self._results.put((None, None))
+
+    def _admit(self, connection: socket.socket, host: str) -> None:
+        """Accepts a client that joins as a worker of this run, and drops any other."""
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            file = stack.enter_context(stack.enter_context(connection).makefile("rb"))
+            connection.settimeout(JOIN_SECONDS)
+            kind, hello = receive(file, MAX_JOIN_BYTES)
+            if kind != "join" or not isinstance(hello, dict):
+                return
+            with self._changed:
+                problem = self._line or self._problem(hello, host)
+                connection.sendall(encode("failed" if problem else "accepted", problem))
+                if problem:
+                    return self._end(problem)
+                self._add(hello["worker"], connection)
+            self._read(hello["worker"], file, stack.pop_all())
+
+    def _problem(self, hello: dict, host: str) -> str | None:
+        """Why a client cannot be a worker of this run."""
+        own, worker = self._hello(), hello.get("worker")
+        who = f"worker {worker} at {host}"
+        if hello.get("version") != own["version"]:
+            versions = f"{hello.get('version')}, worker 0 runs {own['version']}"
+            return f"{who} runs keras_cifar {versions}; install the same version on all"
+        if hello.get("workers") != own["workers"]:
+            return f"{who} was started with other workers than worker 0; give all the same list"
+        if worker not in self._missing():
+            return f"{who} was started twice; give each worker its own index"
+        return hello.get("error")
+
+    def _hello(self, error: str | None = None) -> dict:
+        """How a worker introduces itself; `error` is why it cannot take part."""
+        workers = hashlib.sha256(json.dumps(self.addresses).encode()).hexdigest()
+        version = keras_cifar.__version__
+        return {"worker": self.index, "version": version, "workers": workers, "error": error}
+
+    def _join_chief(self, deadline: float) -> None:
+        """Connects to the chief as soon as it is there."""
+        error = None
+        try:
+            listen(self.addresses[self.index], self.index).close()  # TensorFlow will listen there.
+        except UserError as in_use:
+            error = str(in_use)  # The chief tells all workers.
+            deadline = time.monotonic() + min(CONNECT_SECONDS, self._startup_timeout)
+        while True:
+            try:
+                return self._connect(self._hello(error))
+            except (OSError, UnicodeError) as problem:  # The chief's name may not be known yet.
+                if time.monotonic() + RETRY_SECONDS > deadline:
+                    line = error or self._not_started([0], f" ({reason(problem)})")
+                    raise UserError(line) from None
+                time.sleep(RETRY_SECONDS)
+
+    def _connect(self, hello: dict) -> None:
+        with contextlib.ExitStack() as stack:
+            connection = socket.create_connection(self._chief_address, CONNECT_SECONDS)
+            file = stack.enter_context(stack.enter_context(connection).makefile("rb"))
+            connection.settimeout(self._peer_timeout)
+            connection.sendall(encode("join", hello))
+            kind, content = receive(file, MAX_JOIN_BYTES)
+            if kind == "failed":
+                raise UserError(content)
+            if kind != "accepted":
+                raise ConnectionError("another program answers there")
+            self._add(0, connection)
+            self._start_thread(self._read, 0, file, stack.pop_all())
+
+    def _add(self, worker: int, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        # To send to a worker that is stopped must not block forever.
+        milliseconds = int(1000 * self._peer_timeout)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        with self._changed:
+            self._connections[worker], self._heard[worker] = connection, time.monotonic()
+
+    # ---- Messages
+
+    def _read(self, worker: int, file: typing.BinaryIO, resources: contextlib.ExitStack) -> None:
+        """Handles the messages of a worker until it closes the connection, then closes too."""
+        with contextlib.suppress(OSError), resources:
+            while True:
+                kind, content = receive(file, MAX_MESSAGE_BYTES)
+                self._heard[worker] = time.monotonic()
+                if kind == "failed":
+                    self._end(content)
+                elif kind == "value":
+                    self._collect(worker, content)
+                elif kind in ("ready", "values"):
+                    self._results.put((content, None))
+        self._end(f"{self._name(worker)} ended while the others waited for it")
+        with self._changed:
+            del self._connections[worker]
+            self._changed.notify_all()
+
+    def _collect(self, worker: int, value) -> None:
+        """As the chief, distributes the values as soon as all workers have given theirs."""
+        with self._changed:
+            self._values[worker] = value
+            if len(self._values) == len(self.addresses):
+                values = [self._values[i] for i in range(len(self.addresses))]
+                self._values = {}
+                self._send_to_all("values", values)
+                self._results.put((values, None))
+
+    def _watch(self) -> None:
+        """Sends heartbeats, and ends the rendezvous when a worker sends none."""
+        interval = min(MAX_HEARTBEAT_SECONDS, self._peer_timeout / 10)
+        last = time.monotonic()
+        while not self._ended.wait(interval):
+            now = time.monotonic()
+            # This process was stopped itself, or TensorFlow did not let Python run.
+            late, last = now - last > self._peer_timeout / 2, now
+            with self._changed:
+                for worker in self._connections:
+                    if late:
+                        self._heard[worker] = now
+                    if now - self._heard[worker] > self._peer_timeout:
+                        name = self._name(worker)
+                        self._end(f"{name} has been silent for {self._peer_timeout:g} s")
+            self._send_to_all("heartbeat")
+
+    def _send_to_all(self, kind: str, content=None) -> None:
+        with self._changed:
+            for connection in self._connections.values() if not self._ended.is_set() else ():
+                with contextlib.suppress(OSError):  # Its reader notices.
+                    connection.sendall(encode(kind, content))
+
+    def _shutdown(self, how: int) -> None:
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                connection.shutdown(how)
+
+    def _next_result(self):
+        content, failure = self._results.get()
+        if failure is None:
+            return content
+        self._results.put((None, failure))  # for later calls
+        raise UserError(failure)
+
+    def _end(self, failure: str | None = None) -> None:
+        """Ends the rendezvous, once: tells the others why, and sends nothing more."""
+        with self._changed:
+            if self._ended.is_set():
+                return
+            if failure:
+                self._send_to_all("failed", failure)
+            self._line = failure
+            self._ended.set()
+            self._shutdown(socket.SHUT_WR)
+        # After the others have been told, as the caller may end the process.
+        self._results.put((None, failure or "the rendezvous is closed"))
+
+    def _start_thread(self, function: typing.Callable, *arguments) -> None:
+        threading.Thread(target=function, args=arguments, daemon=True).start()
 
     def _name(self, worker: int) -> str:
         return f"worker {worker} ({self.addresses[worker]})"
 
-    def _listen(self) -> socket.socket:
-        address = self.addresses[self.index]
-        try:
-            return listen(split_address(address)[1])
-        except OSError as error:
-            why = os.strerror(error.errno)
-            raise UserError(f"worker {self.index} cannot use {address}: {why}") from None
-
-    # What follows runs in the thread.
-
-    def _talk(self, listener: socket.socket | None) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            try:
-                runner.run(self._meet(listener))
-            finally:
-                self._answers.put(("failed", "the group of workers is closed"))
-
-    async def _meet(self, listener: socket.socket | None) -> None:
-        deadline = time.monotonic() + (CONNECT_SECONDS if self._unfit else self._timeout)
-        if self.index == 0:
-            self._server = await asyncio.start_server(self._welcome, sock=listener, backlog=1024)
-        else:
-            if listener:
-                # It was only to see whether the port is free: TensorFlow is to listen there.
-                listener.close()
-            await self._connect(deadline)
-        await self._watch(deadline)
-        if self.index == 0:
-            self._server.close()
-        await asyncio.gather(*(self._linger(peer) for peer in self._peers))
-
-    async def _connect(self, deadline: float) -> None:
-        """Tries until the chief answers; its name may not be known yet."""
-        while not self._over.is_set():
-            left = deadline - time.monotonic()
-            try:
-                return await self._greet(max(left, RETRY_SECONDS))
-            except (OSError, UnicodeError) as error:
-                if left > RETRY_SECONDS:
-                    await asyncio.sleep(RETRY_SECONDS)
-                    continue
-                self._fail(self._unfit or self._not_started([0], f" ({reason(error)})"))
-
-    async def _greet(self, left: float) -> None:
-        """Connects to the chief and says who this is."""
-        connected = socket.create_connection(self._chief, min(left, CONNECT_SECONDS))
-        peer = _Peer(*await asyncio.open_connection(sock=connected))
-        try:
-            if connected.getsockname() == connected.getpeername():
-                # Linux connects a socket to itself where its own port is by chance the one asked.
-                raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
-            peer.writer.write(encode("hello", self._hello()))
-            async with asyncio.timeout(min(left, self._silence)):
-                kind, content = await peer.receive(HELLO_BYTES)
-            if kind not in ("accepted", "failed"):
-                raise ConnectionError("something else answers there")
-        except BaseException:
-            peer.writer.transport.abort()
-            raise
-        peer.worker, peer.task = 0, asyncio.create_task(self._converse(peer))
-        self._peers.append(peer)
-        if kind == "failed":
-            self._fail(content)
-
-    def _hello(self) -> dict:
-        return {
-            "worker": self.index,
-            "protocol": PROTOCOL,
-            "version": keras_cifar.__version__,
-            "workers": len(self.addresses),
-            "digest": hashlib.sha256(json.dumps(self.addresses).encode()).hexdigest(),
-            "unfit": self._unfit,
-        }
-
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Lets in who says hello as a worker of this run, and drops strangers."""
-        peer = _Peer(reader, writer)
-        if len(self._strangers) >= STRANGERS:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
-            oldest.writer.transport.abort()
-        self._strangers[peer] = None
-        try:
-            try:
-                async with asyncio.timeout(HELLO_SECONDS):
-                    kind, hello = await peer.receive(HELLO_BYTES)
-            finally:
-                self._strangers.pop(peer, None)
-            known = kind == "hello" and isinstance(hello, dict)
-            if known and isinstance(hello.get("worker"), int) and not self._over.is_set():
-                await self._admit(peer, hello)
-        except (OSError, asyncio.CancelledError):
-            pass  # a stranger, or one who does not hang up at the end
-        finally:
-            writer.transport.abort()
-
-    async def _admit(self, peer: "_Peer", hello: dict) -> None:
-        refusal = self._refusal(peer, hello)
-        peer.worker, peer.task = hello["worker"], asyncio.current_task()
-        self._peers.append(peer)
-        if refusal:
-            self._fail(refusal)
-        else:
-            peer.writer.write(encode("accepted"))
-            if not self._missing():
-                self._server.close()  # TensorFlow is to listen there
-                self._joined = True
-                self._broadcast("joined")
-                self._answers.put(("joined", None))
-        await self._converse(peer)
-
-    def _refusal(self, peer: "_Peer", hello: dict) -> str | None:
-        """Why a worker cannot be of this run."""
-        worker, mine = hello["worker"], self._hello()
-        who = f"worker {worker} at {peer.host()}"
-        if any(hello.get(key) != mine[key] for key in ("protocol", "version")):
-            return (
-                f"{who} runs keras_cifar {hello.get('version')} (protocol {hello.get('protocol')}), "
-                f"worker 0 runs {mine['version']} (protocol {PROTOCOL}); install the same at all"
-            )
-        if any(hello.get(key) != mine[key] for key in ("workers", "digest")):
-            theirs, ours = hello.get("workers"), mine["workers"]
-            what = "other addresses than worker 0"
-            if theirs != ours:
-                what = f"{theirs} workers, worker 0 with {ours}"
-            return f"{who} was started with {what}; give all of them the same list"
-        for other in self._peers:
-            if other.worker == worker:
-                return f"{who} was started at {other.host()} too; each needs its own index"
-        return hello.get("unfit")
-
-    async def _converse(self, peer: "_Peer") -> None:
-        """Acts on what another says until it hangs up."""
-        try:
-            while True:
-                kind, content = await peer.receive(MESSAGE_BYTES)
-                if self._over.is_set():
-                    continue
-                if kind == "failed":
-                    self._fail(content)
-                elif kind == "value":
-                    self._collect(peer.worker, content)
-                elif kind in ("joined", "values"):
-                    self._answers.put((kind, content))
-        except OSError:
-            if not self._over.is_set():
-                self._fail(f"{self._name(peer.worker)} ended while the others waited for it")
-        finally:
-            peer.writer.transport.abort()
-
-    def _give(self, value) -> None:
-        if self.index == 0:
-            self._collect(0, value)
-        else:
-            self._broadcast("value", value)
-
-    def _collect(self, worker: int, value) -> None:
-        self._values[worker] = value
-        if len(self._values) == len(self.addresses):
-            values = [self._values[i] for i in range(len(self.addresses))]
-            self._values = {}
-            self._broadcast("values", values)
-            self._answers.put(("values", values))
-
-    def _broadcast(self, kind: str, content=None) -> None:
-        data = encode(kind, content)
-        for peer in self._peers:
-            if not self._over.is_set():
-                peer.writer.write(data)
-
-    def _fail(self, line: str) -> None:
-        if not self._over.is_set():
-            self._line = line
-            self._answers.put(("failed", line))
-            self._end(line)
-
-    def _end(self, line: str | None = None) -> None:
-        """Says the last words. The others hang up when they have heard them."""
-        if line:
-            self._broadcast("failed", line)
-        if not self._over.is_set():
-            self._over.set()
-            for peer in self._peers:
-                with contextlib.suppress(OSError):  # it may be gone
-                    peer.writer.write_eof()
-
-    async def _linger(self, peer: "_Peer") -> None:
-        """Waits until another has hung up, as long as it takes what it is still to get.
-
-        Closing first would throw away what is under way where it has sent something unread.
-        """
-        stopped = time.monotonic() - peer.heard > self._silence
-        left = peer.unsent() if stopped else None
-        while not peer.task.done() and left != peer.unsent():
-            left = peer.unsent()
-            await asyncio.wait([peer.task], timeout=LINGER_SECONDS)
-
-    async def _watch(self, deadline: float) -> None:
-        """Sends heartbeats and looks at the clock until the group ends."""
-        tick = min(0.5, self._silence / 10)
-        watched, beat = time.monotonic(), 0.0
-        while not self._over.is_set():
-            now = time.monotonic()
-            for peer in self._peers:
-                if now - watched > self._silence / 2:
-                    # This process was stopped itself and has not yet read what the others said.
-                    peer.heard = now
-                if now - peer.heard > self._silence:
-                    self._fail(f"{self._name(peer.worker)} has been silent for {self._silence:g} s")
-            if now >= beat:
-                beat = now + min(BEAT_SECONDS, self._silence / 4)
-                self._broadcast("alive")
-            if self.index == 0 and not self._joined and now >= deadline:
-                self._fail(self._not_started(self._missing()))
-            watched = now
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._over.wait(), tick)
-
     def _missing(self) -> list[int]:
-        there = {peer.worker for peer in self._peers}
-        return [i for i in range(1, len(self.addresses)) if i not in there]
+        return [i for i in range(1, len(self.addresses)) if i not in self._connections]
 
     def _not_started(self, workers: list[int], why: str = "") -> str:
-        names, others = ", ".join(map(self._name, workers[:8])), len(workers) - 8
-        if others > 0:
-            names += f" and {others} more"
-        one = len(workers) == 1
+        names = [self._name(worker) for worker in workers[:8]]
+        names += [f"{len(workers) - 8} more workers"] if len(workers) > 8 else []
         return (
-            f"{names} {'has' if one else 'have'} not started within {self._timeout:g} s{why}; start "
-            f"{f'it with --worker_index={workers[0]}' if one else 'each with its --worker_index'} "
-            "or raise --startup_timeout"
+            f"{', '.join(names)} {'has' if len(workers) == 1 else 'have'} not started within "
+            f"{self._startup_timeout:g} s{why}; start each with its --worker_index, or raise "
+            "--startup_timeout"
         )
-
-
-class _Peer:
-    """A connection to another worker."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self.reader, self.writer = reader, writer
-        self.worker = self.task = None
-        self.heard = time.monotonic()
-
-    def host(self) -> str:
-        return self.writer.get_extra_info("peername")[0].removeprefix("::ffff:")
-
-    def unsent(self) -> int:
-        return self.writer.transport.get_write_buffer_size()
-
-    async def receive(self, limit: int) -> tuple:
-        """(kind, content) of the next message; an OSError where there is none of ours."""
-        size = int.from_bytes(await self._read(4))
-        if size > limit:
-            raise ConnectionError("something else answers there")
-        data = await self._read(size)
-        try:
-            kind, content = json.loads(data)
-        except (ValueError, TypeError, RecursionError):
-            raise ConnectionError("something else answers there") from None
-        return kind, content
-
-    async def _read(self, size: int) -> bytearray:
-        data = bytearray()
-        while len(data) < size:
-            part = await self.reader.read(size - len(data))
-            if not part:
-                raise ConnectionError("the connection was closed")
-            self.heard = time.monotonic()
-            data += part
-        return data
 
 
 def encode(kind: str, content=None) -> bytes:
     """A message as it is sent."""
-    data = json.dumps([kind, content]).encode()
-    return len(data).to_bytes(4) + data
+    return json.dumps([kind, content]).encode() + b"\n"
 
 
-def split_address(address: str) -> tuple[str, int]:
+def receive(file: typing.BinaryIO, limit: int) -> tuple:
+    """(kind, content) of the next message.
+
+    Raises:
+        OSError: the connection is closed, or another program is at its other end.
+    """
+    line = file.readline(limit)
+    if not line:
+        raise ConnectionError("the connection was closed")
+    try:
+        kind, content = json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        raise ConnectionError("another program answers there") from None
+    return kind, content
+
+
+def parse_address(address: str) -> tuple[str, int]:
     """(host, port) of "host:port" or "[::1]:port"."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -420,12 +329,16 @@ def split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def listen(port: int) -> socket.socket:
-    """A socket that listens on all interfaces, of IPv6 too where there is that."""
-    if socket.has_dualstack_ipv6():
-        try:
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise
-    return socket.create_server(("", port))
+def listen(address: str, worker: int) -> socket.socket:
+    """Listens on a worker's port on all interfaces, also those of IPv6 if the machine has it.
+
+    Raises:
+        UserError: the port cannot be used.
+    """
+    both = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    try:
+        options = both if socket.has_dualstack_ipv6() else {}
+        return socket.create_server(("", parse_address(address)[1]), **options)
+    except OSError as error:
+        why = os.strerror(error.errno)
+        raise UserError(f"worker {worker} cannot use {address}: {why}") from None

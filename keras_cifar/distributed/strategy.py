@@ -1,4 +1,4 @@
-"""Where a run computes: one device, replicas on several, or workers on several machines."""
+"""The strategy of a run: one device, replicas on several devices, or workers on several machines."""
 
 import dataclasses
 import re
@@ -14,16 +14,12 @@ from keras_cifar.core.errors import LostWorkerError, UsageError, UserError, reas
 from keras_cifar.distributed.cluster import Cluster, find_cluster
 from keras_cifar.distributed.rendezvous import Rendezvous
 
-# Bytes of one broadcast: large enough to be fast, small enough for --peer_timeout.
-BROADCAST_BYTES = 2**22
+BROADCAST_BYTES = 2**22  # of one collective: large for speed, small enough for --peer_timeout
+# How long TensorFlow's servers may look for each other: this share of --peer_timeout, and at least so
+# long. Their workers have just met, and take up to 12 s to notice and report a lost one.
+CONNECT_SHARE, MIN_CONNECT_SECONDS = 0.75, 30.0
 
-
-# How long TensorFlow's servers may look for each other: a share of --peer_timeout, and at least. They
-# have just met, and what ends is noticed and said up to 12 s later.
-MEET_SHARE, MEET_SECONDS = 0.75, 30.0
-
-
-# How TensorFlow reports that another worker is gone, stuck or restarted.
+# What TensorFlow raises when another worker has ended, is stuck, or was restarted.
 LOST_WORKER_ERRORS = (
     tf.errors.UnavailableError,
     tf.errors.DeadlineExceededError,
@@ -36,13 +32,13 @@ LOST_WORKER_ERRORS = (
 
 @dataclasses.dataclass(frozen=True)
 class StrategySpec:
-    """What a run computes on; nothing has been started.
+    """The devices that a run computes on, before anything is started.
 
     Attributes:
         name: none, mirrored or multiworker.
-        reason: why it was chosen.
-        devices: of this process.
-        cluster: of multiworker.
+        reason: why this one was chosen.
+        devices: those of this process, such as GPU:0.
+        cluster: the workers, for multiworker.
     """
 
     name: str
@@ -52,7 +48,7 @@ class StrategySpec:
 
     @property
     def replicas(self) -> int:
-        """In all processes; each worker is taken to have as many devices as this one."""
+        """The number of replicas in all processes, if each worker has as many devices as this one."""
         return len(self.devices) * (len(self.cluster.addresses) if self.cluster else 1)
 
 
@@ -60,7 +56,7 @@ def choose(config: DevicesConfig) -> StrategySpec:
     """Chooses the strategy of a run from --strategy, --replicas, --workers and the environment.
 
     Raises:
-        UsageError: the machine cannot do what was asked for.
+        UsageError: the flags contradict each other or the machine.
     """
     name, replicas = config.strategy, config.replicas
     cluster = find_cluster(config) if name in ("auto", "multiworker") else None
@@ -98,11 +94,11 @@ def choose(config: DevicesConfig) -> StrategySpec:
 
 
 class DistributedContext:
-    """A spec that was started; a context that ends the other workers when this one fails.
+    """A started strategy. As a context manager it ends the other workers when this one fails.
 
     Attributes:
-        spec: what was chosen.
-        strategy: TensorFlow's.
+        spec: the devices.
+        strategy: the tf.distribute.Strategy.
     """
 
     def __init__(
@@ -112,38 +108,39 @@ class DistributedContext:
         facts: Mapping | None = None,
         start: bool = True,
     ):
-        """Starts the spec; call it before TensorFlow computes anything.
+        """Starts the strategy; call it before TensorFlow computes anything.
 
         Args:
-            facts: what all workers must have in common, by name; JSON.
-            start: False joins nobody and has the strategy of one device, to look at a plan.
+            facts: JSON values by name, which must be equal in all workers.
+            start: False is for a dry run: one device, and no other worker is waited for.
 
         Raises:
-            UsageError, UserError: another worker is missing or differs, or a port is taken.
+            UsageError, UserError: another worker is missing or differs, or a port is in use.
         """
         self.spec, self._timeout = spec, config.peer_timeout
-        cluster = spec.cluster
         self._rendezvous, self._training = None, False
-        if not start:
+        if not start or spec.name == "none":
             self.strategy = tf.distribute.get_strategy()
-            return
-        if cluster is None:
-            self.strategy = _one_machine(spec)
-            return
-        self._rendezvous = Rendezvous(
-            cluster.addresses, cluster.index, config.startup_timeout, config.peer_timeout
-        )
-        with self:
-            self.check_equal(facts or {})
-            self.strategy = _multiworker(spec, config.peer_timeout)
+        elif spec.cluster is None:
+            self.strategy = _mirrored(spec)
+        else:
+            self._rendezvous = Rendezvous(
+                spec.cluster.addresses,
+                spec.cluster.index,
+                config.startup_timeout,
+                config.peer_timeout,
+            )
+            with self:
+                self.check_equal(facts or {})
+                self.strategy = _multiworker(spec, config.peer_timeout)
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process writes the run directory."""
         return self.spec.cluster is None or self.spec.cluster.index == 0
 
     def check_equal(self, facts: Mapping) -> None:
-        """Waits for all workers and compares; each gives the same names.
+        """Waits for all workers and compares their values, which have the same names in each.
 
         Raises:
             UserError: a value differs from the chief's.
@@ -164,16 +161,16 @@ class DistributedContext:
                 )
 
     def broadcast(self, data: bytes) -> bytes:
-        """The chief's `data`, at every worker."""
+        """Returns the chief's `data` in every worker."""
         if self._rendezvous is None:
             return data
         if not self._training:
-            self.check_equal({})  # A chief that fails before it has the data is heard at once here.
-        size = int.from_bytes(self._add_up(len(data).to_bytes(8, "little"), 8), "little")
-        return self._add_up(data, size)
+            self.check_equal({})  # If the chief has failed by now, this reports it at once.
+        size = int.from_bytes(self._all_reduce(len(data).to_bytes(8, "little"), 8), "little")
+        return self._all_reduce(data, size)
 
-    def _add_up(self, data: bytes, size: int) -> bytes:
-        """The chief's `data`, which all know to have that size."""
+    def _all_reduce(self, data: bytes, size: int) -> bytes:
+        """Adds up the chief's `data`, of a size that all know, and the zeros of the others."""
         # As float32, which every kind of device can add up, and of bytes exactly.
         chief = np.zeros(size, np.uint8)
         if self.is_chief:
@@ -189,11 +186,11 @@ class DistributedContext:
             return self.strategy.experimental_local_results(self.strategy.run(on_replica))[0]
 
         starts = range(0, size, BROADCAST_BYTES)
-        parts = [add(tf.constant(chief[i : i + BROADCAST_BYTES])).numpy() for i in starts]
-        return b"".join(part.astype(np.uint8).tobytes() for part in parts)
+        sums = [add(tf.constant(chief[i : i + BROADCAST_BYTES])).numpy() for i in starts]
+        return b"".join(chunk.astype(np.uint8).tobytes() for chunk in sums)
 
     def begin_training(self) -> None:
-        """Ends the talk that precedes training; from here on TensorFlow watches the others."""
+        """Ends the rendezvous; from here on TensorFlow detects lost workers."""
         if self._rendezvous is not None:
             self._rendezvous.close()
             self._training = True
@@ -204,40 +201,37 @@ class DistributedContext:
     def __exit__(self, kind, error, traceback) -> None:
         if error is None or self._rendezvous is None:
             return
-        lost_peer = isinstance(error, LOST_WORKER_ERRORS)
-        if lost_peer:
-            # Before training the group knows more: the other has said why it ends.
-            why = None if self._training else self._rendezvous.failure()
-            why = why or describe_lost_worker(error, self.spec.cluster, self._timeout)
-            error = LostWorkerError(why)
-        self._rendezvous.abort(reason(error))
-        if lost_peer:
-            raise error from None
+        if not isinstance(error, LOST_WORKER_ERRORS):
+            self._rendezvous.abort(reason(error))
+            return
+        # Before training the other worker has told the rendezvous why it ended.
+        why = None if self._training else self._rendezvous.failure()
+        why = why or describe_lost_worker(error, self.spec.cluster, self._timeout)
+        self._rendezvous.abort(why)
+        raise LostWorkerError(why) from None
 
 
 def describe_lost_worker(error: tf.errors.OpError, cluster: Cluster, timeout: float) -> str:
-    """One line on the worker that TensorFlow's error is about."""
+    """Says in one line which worker TensorFlow's error is about, and what to do."""
     others = set(range(len(cluster.addresses))) - {cluster.index}
-    # At the start TensorFlow names those who came and then those who did not; later, who noticed.
+    # While workers connect, TensorFlow lists those that did and then those that did not.
     _, absent, text = error.message.rpartition("timed out task")
     tasks = {int(n) for n in re.findall(r"/task:(\d+)", text)} & others
     late = "timed out" in error.message and not absent
     if late:
         tasks = others if len(others) == 1 else set()
     elif not tasks and "CoordinationService" in error.message:
-        tasks = {0}  # It is the chief's.
+        tasks = {0}  # The chief runs it.
     names = [f"worker {i} ({cluster.addresses[i]})" for i in sorted(tasks)]
     who = " and ".join(names) or ("a worker" if late else "another worker")
     if late:
         who += f" kept the others waiting for more than --peer_timeout={timeout:g} s"
     else:
         who += " ended or cannot be reached"
-    return f"{who}; nothing that was saved is lost: start all workers again to go on from there"
+    return f"{who}; nothing that was saved is lost: start all workers again to resume from there"
 
 
-def _one_machine(spec: StrategySpec) -> tf.distribute.Strategy:
-    if spec.name == "none":
-        return tf.distribute.get_strategy()
+def _mirrored(spec: StrategySpec) -> tf.distribute.Strategy:
     if spec.devices[0].startswith("CPU"):
         _split_cpu(len(spec.devices))
     return tf.distribute.MirroredStrategy(list(spec.devices))
@@ -254,23 +248,24 @@ def _multiworker(spec: StrategySpec, timeout: float) -> tf.distribute.Strategy:
         rpc_layer="grpc",
     )
     _limit_start(cluster, timeout)
-    # Without a limit the others would wait for ever for a worker that is alive but stuck.
+    # Without a limit, collectives wait forever for a worker that is alive but stuck.
     options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout)
-    before = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
     if threading.current_thread() is threading.main_thread():
-        # TensorFlow takes SIGTERM, by which launchers end a process, and goes on.
-        signal.signal(signal.SIGTERM, before)
+        # TensorFlow's own handler would ignore the signal with which launchers end a process.
+        signal.signal(signal.SIGTERM, handler)
     return strategy
 
 
 def _limit_start(cluster: Cluster, timeout: float) -> None:
-    """Limits how long TensorFlow's servers look for each other, where that can be done.
+    """Limits how long TensorFlow's servers look for each other, if this TensorFlow allows it.
 
-    By itself it is an hour, in which Python is held: neither Ctrl-C nor the group is heard.
+    The default is an hour, in which Python cannot run: neither Ctrl-C nor a failure is noticed.
     """
-    # As the strategy would, which leaves alone what is configured and has no argument for the limit.
-    # This is private: a TensorFlow that has changed it goes on with its own limit.
+    seconds = max(MIN_CONNECT_SECONDS, CONNECT_SHARE * timeout)
+    # The strategy has no argument for it, but respects this configuration. It is private: another
+    # version of TensorFlow may keep its own limit.
     try:
         from tensorflow.python.eager import context
 
@@ -282,7 +277,7 @@ def _limit_start(cluster: Cluster, timeout: float) -> None:
             service_type="standalone",
             service_leader="/job:worker/replica:0/task:0",
             coordinated_jobs=[job],
-            cluster_register_timeout_in_ms=int(1000 * max(MEET_SECONDS, MEET_SHARE * timeout)),
+            cluster_register_timeout_in_ms=int(1000 * seconds),
         )
         tensorflow.coordination_service.cluster_register_with_barrier = True
     except (ImportError, AttributeError, TypeError):
@@ -290,16 +285,15 @@ def _limit_start(cluster: Cluster, timeout: float) -> None:
 
 
 def _split_cpu(count: int) -> None:
-    """Makes `count` virtual devices of the CPU."""
-    if len(tf.config.get_visible_devices("CPU")) == 0:
+    """Splits the CPU into `count` virtual devices."""
+    cpus = tf.config.get_visible_devices("CPU")
+    if not cpus:
         raise UsageError("this process sees no CPU device")
-    cpu = tf.config.get_visible_devices("CPU")[0]
+    virtual = [tf.config.LogicalDeviceConfiguration()] * count
     try:
-        tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * count
-        )
+        tf.config.set_logical_device_configuration(cpus[0], virtual)
     except RuntimeError:
-        # TensorFlow has started. That is well where it did so with enough devices.
+        # TensorFlow has started already, which is fine if it has enough devices.
         if len(tf.config.list_logical_devices("CPU")) < count:
             raise UsageError(
                 f"--replicas={count} must be chosen before TensorFlow starts computing"

@@ -1,8 +1,7 @@
-"""Disturbances of pictures, each at five strengths: what makes a class hard to recognise, measured.
+"""Disturbances of images, each at five strengths; the literature calls them corruptions.
 
-The chapter begins with a figure of it: viewpoint, scale, deformation, occlusion, illumination, clutter
-and variation within a class. Here are all but the last, which is in the images of the test split
-themselves, and what cameras add.
+The tutorial begins with a figure of what makes a class hard to recognise. These are its causes, except
+the variation within a class, and what cameras add:
 
 | in the figure | here |
 |---|---|
@@ -14,19 +13,14 @@ themselves, and what cameras add.
 | background clutter | clutter |
 | (cameras and files) | noise, blur, jpeg |
 
-Five strengths, and the mean of the accuracy over all disturbances and strengths as the one figure, are
-as in Hendrycks and Dietterich 2019, arXiv:1903.12261. (Their mean corruption error divides each by
-AlexNet's; this one does not.) `noise`, `contrast` and `jpeg` have the definitions and parameters of
-their CIFAR-10-C, and so has `blur` at 32 x 32 pixels; elsewhere its width grows with the image.
-`brightness` has their definition and amounts, but makes every second picture darker where theirs are
-all made brighter. The others are our own: their `saturate` is not ordered by strength, their `elastic`
-changes several things at once, and the rest is not among theirs. Their weather, pixelation, and other
-noises and blurs are not here. Pixels are rounded, where theirs are cut off. So no figure compares with
-a published one on CIFAR-10-C.
+The five strengths and the mean accuracy over all of them follow CIFAR-10-C (Hendrycks and Dietterich
+2019, arXiv:1903.12261), but no result compares with a published one: `noise`, `contrast`, `jpeg` and,
+at 32 x 32 pixels, `blur` have its definitions and parameters; `brightness` also darkens every second
+image; the others are our own; pixels are rounded, not truncated; accuracy is not divided by AlexNet's.
 
-What is drawn at random (the direction, the place, the noise) depends on the seed, the name and the row
-of an image, not on the strength: a picture is disturbed the same way, only more. Lengths are relative
-to the image, and what comes in from outside is the image mirrored at its edge.
+The seed, the name and the row of an image determine what is random (the direction, the place, the
+noise). The strength does not, so it only makes the same disturbance larger. Lengths are relative to the
+image. Beyond its edges, the image is mirrored.
 """
 
 import dataclasses
@@ -40,15 +34,16 @@ from PIL import Image
 
 LEVELS = 5
 
-DISTANCE = 2.0  # of the camera from a tilted picture, in its sides: a field of view of 28 degrees
-SMOOTHNESS = 0.1  # sigma of a deformation, in sides: smaller, and edges fray instead of bending
-GREY = 128  # of what occludes, as in Zeiler and Fergus 2013, arXiv:1311.2901
-PIECES = 4  # of clutter
+DISTANCE = 2.0  # of the camera from a tilted image, in its sides: a field of view of 28 degrees
+SMOOTHNESS = 0.1  # sigma of a deformation, in sides; smaller values fray edges
+GREY = 128  # of the occluding box, as in Zeiler and Fergus 2013, arXiv:1311.2901
+BOXES = 4  # of clutter in an image
+NEIGHBOURS = 16  # images of a gallery: the first is shown, the others give clutter
 
 
 @dataclasses.dataclass(frozen=True)
 class Disturbance:
-    """A row of the table: function(images uint8 [n, H, W, 3], random, a strength) -> the same."""
+    """function(images uint8 [n, H, W, 3], random, strength) -> disturbed images of the same shape."""
 
     function: Callable
     unit: str
@@ -58,37 +53,31 @@ class Disturbance:
 DISTURBANCES: dict[str, Disturbance] = {}
 
 
-def _at(unit: str, *strengths: float):
-    """Puts a function into the table, with what its strengths are."""
+def _register(unit: str, *strengths: float):
+    """Adds the decorated function to DISTURBANCES, with its five strengths and their unit."""
 
-    def put(function):
+    def add(function):
         DISTURBANCES[function.__name__] = Disturbance(function, unit, strengths)
         return function
 
-    return put
+    return add
 
 
 def apply(
     name: str, images: np.ndarray, strength: int, seed: int = 0, first_row: int = 0
 ) -> np.ndarray:
-    """Images under a disturbance.
+    """Applies a disturbance to a copy of images.
 
     Args:
         name: one of `DISTURBANCES`.
-        images: uint8 [n, H, W, 3] of any size. Clutter is cut out of these.
-        strength: 0, which changes nothing, to 5.
-        seed: of all that is random.
-        first_row: of these images among more that are disturbed in parts, so that each part is
-            disturbed otherwise.
-
-    Returns:
-        uint8 [n, H, W, 3], new.
-
-    Raises:
-        ValueError: there is no such strength.
+        images: uint8 [n, H, W, 3] of any size. Clutter is taken from these.
+        strength: from 0, which changes nothing, to 5.
+        seed: of everything random.
+        first_row: the row of the first image, where images are disturbed in batches; it makes the
+            random numbers of each batch different.
     """
     if not 0 <= strength <= LEVELS:
-        raise ValueError(f"a strength is 0 to {LEVELS}, not {strength}")
+        raise ValueError(f"a strength is from 0 to {LEVELS}, not {strength}")
     if strength == 0 or not images.size:
         return images.copy()
     disturbance = DISTURBANCES[name]
@@ -97,10 +86,8 @@ def apply(
 
 
 def gallery(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
-    """The first of some images under everything: for each name uint8 [6, H, W, 3], strength 0 first.
-
-    The other images are there to take clutter from.
-    """
+    """The first image under each disturbance: uint8 [6, H, W, 3] by name, strength 0 first."""
+    images = images[:NEIGHBOURS]
     return {
         name: np.stack([apply(name, images, level, seed)[0] for level in range(LEVELS + 1)])
         for name in DISTURBANCES
@@ -110,26 +97,26 @@ def gallery(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 # ---- Geometry
 
 
-@_at("degrees", 10, 20, 30, 45, 60)
+@_register("degrees", 10, 20, 30, 45, 60)
 def rotation(images, random, angle: float):
-    """Turned about the centre, left or right."""
+    """Rotates about the centre, left or right."""
     turn = np.deg2rad(angle) * _signs(images, random)
     y, x = _grid(images)
     cos, sin = np.cos(turn), np.sin(turn)
     return _sample(images, cos * y - sin * x, sin * y + cos * x)
 
 
-@_at("degrees", 15, 25, 35, 45, 55)
+@_register("degrees", 15, 25, 35, 45, 55)
 def perspective(images, random, angle: float):
-    """Seen from the side: tilted about an axis in the picture, which may have any direction."""
+    """Tilts about an axis of random direction in the image plane."""
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     direction = random.uniform(0, 2 * np.pi, (len(images), 1, 1))
     ahead, across = np.sin(direction), np.cos(direction)
     height, width = images.shape[1:3]
     side = min(height, width)
     y, x = (part / side for part in _grid(images))
-    # Along the direction of the tilt and along the axis; the ray through each of these points meets
-    # the tilted picture at `along`, `beside`.
+    # p is along the direction of the tilt, q along the axis. The ray through each of these points
+    # meets the tilted image at `along`, `beside`.
     p, q = x * across + y * ahead, y * across - x * ahead
     along = p * DISTANCE / (DISTANCE * cos - p * sin)
     beside = q * (1 + along * sin / DISTANCE)
@@ -137,21 +124,17 @@ def perspective(images, random, angle: float):
     return _sample(images, y * side, x * side)
 
 
-@_at("times larger or smaller", 1.15, 1.3, 1.5, 1.75, 2)
+@_register("times larger or smaller", 1.15, 1.3, 1.5, 1.75, 2)
 def scale(images, random, factor: float):
-    """Larger or smaller, about the centre."""
+    """Enlarges or shrinks about the centre."""
     y, x = _grid(images)
     change = factor ** _signs(images, random)
     return _sample(images, y * change, x * change)
 
 
-@_at("of a side, root mean square", 0.015, 0.03, 0.045, 0.06, 0.08)
+@_register("of a side, root mean square", 0.015, 0.03, 0.045, 0.06, 0.08)
 def elastic(images, random, amount: float):
-    """Bent: each point moved by a smooth random field.
-
-    Simard et al. 2003, Best practices for convolutional neural networks applied to visual document
-    analysis.
-    """
+    """Moves each point by a smooth random field (Simard et al. 2003, Best practices for CNNs)."""
     count, height, width, _ = images.shape
     side = min(height, width)
     noise = random.standard_normal((2, count, height, width), np.float32)
@@ -162,26 +145,26 @@ def elastic(images, random, amount: float):
     return _sample(images, y + dy, x + dx)
 
 
-@_at("of the area", 0.05, 0.1, 0.2, 0.3, 0.4)
+@_register("of the area", 0.05, 0.1, 0.2, 0.3, 0.4)
 def occlusion(images, random, share: float):
-    """Covered by a grey box at a random place, of the image's proportions."""
+    """Covers a random place with a grey box of the image's proportions."""
     disturbed = images.copy()
     disturbed[_boxes(images, random, share)] = GREY
     return disturbed
 
 
-@_at("of the area, at most", 0.1, 0.2, 0.3, 0.4, 0.5)
+@_register("of the area, at most", 0.1, 0.2, 0.3, 0.4, 0.5)
 def clutter(images, random, share: float):
-    """Among pieces of other images: four boxes at random places, which may cover each other."""
+    """Pastes boxes from other images at random places, which may overlap."""
     disturbed = images.copy()
     count = len(images)
-    for _ in range(PIECES):
-        # Any image but its own, where there is another.
+    for _ in range(BOXES):
+        # Any image but itself, where there is another.
         others = (
             np.arange(count) + random.integers(min(1, count - 1), max(count, 2), count)
         ) % count
-        _, rows, columns = _boxes(images, random, share / PIECES)
-        place = _boxes(images, random, share / PIECES)
+        _, rows, columns = _boxes(images, random, share / BOXES)
+        place = _boxes(images, random, share / BOXES)
         disturbed[place] = images[others[:, None, None], rows, columns]
     return disturbed
 
@@ -189,32 +172,31 @@ def clutter(images, random, share: float):
 # ---- Light and colour
 
 
-@_at("of 255, brighter or darker", 0.05, 0.1, 0.15, 0.2, 0.3)
+@_register("of 255, brighter or darker", 0.05, 0.1, 0.15, 0.2, 0.3)
 def brightness(images, random, amount: float):
-    """The value of HSV, which is the largest of the three colours, larger or smaller.
+    """Changes the value of HSV, the largest of the three colours, up or down.
 
-    The amount is added, or the same share taken away as it is of a value of one half: where it were
-    subtracted, dark pictures would be black.
+    Brighter images add the amount. Darker ones multiply, as a subtraction would turn dark images black.
     """
     brighter = _signs(images, random)[..., None] > 0
     pixels = images.astype(np.float32)
     value = pixels.max(axis=-1, keepdims=True)
     wanted = np.where(brighter, np.minimum(value + 255 * amount, 255), value * (1 - 2 * amount))
-    # Hue and saturation stay; black has none.
+    # Hue and saturation stay the same; black has none.
     return _to_uint8(np.where(value > 0, pixels * wanted / np.maximum(value, 1), wanted))
 
 
-@_at("of the contrast is left", 0.75, 0.5, 0.4, 0.3, 0.15)
+@_register("of the contrast is left", 0.75, 0.5, 0.4, 0.3, 0.15)
 def contrast(images, random, factor: float):
-    """Nearer to the mean of each colour."""
+    """Moves pixels towards the mean of each colour."""
     pixels = images.astype(np.float32)
     means = pixels.mean(axis=(1, 2), keepdims=True)
     return _to_uint8((pixels - means) * factor + means)
 
 
-@_at("of the saturation is left", 0.8, 0.6, 0.4, 0.2, 0)
+@_register("of the saturation is left", 0.8, 0.6, 0.4, 0.2, 0)
 def saturation(images, random, factor: float):
-    """Nearer to grey; at the last strength there is no colour."""
+    """Moves pixels towards grey, which the last strength reaches."""
     pixels = images.astype(np.float32)
     grey = (pixels @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
     return _to_uint8((pixels - grey) * factor + grey)
@@ -223,30 +205,30 @@ def saturation(images, random, factor: float):
 # ---- Cameras and files
 
 
-@_at("of 255, standard deviation", 0.04, 0.06, 0.08, 0.09, 0.1)
+@_register("of 255, standard deviation", 0.04, 0.06, 0.08, 0.09, 0.1)
 def noise(images, random, deviation: float):
-    """Gaussian noise on every pixel and colour."""
+    """Adds Gaussian noise to every pixel and colour."""
     drawn = random.standard_normal(images.shape, np.float32)
     return _to_uint8(images + np.float32(255 * deviation) * drawn)
 
 
-@_at("thirty-seconds of a side, standard deviation", 0.4, 0.6, 0.7, 0.8, 1)
+@_register("thirty-seconds of a side, standard deviation", 0.4, 0.6, 0.7, 0.8, 1)
 def blur(images, random, deviation: float):
-    """Smoothed with a Gaussian."""
+    """Smooths with a Gaussian."""
     sigma = deviation * min(images.shape[1:3]) / 32
     pixels = images.astype(np.float32)
     return _to_uint8(scipy.ndimage.gaussian_filter(pixels, sigma, axes=(1, 2), mode="nearest"))
 
 
-@_at("quality", 80, 65, 58, 50, 40)
+@_register("quality", 80, 65, 58, 50, 40)
 def jpeg(images, random, quality: int):
-    """Stored as JPEG."""
+    """Compresses as JPEG."""
     disturbed = np.empty_like(images)
     for index, pixels in enumerate(images):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-        with Image.open(file, formats=["JPEG"]) as picture:
-            disturbed[index] = picture
+        with Image.open(file, formats=["JPEG"]) as image:
+            disturbed[index] = image
     return disturbed
 
 
@@ -259,7 +241,7 @@ def _signs(images, random) -> np.ndarray:
 
 
 def _grid(images) -> tuple[np.ndarray, np.ndarray]:
-    """(y float32 [1, H, 1], x float32 [1, 1, W]) of the pixels, from the centre."""
+    """(y float32 [1, H, 1], x float32 [1, 1, W]): coordinates of the pixels from the centre."""
     height, width = images.shape[1:3]
     y = np.arange(height, dtype=np.float32) - (height - 1) / 2
     x = np.arange(width, dtype=np.float32) - (width - 1) / 2
@@ -267,10 +249,10 @@ def _grid(images) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sample(images, y, x) -> np.ndarray:
-    """The images at other points, by bilinear interpolation; mirrored beyond the edges.
+    """Samples images at points by bilinear interpolation; they are mirrored beyond their edges.
 
     Args:
-        y, x: float, which together make [n, H, W]; in pixels from the centre.
+        y, x: float, in pixels from the centre; they broadcast to [n, H, W].
     """
     count, height, width, channels = images.shape
     y, x = ((part + (size - 1) / 2).astype(np.float32) for part, size in ((y, height), (x, width)))
@@ -291,7 +273,7 @@ def _sample(images, y, x) -> np.ndarray:
 
 
 def _mirrored(index, size: int) -> np.ndarray:
-    """An index beyond [0, size) as that of the pixel it mirrors: ... 1 0 | 0 1 ... 1 0 | 0 1 ..."""
+    """Maps an index beyond [0, size) to the pixel that it mirrors: ... 1 0 | 0 1 ... 1 0 | 0 1 ..."""
     index = index % (2 * size)
     return np.minimum(index, 2 * size - 1 - index)
 
@@ -299,7 +281,7 @@ def _mirrored(index, size: int) -> np.ndarray:
 def _boxes(images, random, share: float) -> tuple:
     """Indices (image [n, 1, 1], row [n, h, 1], column [n, 1, w]) of a random box in each image.
 
-    It has this share of the area, at least a pixel, and lies inside.
+    The box lies inside the image and has the given share of its area, at least one pixel.
     """
     count = len(images)
     indices = []

@@ -54,7 +54,7 @@ def evaluate(
     metrics = summarize(probabilities, split.labels, class_names)
     metrics = {"split": name, "data": spec, "fingerprint": split.fingerprint} | metrics
     write_json(run.evaluation(name), metrics)
-    plots.confusion(metrics["confusion"], class_names, run.confusion(name))
+    plots.save(plots.confusion(metrics["confusion"], class_names), run.confusion(name))
     return metrics
 
 

@@ -1,8 +1,8 @@
-"""Grad-CAM: where in a picture a class is seen (Selvaraju et al. 2017, arXiv:1610.02391, section 3).
+"""Grad-CAM: the regions of an image that speak for a class (Selvaraju et al. 2017).
 
-The maps are those of the last convolutions. Each is weighted with the mean of its gradient of the
-class's logit, they are added up, and what speaks against the class is cut off. Networks whose maps are
-small, as 2 x 2 of the VGGs at 32 x 32, show little more than a corner.
+Section 3 of arXiv:1610.02391: the feature maps of the last convolutions are weighted with the mean
+gradient of the class's logit and added up; negative values become 0. Small maps, such as the 2 x 2 of a
+VGG at 32 x 32 pixels, show little more than a corner.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from matplotlib import colormaps
 
 from keras_cifar.core.config import BATCH_SIZE
 
-# What only thins out, masks or passes on the maps of a convolution.
+# Layers that keep the meaning of the maps of a convolution.
 _PASSES_ON = (
     keras.layers.MaxPooling2D,
     keras.layers.AveragePooling2D,
@@ -24,15 +24,15 @@ _PASSES_ON = (
     keras.layers.ZeroPadding2D,
 )
 
-HEAT = colormaps["inferno"]  # dark to bright, evenly, also for those who see fewer colours
-OPAQUE = 0.7  # of the colour where the heat is greatest
+HEAT = colormaps["inferno"]  # perceptually uniform, also for colour-blind readers
+OPACITY = 0.7  # of the colour at heat 1
 
 
 def last_maps(model: keras.Model) -> keras.KerasTensor:
     """The last feature maps [M, h, w, C] before the layer `logits`.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the model has none.
     """
     names = [layer.name for layer in model.layers]
     for layer in reversed(model.layers[: names.index("logits")]):
@@ -44,7 +44,7 @@ def last_maps(model: keras.Model) -> keras.KerasTensor:
 
 
 class GradCam:
-    """Heat of a functional model that has a layer `logits`, as `models.load` gives it."""
+    """Grad-CAM of a functional model that has a layer `logits`, as `models.load` returns it."""
 
     def __init__(self, model: keras.Model):
         maps = last_maps(model)
@@ -52,24 +52,24 @@ class GradCam:
         self._logits = keras.Model(maps, model.get_layer("logits").output)
 
     def heat(self, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        """Where the class of each image is seen.
+        """The heat of a class in each image.
 
         Args:
             images: uint8 [N, H, W, 3], N of any size.
             classes: int [N].
 
         Returns:
-            float32 [N, H, W] in [0, 1]; the greatest of each image is 1, or 0 where nothing speaks
-            for the class.
+            float32 [N, H, W] in [0, 1]. The maximum of each image is 1, or 0 where nothing speaks for
+            the class.
         """
         heats = [np.empty((0, *images.shape[1:3]), np.float32)]
         for start in range(0, len(images), BATCH_SIZE):
-            part = slice(start, start + BATCH_SIZE)
-            heats.append(self._heat(tf.constant(images[part]), tf.constant(classes[part])))
+            batch = slice(start, start + BATCH_SIZE)
+            heats.append(self._heat(tf.constant(images[batch]), tf.constant(classes[batch])))
         return np.concatenate(heats)
 
     def _heat(self, images: tf.Tensor, classes: tf.Tensor) -> np.ndarray:
-        # Not compiled: it would have to be traced for each model, and most have few images to explain.
+        # Eager: tracing takes longer than the few images that most calls explain.
         maps = self._maps(images, training=False)
         with tf.GradientTape() as tape:
             tape.watch(maps)
@@ -78,7 +78,7 @@ class GradCam:
         gradient = tf.cast(tape.gradient(chosen, maps), tf.float32)
         weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)
         heat = tf.nn.relu(tf.reduce_sum(weights * tf.cast(maps, tf.float32), axis=3, keepdims=True))
-        if len(heat) == 2 * len(images):  # of the images, then of their mirror images
+        if len(heat) == 2 * len(images):  # The network adds mirror images to its batch.
             given, mirrored = tf.split(heat, 2)
             heat = (given + mirrored[:, :, ::-1]) / 2
         heat = tf.image.resize(heat, images.shape[1:3])[..., 0]
@@ -86,7 +86,7 @@ class GradCam:
 
 
 def overlay(images: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Images under their heat: grey where there is none, then purple, orange and yellow.
+    """Draws heat over images: grey where there is none, then purple, orange and yellow.
 
     Args:
         images: uint8 [N, H, W, 3].
@@ -97,17 +97,17 @@ def overlay(images: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """
     grey = images.mean(axis=3, keepdims=True)
     colour = 255 * HEAT(heat)[..., :3]
-    share = OPAQUE * heat[..., np.newaxis]
+    share = OPACITY * heat[..., np.newaxis]
     return np.round(grey * (1 - share) + colour * share).astype(np.uint8)
 
 
 def enlarge(images: np.ndarray, side: int) -> np.ndarray:
-    """uint8 [N, H, W, 3] in whole multiples of their size, so that no side is below `side` pixels."""
+    """Enlarges images uint8 [N, H, W, 3] by a whole factor to at least `side` pixels a side."""
     times = -(-side // min(images.shape[1:3]))
     return images.repeat(times, axis=1).repeat(times, axis=2)
 
 
 def file_name(number: int, source: str) -> str:
-    """The name of the overlay of a file: of plain letters, and unique by its number."""
+    """The name of the overlay of a file: plain letters, unique by its number."""
     stem = re.sub(r"[^A-Za-z0-9]+", "_", pathlib.PurePath(source).stem)
     return f"{number:05}_{stem[:60]}.png"

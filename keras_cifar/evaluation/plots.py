@@ -1,45 +1,102 @@
-"""Pictures of a run. Numbers in, PNG files out."""
+"""Plots of a run as figures of matplotlib, saved as PNG or turned into SVG for an HTML page."""
 
+import html
+import io
 import pathlib
+import re
 import warnings
+from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
+from cycler import cycler
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from keras_cifar.core.errors import one_line
 from keras_cifar.core.files import replacing
 
-# Above this many classes a cell's number would be too small to read.
-MAX_NUMBERED = 20
+MAX_NUMBERED = 20  # classes of a confusion matrix with a number in each cell
+MAX_NAMED = 120  # classes of a confusion matrix with names at its sides
+MAX_NAME = 20  # letters of such a name
+MAX_MARKED = 30  # epochs of a curve with a marker at each
+
+SMALL = (4.3, 2.8)  # inches of a chart that is readable on a phone
+
+# Colours for a white background. An HTML page has a variable for each, for light and dark.
+LINES = ("#1f6feb", "#c2410c", "#15803d", "#9333ea", "#8a6500", "#0e7490", "#be185d", "#4d5562")
+TEXT, SOFT, GRID = "#1a1a1a", "#56606b", "#d5dae0"
+VARIABLES = {TEXT: "var(--text)", SOFT: "var(--soft)", GRID: "var(--line)"} | {
+    colour: f"var(--c{number})" for number, colour in enumerate(LINES, start=1)
+}
+HEAT = LinearSegmentedColormap.from_list("heat", [f"{LINES[0]}00", LINES[0]])  # from transparent
+
+styled = matplotlib.rc_context(
+    {
+        "axes.prop_cycle": cycler(color=LINES),
+        "axes.facecolor": "none",
+        "axes.edgecolor": GRID,
+        "axes.labelcolor": TEXT,
+        "axes.grid": True,
+        "grid.color": GRID,
+        "text.color": TEXT,
+        "text.parse_math": False,  # A dollar sign in a name begins no formula.
+        "xtick.color": TEXT,
+        "ytick.color": TEXT,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "keras_cifar",
+    }
+)
 
 
-def curves(history: list[dict], path: pathlib.Path) -> None:
-    """Draws loss and error of training and validation over the epochs: the chapter's plot.
+# ---- Metrics over the epochs
+
+
+@styled
+def curves(
+    histories: Sequence[list[dict]],
+    metrics: Sequence[str] = ("loss", "error"),
+    size: tuple[float, float] = (9, 3.6),
+) -> Figure:
+    """Loss and error over the epochs, as in the tutorial: training dashed, validation solid.
 
     Args:
-        history: a dict an epoch, with epoch, loss, accuracy and, where validated, val_*.
+        histories: of each run, a dict an epoch with epoch, loss, accuracy and, where validated,
+            val_*; None stands for a value that is not finite.
+        metrics: loss, error or both.
+        size: in inches.
     """
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, title, value in zip(
-        figure.subplots(1, 2),
-        ("cross-entropy", "error"),
-        (lambda row, p: row[f"{p}loss"], lambda row, p: 1 - row[f"{p}accuracy"]),
-        strict=True,
+    figure = Figure(size, layout="constrained")
+    for axes, metric in zip(
+        figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
     ):
-        for prefix, label in (("", "train"), ("val_", "validation")):
-            if f"{prefix}loss" in history[0]:
-                values = [value(row, prefix) for row in history]
-                axes.plot(epochs, values, marker="." if len(epochs) < 40 else None, label=label)
-        axes.set(title=title, xlabel="epoch")
-        axes.locator_params(axis="x", integer=True)
+        for number, history in enumerate(histories):
+            for offset, (prefix, what) in enumerate((("", "train"), ("val_", "validation"))):
+                column = prefix + ("loss" if metric == "loss" else "accuracy")
+                values = np.array([row.get(column) for row in history], float)
+                if np.isnan(values).all():
+                    continue
+                axes.plot(
+                    [row["epoch"] for row in history],
+                    values if metric == "loss" else 1 - values,
+                    "-" if prefix else "--",
+                    marker=_marker(values),
+                    color=LINES[number if len(histories) > 1 else offset],
+                    label=what,
+                )
+        axes.set(xlabel="epoch", ylabel="cross-entropy" if metric == "loss" else metric)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    _save(figure, path)
+        axes.locator_params(axis="x", integer=True)
+        if len(histories) == 1 and axes.lines:
+            axes.legend()
+    return figure
 
 
-def progress(runs: list[tuple], path: pathlib.Path) -> None:
-    """Draws the accuracy of runs over epochs and over time, of several seeds the mean in a band.
+@styled
+def progress(runs: Sequence[tuple]) -> Figure:
+    """Accuracy of runs over epochs and over time; of several seeds, the mean within a band.
 
     Args:
         runs: (name, what was measured, accuracy [R, E], seconds so far [R, E]) of each, of R seeds
@@ -49,78 +106,140 @@ def progress(runs: list[tuple], path: pathlib.Path) -> None:
     scale, unit = (1, "seconds") if longest < 120 else (60, "minutes")
     if longest > 7200:
         scale, unit = 3600, "hours"
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure((10, 4), layout="constrained")
     for axes, label in zip(figure.subplots(1, 2, sharey=True), ("epoch", unit), strict=True):
         for name, what, values, seconds in runs:
-            epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(axis=0)
-            x = epochs if label == "epoch" else seconds.mean(axis=0) / scale
-            (line,) = axes.plot(
-                x, mean, marker="." if len(x) < 40 else None, label=f"{name} ({what})"
-            )
+            mean = values.mean(axis=0)
+            x = np.arange(1, len(mean) + 1) if label == "epoch" else seconds.mean(axis=0) / scale
+            text = one_line(f"{name} ({what})")
+            (line,) = axes.plot(x, mean, marker=_marker(mean), label=text)
             if len(values) > 1:
                 spread = values.std(axis=0, ddof=1)
-                axes.fill_between(
-                    x, mean - spread, mean + spread, alpha=0.25, color=line.get_color()
-                )
+                band = mean - spread, mean + spread
+                axes.fill_between(x, *band, alpha=0.25, color=line.get_color())
         axes.set(xlabel=label)
-        axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="accuracy")
     figure.axes[0].locator_params(axis="x", integer=True)
-    for text in figure.axes[0].legend(fontsize=8).get_texts():
-        text.set_parse_math(False)
-    _save(figure, path)
+    figure.axes[0].legend(fontsize=8)
+    return figure
 
 
-def confusion(matrix: list[list[int]], class_names: tuple[str, ...], path: pathlib.Path) -> None:
-    """Draws a confusion matrix, each row as shares of its true class."""
-    counts = np.array(matrix)
+def _marker(values: Sequence) -> str | None:
+    return "." if len(values) < MAX_MARKED else None
+
+
+# ---- Evaluation
+
+
+@styled
+def confusion(matrix: list[list[int]], class_names: Sequence[str]) -> Figure:
+    """A confusion matrix whose colours are shares of the true class."""
+    counts, classes = np.array(matrix), len(class_names)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    classes = len(class_names)
-    side = min(3.5 + 0.45 * classes, 16)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    side, size = (0.45, 10) if classes <= MAX_NUMBERED else (0.14, 7)  # inches, points
+    length = min(2.5 + side * classes, 20)
+    figure = Figure((length, length), layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    size = max(3, min(10, 60 * side / (classes * 5)))
-    # A dollar sign in a name begins no formula.
-    axes.set_xticks(range(classes), class_names, rotation=90, fontsize=size, parse_math=False)
-    axes.set_yticks(range(classes), class_names, fontsize=size, parse_math=False)
-    axes.set(xlabel="predicted", ylabel="true")
+    axes.imshow(shares, cmap=HEAT, vmin=0, vmax=1, interpolation="none")
+    names = [_short(name) for name in class_names] if classes <= MAX_NAMED else []
+    style = {"fontsize": size, "ha": "right", "va": "center", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(names)), names, rotation=90, **style)
+    axes.set_yticks(range(len(names)), names, **style)
+    axes.set(xlabel="predicted", ylabel="true (colours: shares of a row)")
+    axes.grid(False)
     if classes <= MAX_NUMBERED:
         for (row, column), count in np.ndenumerate(counts):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(
-                column, row, str(count), ha="center", va="center", color=colour, fontsize=size - 2
-            )
-    figure.colorbar(picture, shrink=0.8, label="share of the true class")
-    _save(figure, path)
+            colour = "white" if shares[row, column] > 0.6 else TEXT
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    return figure
 
 
-def gallery(pictures: dict[str, np.ndarray], path: pathlib.Path) -> None:
-    """Draws an image under all disturbances: one a column, the strengths from top to bottom.
+def _short(name: str) -> str:
+    name = one_line(name)
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
+
+
+@styled
+def reliability(bins: list[dict]) -> Figure:
+    """Accuracy of the images whose probability is in each bin, beside the diagonal.
 
     Args:
-        pictures: for each name uint8 [6, H, W, 3], as `disturbances.gallery` gives them.
+        bins: as `metrics.calibration_error` gives them.
     """
-    every = np.stack(list(pictures.values()), axis=1)  # [6, names, H, W, 3]
+    bins = [row for row in bins if row["count"]]
+    low, high, confidence, accuracy = (
+        np.array([row[key] for row in bins]) for key in ("low", "high", "confidence", "accuracy")
+    )
+    figure = Figure(SMALL, layout="constrained")
+    axes = figure.subplots()
+    axes.bar(low, accuracy, 0.95 * (high - low), align="edge", alpha=0.55)
+    axes.plot(confidence, accuracy, "o", markersize=4)
+    axes.plot([0, 1], [0, 1], "--", color=SOFT)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability", ylabel="accuracy")
+    return figure
+
+
+def gallery(images: dict[str, np.ndarray]) -> Figure:
+    """An image under all disturbances: one a column, the strengths from top to bottom.
+
+    Args:
+        images: for each name uint8 [6, H, W, 3], as `disturbances.gallery` gives them.
+    """
+    every = np.stack(list(images.values()), axis=1)  # [6, names, H, W, 3]
     rows, columns, height, width, _ = every.shape
     gap = max(1, min(height, width) // 10)
     framed = np.pad(every, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
     height, width = height + gap, width + gap
-    # One picture of all, as it is drawn much sooner than many.
+    # One image of all, which is drawn much faster than many.
     montage = framed.swapaxes(1, 2).reshape(rows * height, columns * width, 3)[:-gap, :-gap]
-    figure = Figure(figsize=(columns + 0.8, rows * height / width + 0.3), layout="constrained")
+    figure = Figure((columns + 0.8, rows * height / width + 0.3), layout="constrained")
     axes = figure.subplots()
     axes.imshow(montage)
-    strengths = ["as it is", *(f"strength {number}" for number in range(1, rows))]
-    axes.set_xticks((np.arange(columns) + 0.5) * width - gap / 2, pictures)
+    strengths = ["undisturbed", *(f"strength {number}" for number in range(1, rows))]
+    axes.set_xticks((np.arange(columns) + 0.5) * width - gap / 2, images)
     axes.set_yticks((np.arange(rows) + 0.5) * height - gap / 2, strengths)
     axes.tick_params(length=0, labelsize=9, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    _save(figure, path)
+    return figure
 
 
-def _save(figure: Figure, path: pathlib.Path) -> None:
-    with replacing(path) as temporary, warnings.catch_warnings():
-        # That the font lacks a letter of a name, or a name takes all of the room, stops nothing.
+# ---- Files and pages
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a figure as PNG."""
+    with replacing(path) as temporary:
+        _write(figure, temporary, dpi=110)
+
+
+@styled
+def svg(figure: Figure, title: str, identifier: str) -> str:
+    """A figure as an <svg> element, in the colours and the font of the HTML page around it.
+
+    Args:
+        title: describes it to readers who do not see it.
+        identifier: begins all identifiers in it, so that a page can have several figures.
+    """
+    file = io.StringIO()
+    _write(figure, file, format="svg", facecolor="none", metadata={"Date": None})
+
+    def adapt(tag: re.Match) -> str:
+        text = re.sub(r"font-family:[^;\"]*;?", "", tag[0])
+        text = re.sub("#[0-9a-f]{6}", lambda colour: VARIABLES.get(colour[0], colour[0]), text)
+        return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{identifier}-", text)
+
+    # Without the header and the style sheet, which would be that of the whole page.
+    text = file.getvalue()
+    body = re.sub(
+        "<[^>]*>", adapt, text[text.index('<g id="figure_1">') :]
+    )  # Texts have no < or >.
+    width, height = 72 * figure.get_size_inches()
+    box = f'width="{width:g}" viewBox="0 0 {width:g} {height:g}"'
+    return f'<svg {box} role="img" aria-label="{html.escape(one_line(title))}">{body}'
+
+
+def _write(figure: Figure, file, **options) -> None:
+    with warnings.catch_warnings():
+        # A letter that the font lacks, or a name that takes all of the room, stops nothing.
         warnings.simplefilter("ignore", UserWarning)
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(file, **options)

@@ -1,4 +1,4 @@
-"""A model on a split under all disturbances -> accuracies as JSON and a picture in the run."""
+"""The accuracy of a model under all disturbances of a split."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,7 @@ from keras_cifar.data import Split
 from keras_cifar.evaluation import disturbances, evaluator, plots
 from keras_cifar.evaluation.evaluator import DataSource
 
-# Of the images that are disturbed at a time: each byte takes some twenty meanwhile.
-DISTURBED_BYTES = 2**22
-
-PICTURED = 16  # images of which the first is drawn and the others give clutter
+DISTURBED_BYTES = 2**22  # of the images that are disturbed at a time; each byte needs some twenty
 
 
 def disturb_run(run: Run, name: str, source: DataSource, seed: int, max_images: int | None) -> dict:
@@ -33,39 +30,36 @@ def disturb(
     seed: int,
     max_images: int | None,
 ) -> dict:
-    """Writes `RUN/eval/<name>_disturbances.json` and `.png`; returns what the JSON holds.
+    """Writes `RUN/eval/<name>_disturbances.json` and `.png`; returns the contents of the JSON.
 
     Args:
         name: of the split: train, val or test.
-        spec: the --data that it comes from, for the record.
-        seed: of what is random in the disturbances.
+        spec: the --data of the split, for the record.
+        seed: of everything random in the disturbances.
         max_images: evaluated, as in `choose`; None is all.
 
     Returns:
         The accuracy under each disturbance at each strength, without any (`clean_accuracy`) and the
-        mean over all disturbances and strengths (`mean_accuracy`). `count` is of the images that were
-        looked at, `fingerprint` that of the whole split.
+        mean over all disturbances and strengths (`mean_accuracy`). `count` is the number of evaluated
+        images, `fingerprint` that of the whole split.
     """
     chosen = choose(split, seed, max_images)
-    count = len(chosen)
+    count, levels = len(chosen), range(1, disturbances.LEVELS + 1)
     size = max(1, DISTURBED_BYTES // int(np.prod(split.image_shape)))
     step = evaluator.compiled(model, split.image_shape)
-    right = {key: np.zeros(disturbances.LEVELS) for key in disturbances.DISTURBANCES}
+    table = disturbances.DISTURBANCES
+    correct = {key: np.zeros(len(levels), int) for key in table}
     clean = 0
-    total = count * (1 + len(right) * disturbances.LEVELS)
-    with tqdm.tqdm(
-        total=total, desc="disturbing", unit=" images", leave=False, disable=None
-    ) as bar:
+    with tqdm.tqdm(total=count * len(table), desc="disturbing", leave=False, disable=None) as bar:
         for start in range(0, count, size):
-            part = chosen.take(np.arange(start, min(start + size, count)))
-            images = part.images
-            clean += _count_right(step, images, part.labels)
-            bar.update(len(part))
-            for key in right:
-                for level in range(1, disturbances.LEVELS + 1):
+            batch = chosen.take(np.arange(start, min(start + size, count)))
+            images = batch.images
+            clean += _count_correct(step, images, batch.labels)
+            for key in table:
+                for level in levels:
                     disturbed = disturbances.apply(key, images, level, seed, start)
-                    right[key][level - 1] += _count_right(step, disturbed, part.labels)
-                    bar.update(len(part))
+                    correct[key][level - 1] += _count_correct(step, disturbed, batch.labels)
+                bar.update(len(batch))
     record = {
         "split": name,
         "data": spec,
@@ -73,32 +67,32 @@ def disturb(
         "count": count,
         "seed": seed,
         "clean_accuracy": clean / count,
-        "mean_accuracy": float(np.mean(list(right.values())) / count),
+        "mean_accuracy": float(np.mean(list(correct.values())) / count),
         "disturbances": {
             key: {
                 "strengths": list(row.strengths),
                 "unit": row.unit,
-                "accuracy": (right[key] / count).tolist(),
+                "accuracy": (correct[key] / count).tolist(),
             }
-            for key, row in disturbances.DISTURBANCES.items()
+            for key, row in table.items()
         },
     }
     write_json(run.disturbances(name), record)
-    few = chosen.take(np.arange(min(count, PICTURED))).images
-    plots.gallery(disturbances.gallery(few, seed), run.gallery(name))
+    few = chosen.take(np.arange(min(count, disturbances.NEIGHBOURS))).images
+    plots.save(plots.gallery(disturbances.gallery(few, seed)), run.gallery(name))
     return record
 
 
 def choose(split: Split, seed: int, max_images: int | None) -> Split:
-    """So many images at most, evenly spread over a split.
+    """At most `max_images` images, evenly spread over a split, in a random order.
 
-    They are in a random order: splits are often sorted by class, and clutter is to be of all.
+    The order mixes classes, by which splits are often sorted, so that clutter comes from all of them.
     """
     spread = split.spread(max_images or len(split))
     return spread.take(np.random.default_rng(seed).permutation(len(spread)))
 
 
-def _count_right(step: Callable, images: np.ndarray, labels: np.ndarray) -> int:
+def _count_correct(step: Callable, images: np.ndarray, labels: np.ndarray) -> int:
     batch = evaluator.BATCH_SIZE
     outputs = [step(images[at : at + batch]).numpy() for at in range(0, len(images), batch)]
     return int((np.concatenate(outputs).argmax(axis=1) == labels).sum())

@@ -1,7 +1,7 @@
-"""Temperature scaling: one number that makes probabilities mean what they say.
+"""Temperature scaling of probabilities (Guo et al. 2017, arXiv:1706.04599, section 4.2).
 
-Guo et al. 2017, arXiv:1706.04599, section 4.2: softmax(logits / T), with the T that minimises the
-negative log-likelihood of validation. No label changes, as the order of the logits does not.
+Probabilities become softmax(logits / T), where T minimises the negative log-likelihood on validation
+images. The order of the logits stays, so no prediction changes.
 """
 
 import keras
@@ -16,12 +16,12 @@ from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
 from keras_cifar.evaluation import evaluator, metrics
 
-# T is searched for in this range: outside of it, probabilities are all but one-hot or all but equal.
+# The range of T: outside of it, probabilities are nearly one-hot or nearly equal.
 RANGE = (0.05, 20.0)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> dict:
-    """The temperature that fits best.
+    """Fits the temperature.
 
     Args:
         logits: float [N, K].
@@ -33,7 +33,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> dict:
     """
     logits = np.asarray(logits, np.float64)
 
-    # Convex in 1 / T, so it has one minimum, and Brent's method in the bounds finds it.
+    # The loss is convex in 1 / T, so Brent's method finds its only minimum.
     def loss(log_t: float) -> float:
         scores = scipy.special.log_softmax(logits / np.exp(log_t), axis=1)
         return float(-scores[np.arange(len(labels)), labels].mean())
@@ -58,17 +58,18 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def find_temperature(text: str, run: Run) -> dict:
-    """What --temperature stands for.
+    """Resolves the flag --temperature.
 
     Args:
-        text: a number; `auto`, for what fits the run's validation images; or the directory of another
-            run, for what fits that one's model on its own, so that the run may have trained on all.
+        text: a number; `auto`, which fits the run's model on its validation images; or the directory
+            of another run with the same flags, which fits that run's model on that run's validation
+            images, so that this run may have trained on all images.
 
     Returns:
-        {"temperature"} for a number, otherwise as `fit_temperature`.
+        {"temperature"} for a number, otherwise the result of `fit_temperature`.
 
     Raises:
-        UserError: there are no such images, or the other run has other flags (any seed will do).
+        UserError: there are no such images, or the other run has other flags (the seed may differ).
     """
     try:
         return {"temperature": float(text)}
@@ -80,21 +81,21 @@ def find_temperature(text: str, run: Run) -> dict:
         if mine[flag] != theirs[flag]:
             raise UserError(
                 f"{other.path} was trained with --{flag}={theirs[flag]} and {run.path} with "
-                f"{mine[flag]}: its temperature would be another"
+                f"{mine[flag]}: their temperatures differ"
             )
     split = evaluator.load_data(config, "val").split("val")
     return fit_to_split(models.load(other.model), split)
 
 
 def fit_to_split(model: keras.Model, split: Split) -> dict:
-    """`fit_temperature` of a model with a layer called `logits`, on the images of a split."""
+    """`fit_temperature` of a model with a layer `logits` on a split."""
     logits = keras.Model(model.inputs[0], model.get_layer("logits").output)
     return fit_temperature(evaluator.predict(logits, split), split.labels)
 
 
 def scale_logits(model: keras.Model, temperature: float) -> keras.Model:
-    """The model with its logits divided by a temperature, on the same weights."""
+    """The model with its logits divided by a temperature; it shares the weights."""
     logits = model.get_layer("logits").output
-    cooled = keras.layers.Rescaling(1 / temperature, dtype="float32", name="temperature")(logits)
-    output = keras.layers.Activation("softmax", dtype="float32", name="probabilities")(cooled)
+    scaled = keras.layers.Rescaling(1 / temperature, dtype="float32", name="temperature")(logits)
+    output = keras.layers.Activation("softmax", dtype="float32", name="probabilities")(scaled)
     return keras.Model(model.inputs[0], output, name=model.name)

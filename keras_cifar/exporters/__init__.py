@@ -1,12 +1,11 @@
-"""Formats that a model is handed over in, a module each.
+"""Export formats, a module each.
 
 Each has
 
-    NEEDS_IMAGES = False  # or True: it cannot do without `samples`
+    NEEDS_IMAGES = False  # or True: it needs `samples` with training images
     export(model, base, class_names, version=None, samples=None, **record) -> base/<version>
 
-which is complete, and was compared with the model, before it appears. `folding` is no format: it
-makes the network that is exported out of the one that was trained.
+The version appears when it is complete and its predictions agree with the model's (`verification`).
 """
 
 import importlib
@@ -14,9 +13,8 @@ import pkgutil
 
 from keras_cifar.core.errors import UserError
 
-FORMATS = tuple(
-    sorted({m.name for m in pkgutil.iter_modules(__path__)} - {"bundle", "folding", "verification"})
-)
+_NO_FORMATS = {"bundle", "folding", "verification"}
+FORMATS = tuple(sorted({m.name for m in pkgutil.iter_modules(__path__)} - _NO_FORMATS))
 
 LABELS = "labels.txt"  # a class name a line
 
@@ -26,8 +24,8 @@ def labels_text(class_names: tuple[str, ...]) -> str:
     return "".join(f"{name}\n" for name in class_names)
 
 
-def needed(name: str):
-    """A module of the extra `formats`.
+def import_extra(name: str):
+    """Imports a module of the extra `formats`.
 
     Raises:
         UserError: it is not installed.
@@ -36,6 +34,6 @@ def needed(name: str):
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"this format needs packages that are not there ({error}): "
+            f"this format needs packages that are not installed ({error}): "
             "pip install 'keras_cifar[formats]'"
         ) from None

@@ -1,4 +1,4 @@
-"""What TensorFlow Serving wants beside a SavedModel: warm-up records, configuration, how to start."""
+"""Files for TensorFlow Serving beside a SavedModel: warm-up records, configuration, instructions."""
 
 import io
 import pathlib
@@ -12,12 +12,12 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from keras_cifar.core.files import replacing
 
-# Where TensorFlow Serving looks, and how many it reads:
+# Where TensorFlow Serving looks for records, and how many it reads:
 # https://www.tensorflow.org/tfx/serving/saved_model_warmup
 WARMUP = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
 MAX_RECORDS = 1000
 
-# TensorFlow prepares some kernels for each shape, at its first request: one image, a few, and many.
+# TensorFlow prepares some kernels for each shape at the first request with it.
 BATCHES = (1, 2, 4, 8, 16, 32)
 
 CONFIG = "models.config"
@@ -25,19 +25,19 @@ NOTES = "SERVING.md"
 
 
 def write_warmup(path: pathlib.Path, name: str, size: tuple[int, int]) -> None:
-    """Writes a TFRecord of PredictionLog: each signature of the contract in each of BATCHES.
+    """Writes a TFRecord of PredictionLog: a request for each signature and each of BATCHES.
 
     Args:
         path: the file.
-        name: of the model.
-        size: (height, width) of its images, in pixels.
+        name: the model's.
+        size: (height, width) of the input images, in pixels.
     """
     grey = np.full((*size, 3), 128, np.uint8)
     files = tf.constant([_encoded(grey, "JPEG"), _encoded(grey, "PNG")])
     path.parent.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(path)) as writer:
         for batch in BATCHES:
-            # A constant is stored as one value and a shape, so the file is small.
+            # A constant tensor is stored as one value and a shape, so the file is small.
             images = tf.make_tensor_proto(grey[0, 0, 0], shape=(batch, *size, 3))
             encoded = tf.make_tensor_proto(tf.gather(files, np.arange(batch) % 2))
             for signature, inputs in (
@@ -61,46 +61,45 @@ def _encoded(pixels: np.ndarray, form: str) -> bytes:
 
 
 def model_name(base: pathlib.Path) -> str:
-    """The name to serve a base path under: that of the run, or of the directory."""
+    """The model name for a base path: the name of the run, or of the directory."""
     base = base.absolute()
     name = base.parent.name if base.name == "export" else base.name
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "model"
 
 
 def write_notes(base: pathlib.Path) -> None:
-    """Writes models.config and SERVING.md into a base path; TensorFlow Serving reads numbers only."""
+    """Writes models.config and SERVING.md into a base path, where TensorFlow Serving ignores them."""
     name = model_name(base)
-    with replacing(base / CONFIG) as path:
-        path.write_text(
-            f"model_config_list {{\n  config {{\n    name: '{name}'\n"
-            f"    base_path: '/models/{name}'\n    model_platform: 'tensorflow'\n  }}\n}}\n",
-            "utf-8",
-        )
-    with replacing(base / NOTES) as path:
-        path.write_text(_notes(name, base), "utf-8")
+    config = (
+        f"model_config_list {{\n  config {{\n    name: '{name}'\n"
+        f"    base_path: '/models/{name}'\n    model_platform: 'tensorflow'\n  }}\n}}\n"
+    )
+    for file, text in ((CONFIG, config), (NOTES, _notes(name, base))):
+        with replacing(base / file) as path:
+            path.write_text(text, "utf-8")
 
 
 def _notes(name: str, base: pathlib.Path) -> str:
     url = f"http://localhost:8501/v1/models/{name}"
-    lines = "\n".join(f"{what}:\n\n    {line}\n" for what, line in commands(base).items())
+    lines = "\n".join(f"{purpose}:\n\n    {line}\n" for purpose, line in commands(base).items())
     return f"""# {name}
 
 A TensorFlow Serving model base path. {CONFIG} is for several models in one server
 (`--model_config_file=/models/{name}/{CONFIG}`).
 
 {lines}
-Files of any size go to the signature `serving_bytes`; one that is no image gets the label "", the index
--1 and probabilities NaN, which TensorFlow Serving writes as the bare word NaN. Its state is at {url},
-its metadata at {url}/metadata.
+Image files of any size go to the signature `serving_bytes`. A file that is not an image gets the label
+"", the index -1 and probabilities NaN, which TensorFlow Serving writes as the bare word NaN. The
+model's status is at {url}, its metadata at {url}/metadata.
 """
 
 
 def commands(base: pathlib.Path) -> dict[str, str]:
-    """The command lines that start a server of a base path and ask it, by what they do."""
+    """The command lines that start a server of a base path and send requests to it, by purpose."""
     name = model_name(base)
     url = f"http://localhost:8501/v1/models/{name}"
     mount = shlex.quote(f"{base.absolute()}:/models/{name}")
-    # By the shell's own printf and a pipe: arguments of a program have at most 128 KB.
+    # The shell's own printf and a pipe: a program's arguments have at most 128 KB.
     request = '{"signature_name": "serving_bytes", "instances": [{"b64": "%s"}]}'
     body = (
         '{"signature_name": "serving_bytes", "instances": '
@@ -115,7 +114,7 @@ def commands(base: pathlib.Path) -> dict[str, str]:
         "tensorflow/serving",
         "serve without Docker": "python -m keras_cifar.serve "
         f"--model {shlex.quote(str(base.absolute()))} --name {name}",
-        "ask": f"printf '{request}' \"$(base64 -w0 dog.jpg)\" | curl -d @- {url}:predict",
-        "ask from Python": f"python -c '{client}'",
-        "ask with this package": f"python -m keras_cifar.predict --model {url} dog.jpg",
+        "request": f"printf '{request}' \"$(base64 -w0 dog.jpg)\" | curl -d @- {url}:predict",
+        "request from Python": f"python -c '{client}'",
+        "request with this package": f"python -m keras_cifar.predict --model {url} dog.jpg",
     }

@@ -1,8 +1,8 @@
-"""Batch normalization folded into the layer before it: the same network, for prediction alone.
+"""Folds batch normalization into the layer before it, for inference.
 
-With fixed statistics normalization is a scale and an offset of each channel, which the convolution
-or dense layer before it can do as well. What is left, convolution, bias, addition and ReLU, is one
-kernel in TensorFlow on CPUs.
+With fixed statistics, normalization scales and shifts each channel; the convolution or dense layer
+before it can do the same. TensorFlow on CPUs then runs convolution, bias, addition and ReLU as one
+kernel.
 """
 
 import collections
@@ -18,16 +18,16 @@ FOLDABLE = (keras.layers.Conv2D, keras.layers.Dense)
 
 
 def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
-    """A copy of a functional model without the normalization that can be folded.
+    """Returns a copy of a functional model with batch normalization folded where possible.
 
-    Folded is a BatchNormalization over channels whose input is a linear convolution or dense layer
+    A BatchNormalization over channels is folded if its input is a linear convolution or dense layer
     that nothing else uses. It becomes an Identity, so that all layers keep their names. The copy
-    computes what `model(..., training=False)` does, up to rounding; the model stays as it is. What
-    a mixed policy computes in half precision, the copy computes in float32.
+    computes `model(..., training=False)` up to rounding, in float32 where a mixed policy uses half
+    precision; the model itself is not changed.
 
     Args:
         model: functional, channels last.
-        kept: the name of a layer whose output is asked for too, and so stays as it is.
+        kept: the name of a layer whose output is used too, which is not folded into.
     """
     # A plain model: a copy of a compiled one would be compiled too.
     model = keras.Model(model.input, model.output, name=model.name)
@@ -38,7 +38,7 @@ def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
         if layer.name in norms:
             return keras.layers.Identity(name=layer.name, dtype=_precision(layer))
         config = layer.get_config()
-        # An input has the images' type, and operations that are no layers have none.
+        # An input keeps the images' dtype; operations that are not layers have none.
         if "dtype" in config and not isinstance(layer, keras.layers.InputLayer):
             config["dtype"] = _precision(layer)
         if layer.name in normalized:
@@ -46,7 +46,7 @@ def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
         return type(layer).from_config(config)
 
     def call(layer, *args, **kwargs):
-        # An Identity does not take the mask that normalization was called with.
+        # Identity does not take the mask argument of the normalization's call.
         return layer(args[0]) if layer.name in norms else layer(*args, **kwargs)
 
     folded = keras.models.clone_model(model, clone_function=clone, call_function=call)
@@ -63,9 +63,9 @@ def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
 
 
 def function(model: keras.Model) -> tf.Module:
-    """A module whose `classify` is the folded model as one TensorFlow function.
+    """Returns a module whose `classify` is the folded model as one TensorFlow function.
 
-    It takes `images` uint8 [N, H, W, 3] and gives `probabilities` float32 [N, K] and `label_index`
+    It takes `images` uint8 [N, H, W, 3] and returns `probabilities` float32 [N, K] and `label_index`
     int64 [N].
     """
     folded = fold(model)
@@ -77,22 +77,20 @@ def function(model: keras.Model) -> tf.Module:
         return {"probabilities": probabilities, "label_index": tf.argmax(probabilities, axis=1)}
 
     module = tf.Module()
-    # Keras's own variables are not found by tf.Module; these are what they wrap.
+    # tf.Module does not find Keras's variables; these are the TensorFlow variables inside them.
     module.weights = [v.value for v in folded.weights]
     module.classify = classify
     return module
 
 
 def _precision(layer: keras.Layer):
-    """The dtype policy of a layer's copy. Half precision is for the machine that trains: elsewhere
-    it may be slow.
-    """
+    """The dtype policy of a layer's copy: half precision may be slow on other machines."""
     return "float32" if layer.compute_dtype in ("float16", "bfloat16") else layer.dtype_policy
 
 
 def _foldable(model: keras.Model, kept: str | None) -> dict[str, keras.Layer]:
-    """The normalization behind each layer that it can be folded into, by the name of the latter."""
-    # The stored form says who uses what within this model; layers know of other models too.
+    """The normalization that can be folded into each layer, by the layer's name."""
+    # The config has the calls within this model alone; the layers' nodes include other models.
     config = model.get_config()
     calls = {entry["name"]: entry["inbound_nodes"] for entry in config["layers"]}
     sources = {name: list(_sources(nodes)) for name, nodes in calls.items()}
@@ -104,7 +102,7 @@ def _foldable(model: keras.Model, kept: str | None) -> dict[str, keras.Layer]:
         if not isinstance(norm, keras.layers.BatchNormalization) or len(calls[norm.name]) != 1:
             continue
         source, axes = sources[norm.name][0], (-1, len(norm.output.shape) - 1)
-        layer = layers.get(source)  # None is an operation that is no layer
+        layer = layers.get(source)  # None is an operation that is not a layer
         if (
             isinstance(layer, FOLDABLE)
             and source != kept
@@ -118,7 +116,7 @@ def _foldable(model: keras.Model, kept: str | None) -> dict[str, keras.Layer]:
 
 
 def _sources(stored) -> Iterator[str]:
-    """The names of the layers whose outputs are among the stored arguments of calls."""
+    """Yields the names of the layers whose outputs are among the stored arguments of calls."""
     if isinstance(stored, dict):
         if "keras_history" in stored:
             yield stored["keras_history"][0]
@@ -129,7 +127,7 @@ def _sources(stored) -> Iterator[str]:
 
 
 def _weights(layer: keras.Layer, norm: keras.Layer) -> tuple[np.ndarray, np.ndarray]:
-    """The kernel and the bias that do what `layer` and then `norm` do."""
+    """The kernel and the bias with which a layer computes `norm(layer(x))`."""
     kernel, *bias = (np.asarray(v, np.float64) for v in layer.get_weights())
     scale = 1 / np.sqrt(np.asarray(norm.moving_variance, np.float64) + norm.epsilon)
     if norm.scale:

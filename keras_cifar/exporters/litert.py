@@ -1,21 +1,22 @@
-"""LiteRT (TensorFlow Lite), for phones and small machines: in float32, and in 8-bit integers."""
+"""LiteRT (TensorFlow Lite) for phones and small machines: in float32 and in 8-bit integers."""
 
 import pathlib
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import new_version
-from keras_cifar.exporters import LABELS, folding, labels_text, needed, verification
+from keras_cifar.exporters import LABELS, folding, import_extra, labels_text, verification
 from keras_cifar.exporters.verification import Samples
 
 NEEDS_IMAGES = True
 FLOAT = "model.tflite"
 INT8 = "model_int8.tflite"
 
-# How far 8-bit integers may be from float32, in the mean over images; see BUILD_NOTES.md. Labels are
-# no measure: near a tie, any rounding changes them.
+# The largest mean difference of 8-bit integers from float32; see BUILD_NOTES.md. Labels are not
+# compared: near a tie, any rounding changes them.
 INT8_BOUND = 0.05
 
 
@@ -29,31 +30,25 @@ def export(
 ) -> pathlib.Path:
     """Writes `base/<version>/` with model.tflite, model_int8.tflite and labels.txt.
 
-    Arguments are as in `saved_model.export`. Both models take `images` uint8 [N, H, W, 3] and give
-    `probabilities` float32 [N, K] and `label_index` int64 [N], by these names. The ranges of the
-    integers are those that the network has on `samples.training`.
+    Arguments are as in `saved_model.export`. Both models have the inputs and outputs of
+    `folding.function`; the integers have the ranges of the network's values on `samples.training`.
 
     Raises:
-        UserError: there are no training images, the extra `formats` is not installed, or LiteRT says
-            other than the model.
+        UserError: there are no training images, the extra `formats` is not installed, or LiteRT
+            differs from the model.
     """
-    interpreter = needed("ai_edge_litert.interpreter")
+    interpreter = import_extra("ai_edge_litert.interpreter")
     if samples is None or samples.training is None:
-        raise UserError("LiteRT's 8-bit integers need training images, to measure their ranges on")
+        raise UserError("LiteRT's 8-bit integers need training images to measure their ranges on")
     module = folding.function(model)
+    concrete = module.classify.get_concrete_function()
 
     def converter():
-        concrete = module.classify.get_concrete_function()
         return tf.lite.TFLiteConverter.from_concrete_functions([concrete], module)
 
-    def measured():
-        return ([image[None]] for image in samples.training)
-
-    def answers(path):
+    def classifier(path: pathlib.Path) -> Callable:
         runner = interpreter.Interpreter(str(path)).get_signature_runner()
-        return verification.in_batches(
-            lambda images: runner(images=images)["probabilities"], samples.images
-        )
+        return lambda images: runner(images=images)["probabilities"]
 
     with new_version(base, version) as (written, target):
         written.mkdir()
@@ -61,17 +56,10 @@ def export(
         (written / FLOAT).write_bytes(converter().convert())
         integers = converter()
         integers.optimizations = [tf.lite.Optimize.DEFAULT]
-        integers.representative_dataset = measured
+        integers.representative_dataset = lambda: ([image[None]] for image in samples.training)
         (written / INT8).write_bytes(integers.convert())
 
-        with verification.full_precision():
-            expected = verification.reference(model, samples.images)
-        figures = {
-            name: verification.compare(expected, answers(written / name)) for name in (FLOAT, INT8)
-        }
-        limits = {
-            FLOAT: {"largest_difference": verification.bound(model)},
-            INT8: {"mean_difference": INT8_BOUND},
-        }
-        verification.check(written, samples, figures, limits, **record)
+        classifiers = {name: classifier(written / name) for name in (FLOAT, INT8)}
+        limits = {INT8: {"mean_difference": INT8_BOUND}}
+        verification.verify(written, model, samples, classifiers, limits, **record)
     return target

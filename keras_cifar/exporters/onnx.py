@@ -1,11 +1,11 @@
-"""ONNX with the preprocessing of pixels inside, for ONNX Runtime and what else reads it."""
+"""ONNX with preprocessing inside, for ONNX Runtime and other runtimes."""
 
 import pathlib
 
 import keras
 
 from keras_cifar.core.files import new_version
-from keras_cifar.exporters import LABELS, folding, labels_text, needed, verification
+from keras_cifar.exporters import LABELS, folding, import_extra, labels_text, verification
 from keras_cifar.exporters.verification import Samples
 
 NEEDS_IMAGES = False
@@ -25,14 +25,13 @@ def export(
 ) -> pathlib.Path:
     """Writes `base/<version>/` with model.onnx and labels.txt; arguments as `saved_model.export`.
 
-    The model takes `images` uint8 [N, H, W, 3] and gives `probabilities` float32 [N, K] and
-    `label_index` int64 [N]. Its metadata has the class names, one a line, as `class_names`.
+    The model has the inputs and outputs of `folding.function`. Its metadata `class_names` holds the
+    class names, one a line.
 
     Raises:
-        UserError: the extra `formats` is not installed, or ONNX Runtime says other than the model.
+        UserError: the extra `formats` is not installed, or ONNX Runtime differs from the model.
     """
-    tf2onnx, runtime, onnx = needed("tf2onnx"), needed("onnxruntime"), needed("onnx")
-    samples = samples or verification.noise(model.input_shape[1:3])
+    tf2onnx, runtime, onnx = map(import_extra, ("tf2onnx", "onnxruntime", "onnx"))
     classify = folding.function(model).classify
     names = labels_text(class_names)
     with new_version(base, version) as (written, target):
@@ -43,14 +42,10 @@ def export(
         onnx.helper.set_model_props(graph, {"class_names": names})
         (written / MODEL).write_bytes(graph.SerializeToString())
         (written / LABELS).write_text(names, "utf-8")
-
         session = runtime.InferenceSession(written / MODEL, providers=["CPUExecutionProvider"])
-        with verification.full_precision():
-            expected = verification.reference(model, samples.images)
-        given = verification.in_batches(
-            lambda images: session.run(["probabilities"], {"images": images})[0], samples.images
-        )
-        figures = {"onnxruntime": verification.compare(expected, given)}
-        limits = {"onnxruntime": {"largest_difference": verification.bound(model)}}
-        verification.check(written, samples, figures, limits, **record)
+
+        def onnxruntime(images):
+            return session.run(["probabilities"], {"images": images})[0]
+
+        verification.verify(written, model, samples, {"onnxruntime": onnxruntime}, **record)
     return target

@@ -1,4 +1,4 @@
-"""SavedModel with the preprocessing inside, under a TensorFlow Serving model base path."""
+"""SavedModel with preprocessing inside, under a TensorFlow Serving model base path."""
 
 import pathlib
 
@@ -23,71 +23,56 @@ def export(
     samples: Samples | None = None,
     **record: object,
 ) -> pathlib.Path:
-    """Writes `base/<version>/`, which appears when it is complete and says what the model says.
+    """Writes `base/<version>/`, which appears when it is complete and agrees with the model.
 
     Args:
-        model: uint8 [N, H, W, 3] -> probabilities [N, K], with a layer called `features`.
+        model: uint8 [N, H, W, 3] -> probabilities [N, K], with a layer named `features`.
         version: an integer; None is the next one.
-        samples: images to compare with; None is random ones.
-        record: what is stored with the figures of that.
+        samples: images to verify with; None is random ones.
+        record: further values to store with the results of verification.
 
     Returns:
         The new directory.
 
     Raises:
-        UserError: the disk is full, or what was written differs from the model.
+        UserError: the disk is full, or the export differs from the model.
     """
-    size = model.input_shape[1:3]
     with new_version(base, version) as (saved, target):
-        # The asset's file is copied, so it must stay until the model is saved.
+        # `save` copies the asset's file, so it must exist until then.
         labels = saved.parent / LABELS
         labels.write_text(labels_text(class_names), "utf-8")
         module = functions(model, class_names)
         module.labels = tf.saved_model.Asset(str(labels))
         try:
             tf.saved_model.save(module, str(saved), signatures=signatures(module))
-            bundle.write_warmup(saved / bundle.WARMUP, bundle.model_name(base), size)
+            bundle.write_warmup(
+                saved / bundle.WARMUP, bundle.model_name(base), model.input_shape[1:3]
+            )
         except tf.errors.OpError as error:
             raise unwritten(target, error) from None
-        _verify(model, saved, samples or verification.noise(size), record)
+        loaded = tf.saved_model.load(str(saved))
+
+        def serving_default(images):
+            return loaded.signatures["serving_default"](images=tf.constant(images))["probabilities"]
+
+        def serving_bytes(images):
+            files = tf.map_fn(tf.io.encode_png, images, fn_output_signature=tf.string)
+            return loaded.signatures["serving_bytes"](image_bytes=files)["probabilities"]
+
+        classifiers = {"serving_default": serving_default, "serving_bytes": serving_bytes}
+        verification.verify(saved, model, samples, classifiers, **record)
         bundle.write_notes(base)
     return target
 
 
-def _verify(model: keras.Model, saved: pathlib.Path, samples: Samples, record: dict) -> None:
-    """Compares the model with what a server would load, from pixels and from files."""
-    loaded = tf.saved_model.load(str(saved))
-
-    def default(images):
-        return loaded.signatures["serving_default"](images=tf.constant(images))
-
-    def encoded(images):
-        files = tf.map_fn(tf.io.encode_png, images, fn_output_signature=tf.string)
-        return loaded.signatures["serving_bytes"](image_bytes=files)
-
-    with verification.full_precision():
-        expected = verification.reference(model, samples.images)
-        figures = {
-            name: verification.compare(
-                expected,
-                verification.in_batches(
-                    lambda x, f=f: f(x)["probabilities"].numpy(), samples.images
-                ),
-            )
-            for name, f in (("serving_default", default), ("serving_bytes", encoded))
-        }
-    limits = {name: {"largest_difference": verification.bound(model)} for name in figures}
-    verification.check(saved, samples, figures, limits, **record)
-
-
 def functions(model: keras.Model, class_names: tuple[str, ...]) -> tf.Module:
-    """What is served. Plain TensorFlow: whoever loads it, when saved, needs neither Keras nor us."""
+    """The functions to serve, in plain TensorFlow: they load without Keras and this package."""
     size = model.input_shape[1:3]
     model = folding.fold(model, kept="features")
     features = keras.Model(model.inputs[0], model.get_layer("features").output)
     names = tf.constant(class_names)
     module = tf.Module()
-    # Keras's own variables are not found by tf.Module; these are what they wrap.
+    # tf.Module does not find Keras's variables; these are the TensorFlow variables inside them.
     module.weights = [v.value for v in model.weights]
 
     pixels = tf.TensorSpec((None, *size, 3), tf.uint8, name="images")
@@ -105,20 +90,20 @@ def functions(model: keras.Model, class_names: tuple[str, ...]) -> tf.Module:
 
     @tf.function(input_signature=[encoded], autograph=False)
     def serving_bytes(image_bytes):
-        images, good = decode_images(image_bytes, size)
-        # A call, so that the network is stored, and loaded, once for both.
-        answer = serving_default(images)
-        # What is no image has an answer that no image has, and the others have theirs.
+        images, valid = decode_images(image_bytes, size)
+        # A call, so that the network is stored and loaded once for both.
+        outputs = serving_default(images)
+        # Files that are not images are marked; the others get their predictions.
         return {
-            "probabilities": tf.where(good[:, None], answer["probabilities"], np.nan),
-            "label": tf.where(good, answer["label"], ""),
-            "label_index": tf.where(good, answer["label_index"], -1),
+            "probabilities": tf.where(valid[:, None], outputs["probabilities"], np.nan),
+            "label": tf.where(valid, outputs["label"], ""),
+            "label_index": tf.where(valid, outputs["label_index"], -1),
         }
 
     @tf.function(input_signature=[pixels], autograph=False)
     def features_of(images):
         values = tf.cast(features(images, training=False), tf.float32)
-        # Where the classifier averages maps, so are the features averages of maps.
+        # Where the classifier averages feature maps, the features are averages of maps too.
         return {"features": tf.reduce_mean(values, [1, 2]) if values.shape.rank == 4 else values}
 
     module.serving_default = serving_default
@@ -128,7 +113,7 @@ def functions(model: keras.Model, class_names: tuple[str, ...]) -> tf.Module:
 
 
 def signatures(module: tf.Module) -> dict:
-    """The functions by the names under which they are served."""
+    """The functions by the names of their signatures."""
     return {
         "serving_default": module.serving_default,
         "serving_bytes": module.serving_bytes,

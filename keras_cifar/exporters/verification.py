@@ -1,10 +1,9 @@
-"""Whether an export says what the model says: the check that every format must pass to appear."""
+"""Verifies that an export predicts what the model predicts, before it appears."""
 
-import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -17,24 +16,20 @@ from keras_cifar.data import Dataset
 
 FILE = pathlib.Path("assets.extra", "verification.json")  # below an export's directory
 
-IMAGES = 256  # that are compared: a second or two of ResNet-32 on two cores
+IMAGES = 256  # images that are compared: a second or two of ResNet-32 on two cores
 
-# The largest difference between probabilities. In float32, folding and other kernels make up to 1e-5
-# (tests/test_folding.py); what is wrong, such as a scale, makes 1e-2 and more.
+# The largest difference between probabilities. In float32, folding and other kernels cause up to 1e-5
+# (tests/exporters/test_folding.py); errors, such as a wrong scale, cause 1e-2 and more.
 BOUND = 1e-4
-# Half precision rounds by 2**-9 (bfloat16) in each layer, and what is exported computes in float32.
+# Half precision rounds by 2**-9 (bfloat16) in each layer, and the export computes in float32.
 HALF_BOUND = 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """Images of the run.
+    """Images to verify an export with: uint8 [N, H, W, 3], and a description of them.
 
-    Attributes:
-        images: uint8 [N, H, W, 3], to compare with.
-        origin: what they are, in words.
-        training: uint8 [M, H, W, 3], of the training split: what formats with integers measure their
-            ranges on; None where there are none.
+    `training` are images of the training split, from which integer formats measure their ranges.
     """
 
     images: np.ndarray
@@ -43,10 +38,7 @@ class Samples:
 
 
 def of_dataset(dataset: Dataset, spec: str) -> Samples:
-    """Images of validation, or of test where nothing was held out, evenly spread over the split.
-
-    No label is looked at, so test stays a test.
-    """
+    """Validation images, or test images where nothing was held out; their labels are not used."""
     name = "test" if dataset.val is None else "val"
     split = dataset.split(name)
     training = dataset.train.spread(IMAGES).images
@@ -54,87 +46,89 @@ def of_dataset(dataset: Dataset, spec: str) -> Samples:
 
 
 def noise(size: tuple[int, int]) -> Samples:
-    """Random pixels, where no real images are at hand."""
+    """Random pixels, where no images of the run are available."""
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES // 8, *size, 3), np.uint8)
     return Samples(pixels, "images of random pixels")
 
 
 def bound(model: keras.Model) -> float:
-    """The largest difference that an export in float32 may have from the model."""
+    """The largest difference that a float32 export may have from the model."""
     half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in model.layers)
     return HALF_BOUND if half else BOUND
 
 
-def reference(model: keras.Model, images: np.ndarray) -> np.ndarray:
-    """Probabilities float32 [N, K] of the model in memory, of uint8 [N, H, W, 3]."""
-    return in_batches(lambda batch: model(batch, training=False).numpy(), images)
-
-
 def in_batches(classify: Callable, images: np.ndarray) -> np.ndarray:
-    """float32 [N, K] of a function of uint8 [n, H, W, 3], n at most BATCH_SIZE."""
+    """float32 [N, K] from a function of uint8 [n, H, W, 3] with n at most BATCH_SIZE."""
     starts = range(0, len(images), BATCH_SIZE)
-    return np.concatenate([classify(images[s : s + BATCH_SIZE]) for s in starts]).astype(np.float32)
+    batches = [np.asarray(classify(images[s : s + BATCH_SIZE])) for s in starts]
+    return np.concatenate(batches).astype(np.float32)
 
 
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Computes in float32 where GPUs would round products to TensorFloat-32's 10 bits."""
-    before = tf.config.experimental.tensor_float_32_execution_enabled()
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    try:
-        yield
-    finally:
-        tf.config.experimental.enable_tensor_float_32_execution(before)
-
-
-def compare(expected: np.ndarray, given: np.ndarray) -> dict:
-    """How far probabilities [N, K] are from those expected; what is no number is off by 1.
+def compare(expected: np.ndarray, found: np.ndarray) -> dict:
+    """Measures the difference between probabilities [N, K]; NaN counts as a difference of 1.
 
     Returns:
-        {"largest_difference", "mean_difference", "label_agreement"}: the largest of all and the mean
-        over images of the largest of each, and the share of images with the same label.
+        {"largest_difference", "mean_difference", "label_agreement"}: the largest of all, the mean over
+        images of the largest of each image, and the fraction of images with the same label.
     """
-    difference = np.nan_to_num(np.abs(expected - given), nan=1.0).max(axis=1)
+    difference = np.nan_to_num(np.abs(expected - found), nan=1.0).max(axis=1)
     return {
         "largest_difference": float(difference.max()),
         "mean_difference": float(difference.mean()),
-        "label_agreement": float((expected.argmax(1) == given.argmax(1)).mean()),
+        "label_agreement": float((expected.argmax(1) == found.argmax(1)).mean()),
     }
 
 
-def check(
+def verify(
     directory: pathlib.Path,
-    samples: Samples,
-    figures: dict[str, dict],
-    limits: dict[str, dict],
-    **more: object,
+    model: keras.Model,
+    samples: Samples | None,
+    classifiers: dict[str, Callable],
+    limits: dict[str, dict] | None = None,
+    **record: object,
 ) -> None:
-    """Writes `directory/FILE`, unless the export differs too much.
+    """Compares an export with the model, and writes the differences to `directory/FILE`.
 
     Args:
-        figures: of each form of the model, what `compare` gives.
-        limits: of each form, how large its differences may be, by the same names.
-        more: what else is to be stored.
+        samples: None is random pixels.
+        classifiers: the functions of the export by name, uint8 [n, H, W, 3] -> probabilities [n, K].
+        limits: the largest values of `compare` by function; `bound` where there is none.
+        record: further values to store.
 
     Raises:
-        UserError: it does.
+        UserError: the export differs too much.
     """
-    for name, row in figures.items():
-        for which, limit in limits[name].items():
-            if row[which] > limit:
+    samples = samples or noise(model.input_shape[1:3])
+    # GPUs would round products to the 10 bits of TensorFloat-32.
+    tensor_float = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        expected = in_batches(lambda images: model(images, training=False), samples.images)
+        differences = {
+            name: compare(expected, in_batches(classify, samples.images))
+            for name, classify in classifiers.items()
+        }
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(tensor_float)
+    default = {"largest_difference": bound(model)}
+    limits = {name: (limits or {}).get(name, default) for name in classifiers}
+    for name, row in differences.items():
+        for measure, limit in limits[name].items():
+            if row[measure] > limit:
                 raise UserError(
-                    f"the export was dropped: on {len(samples.images)} {samples.origin} the "
-                    f"{which.replace('_', ' ')} between probabilities of {name} and the model's is "
-                    f"{row[which]:.2g}, more than {limit:.2g}; {row['label_agreement']:.1%} of the "
+                    f"the export was discarded: on {len(samples.images)} {samples.origin} the "
+                    f"{measure.replace('_', ' ')} between probabilities of {name} and the model's is "
+                    f"{row[measure]:.2g}, more than {limit:.2g}; {row['label_agreement']:.1%} of the "
                     "labels agree"
                 )
     stored = {"images": len(samples.images), "origin": samples.origin, "limits": limits}
     (directory / FILE).parent.mkdir(exist_ok=True)
-    (directory / FILE).write_text(to_json(stored | {"figures": figures} | more) + "\n", "utf-8")
+    text = to_json(stored | {"figures": differences} | record) + "\n"
+    (directory / FILE).write_text(text, "utf-8")
 
 
 def summary(directory: pathlib.Path) -> str:
-    """What the check of an export found, a line for each form."""
+    """The results of verifying an export, a line per function."""
     stored = json.loads((directory / FILE).read_text("utf-8"))
     return "\n".join(
         f"verified  {name}: on {stored['images']} {stored['origin']} probabilities within "

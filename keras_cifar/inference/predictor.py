@@ -1,4 +1,4 @@
-"""Inference with an exported SavedModel and nothing else: no Keras, no training code, no run."""
+"""Inference with an exported SavedModel alone: without Keras, training code or the run."""
 
 import pathlib
 
@@ -9,18 +9,18 @@ from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import read, versions
 
-MAX_LABELS = 2**26  # bytes of labels.txt; ImageNet-21k's have under a megabyte
+MAX_LABELS = 2**26  # bytes of labels.txt; ImageNet-21k's take under a megabyte
 
 
 def find(path: str) -> pathlib.Path:
-    """The SavedModel at `path`: the directory itself, its newest version, or a run's newest export.
+    """Finds a SavedModel: the directory itself, its newest version, or a run's newest export.
 
     Raises:
         UserError: there is none.
     """
     root = pathlib.Path(path).expanduser()
     if "://" in path:
-        raise UserError(f"--model={path}: only directories and http:// can be read")
+        raise UserError(f"--model={path}: only directories and http:// URLs can be read")
     if not root.exists():
         raise UserError(f"--model={path} does not exist")
     for base in (root, root / "export"):
@@ -38,10 +38,10 @@ class Predictor:
     """A loaded SavedModel.
 
     Attributes:
-        path: its directory.
-        size: (height, width) of the images it takes, in pixels.
+        path: the model's directory.
+        size: (height, width) of the input images, in pixels.
         class_names: in the order of the probabilities.
-        signatures: its functions, by name.
+        signatures: the model's functions, by name.
     """
 
     def __init__(self, path: str):
@@ -51,24 +51,22 @@ class Predictor:
             path: as in `find`.
 
         Raises:
-            UserError: there is none, or it is damaged or not one of ours.
+            UserError: there is none, it is damaged, or it has other signatures than ours.
         """
         self.path = find(path)
         try:
             # Kept, since the signatures do not keep the variables alive.
             self._loaded = tf.saved_model.load(str(self.path))
-            self._take(dict(self._loaded.signatures))
+            self._use(dict(self._loaded.signatures))
             self.size = tuple(self._classify.structured_input_signature[1]["images"].shape[1:3])
             labels = self.path / "assets" / "labels.txt"
             self.class_names = tuple(read(labels, MAX_LABELS).decode("utf-8").splitlines())
             if len(self.class_names) != self._classify.structured_outputs["probabilities"].shape[1]:
                 raise ValueError(f"{labels.name} does not name its classes")
-        except Exception as error:  # Damage shows as any of a dozen classes.
-            raise UserError(
-                f"{self.path} is not a model that can be used: {reason(error)}"
-            ) from None
+        except Exception as error:  # Damage raises any of a dozen classes.
+            raise UserError(f"{self.path} is not a valid model: {reason(error)}") from None
 
-    def _take(self, signatures: dict) -> None:
+    def _use(self, signatures: dict) -> None:
         self.signatures = signatures
         self._classify, self._features = signatures["serving_default"], signatures["features"]
 
@@ -77,13 +75,13 @@ class Predictor:
         return self._run(self._classify, "probabilities", images)
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """Feature vectors float32 [N, D] of uint8 [N, H, W, 3]: what the last layer classifies."""
+        """Feature vectors float32 [N, D] of uint8 [N, H, W, 3]: the input of the classifier layer."""
         return self._run(self._features, "features", images)
 
     @staticmethod
     def _run(signature, output: str, images: np.ndarray) -> np.ndarray:
-        """One output of a signature, batch after batch, so that memory does not grow with N."""
-        # Of no images too: oneDNN's kernels fail on an empty batch.
+        """Computes an output of a signature in batches, so that memory does not grow with N."""
+        # No call without images: oneDNN's kernels fail on an empty batch.
         rows = [np.empty((0, signature.structured_outputs[output].shape[1]), np.float32)]
         for start in range(0, len(images), BATCH_SIZE):
             batch = tf.constant(images[start : start + BATCH_SIZE])

@@ -1,6 +1,7 @@
-"""Inference by a server that speaks TensorFlow Serving's REST format; standard library and Pillow."""
+"""Inference through a server with TensorFlow Serving's REST API; standard library and Pillow."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -8,7 +9,6 @@ import pathlib
 import re
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 
 import numpy as np
@@ -19,170 +19,150 @@ from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import read
 from keras_cifar.inference.predictor import MAX_LABELS
 
-# Seconds between tries of a request: a server that is started again is there within them.
-DELAYS = (0.25, 1.0, 3.0)
-# Of a server or a proxy that is busy or just away.
-TRY_AGAIN = (408, 429, 502, 503, 504)
-MAX_ANSWER = 2**28  # bytes; the probabilities of 128 images in 21,841 classes take 60 MB
+DELAYS = (0.25, 1.0, 3.0)  # seconds between tries of a request: a server restarts within them
+RETRIED = (408, 429, 502, 503, 504)  # statuses of a server or a proxy that is busy or restarting
+_MODEL_URL = re.compile(
+    r"https?://(\[[\da-fA-F:.]+\]|[^\s/:\[\]]+)(:\d{1,5})?(/\S*)?"
+    r"/v1/models/[^\s/:]+(/versions/\d+|/labels/[^\s/:]+)?"
+)
+MAX_RESPONSE = 2**28  # bytes; the probabilities of 128 images in 21,841 classes take 60 MB
 
 
 class RemotePredictor:
-    """A model behind a server, to be used as `predictor.Predictor` is.
+    """A model behind a server, with the methods of `predictor.Predictor`; they raise UserError.
 
-    Images go as PNG to `serving_bytes`, since PNG loses nothing and is a fifth of the numbers in
-    JSON; they have the model's size already, so the server has nothing to resize and the answers
-    are those of the model on the pixels.
+    Images are sent as PNG to `serving_bytes`: PNG is lossless and a fifth of the numbers in JSON. They
+    have the model's size already, so the server does not resize and the predictions are those of the
+    model on the pixels.
 
     Attributes:
         url: the model's, .../v1/models/NAME.
-        size: (height, width) of the images it takes, in pixels.
+        size: (height, width) of the input images, in pixels.
         class_names: in the order of the probabilities.
     """
 
     def __init__(self, url: str, timeout: float, labels: str | None = None):
-        """Asks the server about the model.
+        """Requests the model's metadata.
 
         Args:
-            url: http://HOST:PORT/v1/models/NAME, perhaps with /versions/N.
+            url: http://HOST:PORT/v1/models/NAME, optionally with /versions/N.
             timeout: seconds that a request may take.
             labels: a file with a class name a line, for servers that do not tell them.
 
         Raises:
             UserError: the server cannot be reached, or has no such model.
-            UsageError: the address is none.
+            UsageError: the address is invalid.
         """
         self.url = url.rstrip("/")
         self._timeout = timeout
-        if not _is_address(self.url):
+        if not _MODEL_URL.fullmatch(self.url):
             raise UsageError(
-                f"--model={url}: an address is http://HOST:PORT/v1/models/NAME[/versions/N]"
+                f"--model={url}: a URL must be http://HOST:PORT/v1/models/NAME[/versions/N]"
             )
-        metadata = self._ask("/metadata")
+        response = self._request("/metadata")
         try:
-            metadata = metadata["metadata"]
-            images = metadata["signature_def"]["signature_def"]["serving_default"]["inputs"][
-                "images"
-            ]
-            height, width = (int(d["size"]) for d in images["tensor_shape"]["dim"][1:3])
-            names = metadata.get("class_names")
+            signatures = response["metadata"]["signature_def"]["signature_def"]
+            shape = signatures["serving_default"]["inputs"]["images"]["tensor_shape"]
+            height, width = (int(dimension["size"]) for dimension in shape["dim"][1:3])
+            names = response["metadata"].get("class_names")
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{self.url} is not one of our models") from None
+            raise UserError(f"{self.url} is not a model that keras_cifar exported") from None
         self.size = (height, width)
         if labels:
             names = read(pathlib.Path(labels), MAX_LABELS).decode("utf-8", "replace").splitlines()
         if type(names) is not list or not names:
             raise UserError(
-                f"{self.url} does not tell the names of its classes; --labels=FILE does, which is "
-                "assets/labels.txt of the export"
+                f"{self.url} does not tell the names of its classes; give assets/labels.txt of the "
+                "export with --labels=FILE"
             )
         self.class_names = tuple(map(str, names))
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities float32 [N, K] of uint8 [N, H, W, 3], N of any size.
-
-        Raises:
-            UserError: the server fails.
-        """
+        """Probabilities float32 [N, K] of uint8 [N, H, W, 3], N of any size."""
         encoded = [_png(image) for image in images]
         rows = self._in_batches("serving_bytes", "image_bytes", "probabilities", encoded)
         return rows.reshape(-1, len(self.class_names))
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """Feature vectors float32 [N, D] of uint8 [N, H, W, 3].
-
-        Raises:
-            UserError: the server fails.
-        """
+        """Feature vectors float32 [N, D] of uint8 [N, H, W, 3]."""
         return self._in_batches("features", "images", "features", images.tolist())
 
     def _in_batches(self, signature: str, name: str, output: str, values: list) -> np.ndarray:
-        parts = [np.empty((0, 0), np.float32)]
-        for start in range(0, len(values), BATCH_SIZE):
-            parts.append(self._batch(signature, name, output, values[start : start + BATCH_SIZE]))
-        return np.concatenate(parts[1:] or parts)
+        rows = [
+            self._batch(signature, name, output, values[start : start + BATCH_SIZE])
+            for start in range(0, len(values), BATCH_SIZE)
+        ]
+        return np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
 
     def _batch(self, signature: str, name: str, output: str, values: list) -> np.ndarray:
-        """One output of a signature, float32 [N, ...]."""
+        """Requests an output of a signature, float32 [N, ...]; splits a request that is too large."""
         request = {"signature_name": signature, "inputs": {name: values}}
         try:
-            answer = self._ask(":predict", json.dumps(request).encode())
+            response = self._request(":predict", json.dumps(request).encode())
         except _TooLargeError:
             if len(values) == 1:
                 raise
             half = len(values) // 2
-            parts = (values[:half], values[half:])
-            return np.concatenate([self._batch(signature, name, output, part) for part in parts])
+            halves = (values[:half], values[half:])
+            return np.concatenate([self._batch(signature, name, output, each) for each in halves])
         try:
-            outputs = answer["outputs"]  # without its name where there is one alone
+            outputs = response["outputs"]  # not named where there is only one
             rows = np.array(outputs[output] if type(outputs) is dict else outputs, np.float32)
             width = len(self.class_names) if output == "probabilities" else rows.shape[1]
             if rows.shape != (len(values), width):
                 raise ValueError
         except (KeyError, TypeError, ValueError, IndexError):
             raise UserError(
-                f"{self.url} answered something else than {output} of {len(values)} images"
+                f"{self.url} did not answer with {output} of {len(values)} images"
                 f"{f' in {len(self.class_names)} classes' * (output == 'probabilities')}"
             ) from None
         return rows
 
-    def _ask(self, suffix: str, body: bytes | None = None) -> object:
-        """The JSON that the server answers, after some tries.
+    def _request(self, suffix: str, body: bytes | None = None) -> object:
+        """Sends a request, repeatedly if necessary, and returns the JSON of the response.
 
         Raises:
-            UserError: there is none.
+            UserError: the server cannot be reached or fails.
         """
-        for delay in (*DELAYS, None):
-            try:
-                return self._ask_once(suffix, body)
-            except _AwayError:
-                if delay is None:
-                    raise
-                time.sleep(delay)
-        raise AssertionError
+        for delay in DELAYS:
+            with contextlib.suppress(_TemporaryError):
+                return self._request_once(suffix, body)
+            time.sleep(delay)
+        return self._request_once(suffix, body)
 
-    def _ask_once(self, suffix: str, body: bytes | None) -> object:
+    def _request_once(self, suffix: str, body: bytes | None) -> object:
         request = urllib.request.Request(self.url + suffix, body)
         request.add_header("Content-Type", "application/json")
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                text = answer.read(MAX_ANSWER + 1)
+            with urllib.request.urlopen(request, timeout=self._timeout) as response:
+                text = response.read(MAX_RESPONSE + 1)
         except urllib.error.HTTPError as error:
             with error:
                 message = f"{self.url} answered {error.code}: {_message(error)}"
             if error.code == 413:
                 raise _TooLargeError(message) from None
-            raise (_AwayError if error.code in TRY_AGAIN else UserError)(message) from None
-        except (OSError, http.client.HTTPException) as error:
+            raise (_TemporaryError if error.code in RETRIED else UserError)(message) from None
+        except (OSError, OverflowError, http.client.HTTPException) as error:
             why = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(why, TimeoutError):
-                why = f"no answer in {self._timeout:g} s"
+                why = f"no response in {self._timeout:g} s"
             elif isinstance(why, BaseException):
                 why = reason(why)
-            raise _AwayError(f"{self.url} cannot be reached: {why}") from None
-        if len(text) > MAX_ANSWER:
-            raise UserError(f"{self.url} answered more than {MAX_ANSWER:,} bytes")
+            raise _TemporaryError(f"{self.url} cannot be reached: {why}") from None
+        if len(text) > MAX_RESPONSE:
+            raise UserError(f"{self.url} answered more than {MAX_RESPONSE:,} bytes")
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            raise UserError(f"{self.url} answered something that is not JSON") from None
+            raise UserError(f"{self.url} did not answer with JSON") from None
 
 
-class _AwayError(UserError):
-    """The server may be there the next time."""
+class _TemporaryError(UserError):
+    """The next try may succeed."""
 
 
 class _TooLargeError(UserError):
-    """The server takes smaller requests alone."""
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        parts.port  # noqa: B018  raises where it is no number
-    except ValueError:
-        return False
-    path = re.fullmatch(r"(/\S*)?/v1/models/[^/:\s]+(/versions/\d+|/labels/[^/:\s]+)?", parts.path)
-    return bool(path and parts.hostname and not re.search(r"\s", url))
+    """The request is too large for the server."""
 
 
 def _png(image: np.ndarray) -> dict[str, str]:
@@ -192,7 +172,7 @@ def _png(image: np.ndarray) -> dict[str, str]:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What an answer that is an error says."""
+    """The text of an error response."""
     try:
         return str(json.loads(error.read(2**16))["error"])
     except (ValueError, KeyError, TypeError, RecursionError, OSError, http.client.HTTPException):

@@ -111,19 +111,11 @@ def googlenet(
     return classifier.Classifier.build_from(images, logits, name, auxiliary)
 
 
+_PAPER = "Szegedy et al. 2014, arXiv:1409.4842"
 VARIANTS = {
-    "googlenet": Variant(
-        functools.partial(googlenet, False),
-        "Szegedy et al. 2014, arXiv:1409.4842",
-        224,
-        1000,
-        min_size=16,
-    ),
-    "googlenet_bn": Variant(
-        functools.partial(googlenet, True),
-        "Szegedy et al. 2014, arXiv:1409.4842; BN: arXiv:1502.03167",
-        224,
-        1000,
-        min_size=16,
-    ),
+    name: Variant(functools.partial(googlenet, batch_norm), paper, 224, 1000, min_size=16)
+    for name, batch_norm, paper in (
+        ("googlenet", False, _PAPER),
+        ("googlenet_bn", True, f"{_PAPER}; BN: arXiv:1502.03167"),
+    )
 }

@@ -215,13 +215,6 @@ class LocalResponseNormalization(keras.layers.Layer):
         y = tf.nn.local_response_normalization(y, self.radius, self.bias, self.alpha, self.beta)
         return tf.cast(y, x.dtype)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        own = {"radius": self.radius, "bias": self.bias, "alpha": self.alpha, "beta": self.beta}
-        return super().get_config() | own
-
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class Whitening(keras.layers.Conv2D):
@@ -280,9 +273,6 @@ class SigmoidGelu(keras.layers.Layer):
     def call(self, inputs):
         return tf.nn.silu(inputs, 1.702)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class IdentityPlus(keras.initializers.Initializer):
@@ -322,9 +312,6 @@ class AddMirrored(keras.layers.Layer):
     def call(self, inputs, training=False):
         return inputs if training else tf.concat([inputs, inputs[:, :, ::-1]], axis=0)
 
-    def compute_output_shape(self, input_shape):
-        return (None, *input_shape[1:])
-
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class MeanOfMirrored(keras.layers.Layer):
@@ -332,6 +319,3 @@ class MeanOfMirrored(keras.layers.Layer):
 
     def call(self, inputs, training=False):
         return inputs if training else tf.add_n(tf.split(inputs, 2)) / 2
-
-    def compute_output_shape(self, input_shape):
-        return (None, *input_shape[1:])

@@ -1,8 +1,8 @@
-"""Trained networks that come with the package: NAME.safetensors, its weights, and NAME.json, its card.
+"""Pretrained networks that come with the package: NAME.safetensors holds weights, NAME.json the card.
 
-Kernels are in float16 and everything else, of which there is little and which can be very small, in
-float32. `python -m keras_cifar.pretrained RUN NAME` makes both files. Standard library only, as every
-command knows the names; TensorFlow is imported where a network is built.
+Kernels are stored in float16; all other weights, which are few and can be very small, in float32.
+`scripts/make_pretrained.py` writes both files. Standard library only, as every command knows the
+names; TensorFlow is imported where a network is built.
 """
 
 import dataclasses
@@ -16,31 +16,31 @@ from keras_cifar.core.files import read
 if typing.TYPE_CHECKING:
     import keras
 
-PREFIX = "pretrained:"  # of the name, where a model may also be a path
+PREFIX = "pretrained:"  # of a name where a model may also be a path
 DIRECTORY = pathlib.Path(__file__).parent
 WEIGHTS, CARD = ".safetensors", ".json"
 
-LARGEST = 4_000_000  # bytes of the weights: everybody who installs the package gets them
+MAX_BYTES = 4_000_000  # of the weights: everybody who installs the package downloads them
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What is to be known of a network.
+    """Facts about a network.
 
     Attributes:
         model: its name in `models`.
-        image_shape: (height, width, 3) of its images.
+        image_shape: (height, width, 3) of the input images.
         class_names: in the order of the probabilities.
-        data: on which it was trained and tested.
-        recipe: with which it was trained; None where there is none.
-        accuracy: on the test images, of these very weights.
-        count: of the test images.
-        temperature: what the logits are divided by (temperature scaling); None where they are left.
-        calibration_error: expected calibration error on the test images, after that (Guo et al. 2017,
-            arXiv:1706.04599).
-        limits: what it is not good for.
+        data: what it was trained and tested on.
+        recipe: the training recipe; None where there was none.
+        accuracy: of these weights on the test images.
+        count: the number of test images.
+        temperature: divides the logits (temperature scaling); None where there is no scaling.
+        calibration_error: expected calibration error on the test images, with the temperature (Guo et
+            al. 2017, arXiv:1706.04599).
+        limits: what the network is not suited for.
         licence: of the weights.
-        source: who trained it, and from which revision of the code.
+        source: who trained it, with which revision of the code.
     """
 
     model: str
@@ -58,7 +58,7 @@ class Card:
 
 
 def names() -> list[str]:
-    """The networks there are, in order."""
+    """The names of the networks, sorted."""
     cards = {path.stem for path in DIRECTORY.glob(f"*{CARD}")}
     return sorted(cards & {path.stem for path in DIRECTORY.glob(f"*{WEIGHTS}")})
 
@@ -67,15 +67,17 @@ def card(name: str) -> Card:
     """The card of a network.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: there is no such network.
         UserError: the card is damaged.
     """
     if name not in names():
-        there = f"choose one of: {', '.join(names())}" if names() else "this installation has none"
-        raise UsageError(f"unknown model {PREFIX + name!r}; {there}")
+        choices = (
+            f"choose one of: {', '.join(names())}" if names() else "this installation has none"
+        )
+        raise UsageError(f"unknown model {PREFIX + name!r}; {choices}")
     path = DIRECTORY / f"{name}{CARD}"
     try:
-        values = json.loads(read(path, LARGEST))
+        values = json.loads(read(path, MAX_BYTES))
         lists = {key: tuple(values[key]) for key in ("image_shape", "class_names")}
         return Card(**values | lists)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -84,54 +86,52 @@ def card(name: str) -> Card:
 
 def describe() -> str:
     """The cards of all networks, as text."""
-    if not names():
-        return "no models come with this installation"
-    parts = []
-    for name in names():
-        mine = card(name)
-        height, width, _ = mine.image_shape
-        temperature = f", temperature {mine.temperature:.3f}" if mine.temperature else ""
-        lines = {
-            "model": f"{mine.model}, images of {width} x {height}",
-            "classes": ", ".join(mine.class_names),
-            "data": mine.data,
-            "recipe": mine.recipe or "none",
-            "accuracy": f"{mine.accuracy:.4f} on {mine.count:,} test images",
-            "calibration": f"expected error {mine.calibration_error:.4f}{temperature}",
-            "limits": mine.limits,
-            "licence": mine.licence,
-            "source": mine.source,
-            "weights": f"{(DIRECTORY / (name + WEIGHTS)).stat().st_size:,} bytes",
-        }
-        parts.append(
-            "\n".join([f"{PREFIX}{name}", *(f"  {key:<13}{text}" for key, text in lines.items())])
-        )
-    return "\n\n".join(parts)
+    return "\n\n".join(map(_describe, names())) or "no models come with this installation"
+
+
+def _describe(name: str) -> str:
+    facts = card(name)
+    height, width, _ = facts.image_shape
+    scaling = f", temperature {facts.temperature:.3f}" if facts.temperature else ""
+    return f"""{PREFIX}{name}
+  model        {facts.model}, images of {width} x {height}
+  classes      {", ".join(facts.class_names)}
+  data         {facts.data}
+  recipe       {facts.recipe or "none"}
+  accuracy     {facts.accuracy:.4f} on {facts.count:,} test images
+  calibration  expected error {facts.calibration_error:.4f}{scaling}
+  limits       {facts.limits}
+  licence      {facts.licence}
+  source       {facts.source}
+  weights      {(DIRECTORY / (name + WEIGHTS)).stat().st_size:,} bytes"""
 
 
 def load(name: str) -> tuple["keras.Model", Card]:
-    """(the plain functional model of a network, float32, its temperature in it; its card).
+    """Loads a network.
+
+    Returns:
+        (the functional model, float32, with its temperature; its card).
 
     Raises:
-        UsageError: there is none of this name.
-        UserError: a file of it is damaged.
+        UsageError: there is no such network.
+        UserError: one of its files is damaged.
     """
-    mine = card(name)
+    facts = card(name)
     from keras_cifar import models
     from keras_cifar.core import tensors
     from keras_cifar.evaluation.temperature import scale_logits
 
-    model = models.build(mine.model, mine.image_shape, len(mine.class_names)).deployable
+    model = models.build(facts.model, facts.image_shape, len(facts.class_names)).deployable
     path = DIRECTORY / f"{name}{WEIGHTS}"
     try:
-        stored = tensors.unpack(read(path, LARGEST), rounded(model))
+        stored = tensors.load(read(path, MAX_BYTES), rounded_weights(model))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {reason(error)}") from None
-    assign(model, stored)
-    return (scale_logits(model, mine.temperature) if mine.temperature else model), mine
+    assign_weights(model, stored)
+    return (scale_logits(model, facts.temperature) if facts.temperature else model), facts
 
 
-def rounded(model: "keras.Model") -> dict:
+def rounded_weights(model: "keras.Model") -> dict:
     """The weights of a model as they are stored: float16 where there are two dimensions or more."""
     arrays = {}
     for weight in model.weights:
@@ -140,7 +140,7 @@ def rounded(model: "keras.Model") -> dict:
     return arrays
 
 
-def assign(model: "keras.Model", stored: dict) -> None:
-    """Gives a model weights as `rounded` makes them."""
+def assign_weights(model: "keras.Model", stored: dict) -> None:
+    """Sets the weights of a model to those of `rounded_weights`."""
     for weight in model.weights:
         weight.assign(stored[weight.path].astype("float32"))

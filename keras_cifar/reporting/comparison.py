@@ -1,4 +1,4 @@
-"""Runs beside each other: what they reached, what it took, which flags differ. No TensorFlow here."""
+"""Runs side by side: accuracy, time, speed, and the flags that differ. No TensorFlow here."""
 
 import dataclasses
 import pathlib
@@ -6,60 +6,46 @@ import statistics
 
 import numpy as np
 
-from keras_cifar.core.config import COMPARED
+from keras_cifar.core.config import COMPARED, FLAGS
 from keras_cifar.core.errors import UserError, check_directory
 from keras_cifar.core.run_directory import Run
 from keras_cifar.evaluation.text import aligned
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """What one run has come to.
+class Entry:
+    """A run, or the runs of several seeds under one name.
 
     Attributes:
-        flags: of the run.
-        parameters: that are trained.
-        history: a dict an epoch, as in history.csv; empty before the first one.
-        metrics: of the test images, as in test.json; None where they were not looked at.
+        configs: the contents of config.json of each run.
+        histories: a dict an epoch of each run; empty before its first epoch.
+        metrics: of the test images of those runs that are evaluated.
     """
 
-    flags: dict
-    parameters: int
-    history: list[dict[str, float]]
-    metrics: dict | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A run, or the runs of several seeds, under one name."""
-
     name: str
-    results: tuple[Result, ...]
+    configs: list[dict]
+    histories: list[list[dict[str, float]]]
+    metrics: list[dict]
 
     @property
     def flags(self) -> dict:
         """The flags that its runs share."""
-        first = self.results[0].flags
-        return {
-            name: value
-            for name, value in first.items()
-            if all(result.flags.get(name) == value for result in self.results)
-        }
+        first, *others = (config["flags"] for config in self.configs)
+        return {k: v for k, v in first.items() if all(flags.get(k) == v for flags in others)}
 
     def curve(self) -> tuple[str, np.ndarray, np.ndarray]:
         """(what was measured, accuracy [R, E], seconds so far [R, E]) of its R runs after E epochs.
 
-        Validation accuracy; training accuracy where nothing was held out. Of runs that are not equally
-        far, the epochs that all have.
+        The accuracy is that of validation, or of training where a run has no validation split. E is
+        the number of epochs that all runs have.
         """
-        rows = [result.history for result in self.results]
-        epochs = min(map(len, rows))
-        validated = all("val_accuracy" in row for history in rows for row in history)
+        epochs = min(map(len, self.histories))
+        validated = all("val_accuracy" in row for history in self.histories for row in history)
         key = "val_accuracy" if validated else "accuracy"
-        values = [[row[key] for row in history[:epochs]] for history in rows]
-        seconds = [np.cumsum([row["seconds"] for row in history[:epochs]]) for history in rows]
+        values = [[row[key] for row in history[:epochs]] for history in self.histories]
+        seconds = [[row["seconds"] for row in history[:epochs]] for history in self.histories]
         what = "validation" if validated else "train"
-        return what, np.array(values), np.array(seconds)
+        return what, np.array(values), np.cumsum(seconds, axis=1)
 
 
 def load(path: str) -> Entry:
@@ -70,22 +56,20 @@ def load(path: str) -> Entry:
     """
     run = Run(path)
     check_directory(run.path, "run directory")
-    if run.config.exists():
-        return Entry(path, (_result(run),))
-    seeds = sorted(run.path.glob("seed_*/config.json"), key=lambda p: (len(p.parent.name), p))
-    if not seeds:
+    runs = [run]
+    if not run.config.exists():
+        seeds = run.path.glob("seed_*/config.json")
+        runs = [Run(p.parent) for p in sorted(seeds, key=lambda p: (len(p.parent.name), p))]
+    if not runs:
         raise UserError(f"{run.path} is no run directory: it has neither config.json nor seed_N")
-    return Entry(path, tuple(_result(Run(config.parent)) for config in seeds))
+    configs = [each.read_config() for each in runs]
+    pairs = zip(runs, configs, strict=True)
+    metrics = [each.read_metrics("test", config["flags"]["data"]) for each, config in pairs]
+    histories = [each.read_history() for each in runs]
+    return Entry(path, configs, histories, [found for found in metrics if found])
 
 
-def _result(run: Run) -> Result:
-    config = run.read_config()
-    flags = config["flags"]
-    metrics = run.read_metrics("test", flags["data"])
-    return Result(flags, config.get("parameter_count", 0), run.read_history(), metrics)
-
-
-# ---- Words
+# ---- Text
 
 
 def table(entries: list[Entry]) -> str:
@@ -97,37 +81,42 @@ def table(entries: list[Entry]) -> str:
 
 
 def differences(entries: list[Entry]) -> str:
-    """A line a flag that differs between entries and decides the result; empty where none does."""
-    names = [name for name in entries[0].flags if name in COMPARED]
+    """A line a flag of `differing`; empty where there is none."""
     rows = [("flag", *(entry.name for entry in entries))]
-    for name in dict.fromkeys(names):
-        # Runs of other versions may lack it, and seeds differ within an entry of several.
-        values = [str(entry.flags.get(name, "-")) for entry in entries]
-        if len(set(values)) > 1:
-            rows.append((f"--{name}", *values))
+    rows += [(name, *values) for name, values in differing([entry.flags for entry in entries])]
     return aligned(rows, left=len(rows[0])) if len(rows) > 1 else ""
 
 
+def differing(runs: list[dict]) -> list[tuple[str, list[str]]]:
+    """(flag, its value in each run) of the flags that differ and decide the result.
+
+    Args:
+        runs: the flags of each; a run of another version, or of several seeds, may lack some.
+    """
+    names = [name for name in FLAGS if name in COMPARED]
+    rows = [(f"--{name}", [str(flags.get(name, "-")) for flags in runs]) for name in names]
+    return [row for row in rows if len(set(row[1])) > 1]
+
+
 def _accuracy(entry: Entry) -> tuple[str, str, str]:
-    """Test accuracy, how sure it is, and error."""
-    found = [result.metrics for result in entry.results if result.metrics]
-    if not found:
+    """Test accuracy, its interval or spread, and error."""
+    if not entry.metrics:
         return "not tested", "", ""
-    values = [metrics["accuracy"] for metrics in found]
+    values = [metrics["accuracy"] for metrics in entry.metrics]
     mean = statistics.fmean(values)
-    if len(entry.results) > 1:
-        sure = f"{len(values)} of {len(entry.results)} seeds"
+    if len(entry.configs) > 1:
+        spread = f"{len(values)} of {len(entry.configs)} seeds"
         if len(values) > 1:
-            sure = f"± {statistics.stdev(values):.4f}, {sure}"
+            spread = f"± {statistics.stdev(values):.4f}, {spread}"
     else:
-        low, high = found[0].get("intervals", {}).get("accuracy", (None, None))
-        sure = "" if low is None else f"[{low:.4f}, {high:.4f}]"
-    return f"{mean:.4f}", sure, f"{1 - mean:.2%}"
+        low, high = entry.metrics[0].get("intervals", {}).get("accuracy", (None, None))
+        spread = "" if low is None else f"[{low:.4f}, {high:.4f}]"
+    return f"{mean:.4f}", spread, f"{1 - mean:.2%}"
 
 
 def _effort(entry: Entry) -> tuple[str, str, str, str]:
-    """Time, images a second, epochs and parameters; of several runs, the mean of one."""
-    histories = [result.history for result in entry.results]
+    """Time, images a second, epochs and parameters; means over several runs."""
+    histories = entry.histories
     seconds = statistics.fmean(sum(row["seconds"] for row in history) for history in histories)
     speeds = [row["images_per_second"] for history in histories for row in history]
     epochs = statistics.fmean(map(len, histories))
@@ -135,30 +124,26 @@ def _effort(entry: Entry) -> tuple[str, str, str, str]:
         duration(seconds),
         f"{statistics.median(speeds):,.0f}" if speeds else "",
         f"{round(epochs, 1):g}",
-        f"{entry.results[0].parameters:,}",
+        f"{entry.configs[0].get('parameter_count', 0):,}",
     )
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
+    """Seconds as text, in a suitable unit."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def picture(entries: list[Entry], path: pathlib.Path) -> None:
+def draw(entries: list[Entry], path: pathlib.Path) -> None:
     """Draws accuracy over epochs and over time.
 
     Raises:
         UserError: no run has completed an epoch.
     """
-    from keras_cifar.evaluation import (
-        plots,  # which takes half a second, and a table needs none of it
-    )
+    from keras_cifar.evaluation import plots  # takes half a second, which a table does not need
 
-    curves = [
-        (entry.name, *entry.curve()) for entry in entries if all(r.history for r in entry.results)
-    ]
+    curves = [(entry.name, *entry.curve()) for entry in entries if all(entry.histories)]
     if not curves:
         raise UserError("there is nothing to draw: no run has completed an epoch")
-    plots.progress(curves, path)
+    plots.save(plots.progress(curves), path)

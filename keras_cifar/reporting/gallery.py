@@ -1,4 +1,4 @@
-"""The pictures of a report: mistakes with what led to them, and a disturbed image."""
+"""The images of a report: mistakes under Grad-CAM, and an image under disturbances."""
 
 import base64
 import io
@@ -18,48 +18,51 @@ from keras_cifar.reporting.record import Record
 
 MISTAKES = 24
 SHOWN = 3  # of the most probable classes
-LARGEST = 96  # pixels of a side; a report has hundreds of pictures in it
-LOSSLESS = 64  # pixels of a side up to which a picture is small enough as a PNG
-NEIGHBOURS = 16  # images that are disturbed with the one that is shown, as some mix several
+MAX_SIDE = 96  # pixels; a report holds hundreds of images
+MAX_PNG_SIDE = 64  # pixels; larger images are smaller as JPEG
 
 
-def load(run: Run, record: Record, most: int = MISTAKES, disturbed: bool = True) -> Gallery:
-    """The pictures of a run, from its data and its model.
+def load(run: Run, record: Record, max_mistakes: int = MISTAKES, disturbed: bool = True) -> Gallery:
+    """The images of a run, from its data and its model.
 
     Args:
-        most: mistakes that are shown.
-        disturbed: whether the disturbed images are.
+        max_mistakes: shown at most.
+        disturbed: whether disturbed images are shown.
 
     Returns:
-        A gallery that says what is missing where the run, the data or the model cannot be had.
+        A gallery, which names what is missing where the evaluation, the data or the model is.
     """
-    if not record.figures:
-        return Gallery("the run was not evaluated")
+    if not record.metrics:
+        return Gallery("the run is not evaluated")
     try:
-        spec = record.figures["data"]
+        spec = record.metrics["data"]
         spec = None if spec == record.config["flags"]["data"] else spec
         split = evaluator.load_data(record.config, record.split, DataSource(spec)).split(
             record.split
         )
-        return of(record, models.load(run.model), split, most, disturbed)
+        return from_model(record, models.load(run.model), split, max_mistakes, disturbed)
     except UserError as error:
         return Gallery(str(error))
 
 
-def of(
-    record: Record, model: keras.Model, split: Split, most: int = MISTAKES, disturbed: bool = True
+def from_model(
+    record: Record,
+    model: keras.Model,
+    split: Split,
+    max_mistakes: int = MISTAKES,
+    disturbed: bool = True,
 ) -> Gallery:
-    """The pictures of a run whose model and data are at hand; otherwise as `load`."""
-    if split.fingerprint != record.figures["fingerprint"]:
+    """As `load`, for a model and a split in memory."""
+    if split.fingerprint != record.metrics["fingerprint"]:
         return Gallery("the images have changed since the evaluation")
     return Gallery(
-        mistakes=_mistakes(record, model, split, most),
+        mistakes=_mistakes(record, model, split, max_mistakes),
         disturbed=_disturbed(record, split) if disturbed else {},
     )
 
 
-def _mistakes(record: Record, model: keras.Model, split: Split, most: int) -> tuple[dict, ...]:
-    found = record.figures.get("mistakes", [])[:most]
+def _mistakes(record: Record, model: keras.Model, split: Split, count: int) -> tuple[dict, ...]:
+    found = record.metrics.get("mistakes", [])[:count]
     if not found:
         return ()
     names = record.config["class_names"]
@@ -68,41 +71,38 @@ def _mistakes(record: Record, model: keras.Model, split: Split, most: int) -> tu
     overlays = grad_cam.overlay(images, heat)
     return tuple(
         mistake
-        | {"top": _top(record, mistake["row"]), "picture": _url(pixels), "overlay": _url(overlay)}
+        | {"top": _top(record, mistake["row"]), "image": _url(pixels), "overlay": _url(overlay)}
         for mistake, pixels, overlay in zip(found, images, overlays, strict=True)
     )
 
 
 def _top(record: Record, row: int) -> list[tuple[str, float]]:
-    """(class, probability) of the most probable, where the predictions were kept."""
-    if record.predictions is None:
+    """(class, probability) of the most probable classes; none where no predictions are stored."""
+    if record.probabilities is None:
         return []
-    probabilities = record.predictions["probabilities"][row]
+    probabilities = record.probabilities[row]
     best = np.argsort(-probabilities, kind="stable")[:SHOWN]
     return [(record.config["class_names"][i], float(probabilities[i])) for i in best]
 
 
 def _disturbed(record: Record, split: Split) -> dict[str, list[str]]:
-    """The first image at each strength of the disturbances that were measured."""
+    """The first image at each strength of the evaluated disturbances."""
     if not record.disturbances:
         return {}
-    images = split.take(np.arange(min(NEIGHBOURS, len(split)))).images
-    seed = record.disturbances["seed"]
+    images = split.take(np.arange(min(disturbances.NEIGHBOURS, len(split)))).images
+    measured = record.disturbances["disturbances"]
     return {
-        name: [
-            _url(disturbances.apply(name, images, strength, seed)[0])
-            for strength in range(1, len(row["strengths"]) + 1)
-        ]
-        for name, row in record.disturbances["disturbances"].items()
-        if name in disturbances.DISTURBANCES
+        name: [_url(pixels) for pixels in shown[1:]]
+        for name, shown in disturbances.gallery(images, record.disturbances["seed"]).items()
+        if name in measured
     }
 
 
 def _url(pixels: np.ndarray) -> str:
-    """A picture uint8 [H, W, 3] as a data: URL."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((LARGEST, LARGEST))
-    kind = "PNG" if max(picture.size) <= LOSSLESS else "JPEG"
+    """An image uint8 [H, W, 3] as a data: URL."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    kind = "PNG" if max(image.size) <= MAX_PNG_SIDE else "JPEG"
     encoded = io.BytesIO()
-    picture.save(encoded, kind, optimize=True)
+    image.save(encoded, kind, optimize=True)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Records and pictures of runs -> one HTML file, which asks nobody for anything."""
+"""Writes the report of runs: one HTML file that needs no network."""
 
 import base64
 import dataclasses
@@ -8,30 +8,28 @@ import importlib.resources
 import pathlib
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 
 from keras_cifar.core.config import FLAGS
 from keras_cifar.core.errors import one_line
 from keras_cifar.core.files import replacing
-from keras_cifar.reporting import charts
+from keras_cifar.evaluation import plots
+from keras_cifar.reporting import comparison
 from keras_cifar.reporting.record import SCALARS, Record
 
-NONE = "\N{EN DASH}"  # what is shown where there is no figure
-MAX_RUNS = 8  # whose lines are told apart
-MAX_NUMBERED = 20  # classes of which a confusion matrix is a table of numbers
-MAX_DRAWN = 1000  # classes of which it is drawn; a browser takes long for more
+NONE = "\N{EN DASH}"  # stands for a missing value
+MAX_RUNS = len(plots.LINES)  # each with a colour of its own
 
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """Pictures of a run's evaluation, as data: URLs.
+    """Images of a run's evaluation, as data: URLs.
 
     Attributes:
-        missing: why there are none; empty where there are some.
-        mistakes: "row", "true", "predicted", "probability", "true_probability" as in the evaluation;
-            "top", (class, probability) of the most probable or empty; "picture" and "overlay".
-        disturbed: the same picture at each strength, by the disturbance's name.
+        missing: the reason where there are no images, else empty.
+        mistakes: "row", "true", "predicted", "probability" and "true_probability" as in the evaluation;
+            "top", (class, probability) of the most probable classes or empty; "image" and "overlay".
+        disturbed: the same image at each strength, by the disturbance's name.
     """
 
     missing: str = ""
@@ -42,12 +40,12 @@ class Gallery:
 def write(path: pathlib.Path, records: list[Record], galleries: list[Gallery]) -> None:
     """Writes the report of one run or of several side by side."""
     with replacing(path) as temporary:
-        # Bytes of files' names that are no text are written as \udcff.
+        # Bytes of a file name that are no text appear as \udcff.
         temporary.write_bytes(render(records, galleries).encode("utf-8", "backslashreplace"))
 
 
 def render(records: list[Record], galleries: list[Gallery]) -> str:
-    """The page: the same for the same records and galleries."""
+    """The page. Equal records and galleries give equal text."""
     environment = _environment()
     script = _source("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -61,8 +59,9 @@ def render(records: list[Record], galleries: list[Gallery]) -> str:
         script=Markup(script),
         script_hash=digest,
         runs=runs,
-        curves=_curves(records) if len(records) > 1 else None,
-        differing=_differing(records),
+        fields=FLAGS,
+        curves=_curves(records, "all") if len(records) > 1 else None,
+        differing=comparison.differing([record.config["flags"] for record in records]),
         data={"runs": [_data(record) for record in records]},
     )
 
@@ -75,10 +74,10 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # What a run's files say may hold line ends and commands to terminals.
+        # Text of a run's files may hold line ends and terminal commands.
         finalize=lambda v: v if isinstance(v, Markup) or type(v) is not str else one_line(v),
     )
-    environment.filters |= {"percent": _percent, "number": _number}
+    environment.filters |= {"percent": _percent, "number": _number, "flag": _flag}
     return environment
 
 
@@ -94,134 +93,58 @@ def _number(value: float | None, digits: int = 4) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
+def _flag(value: object) -> str:
+    return NONE if value in (None, "") else str(value)
+
+
 # ---- What the template shows of a run
 
 
 def _run(number: int, record: Record, gallery: Gallery) -> dict:
-    figures = record.figures or {}
+    identifier, metrics = f"run{number}", record.metrics or {}
+    matrix = reliability = None
+    if len(names := metrics.get("per_class", ())) > plots.MAX_NUMBERED:
+        title = f"Confusion matrix of {len(names)} classes; a table of the most confused follows"
+        figure = plots.confusion(metrics["confusion"], list(names))
+        matrix = Markup(plots.svg(figure, title, f"{identifier}-matrix"))
+    if "calibration" in metrics:
+        figure = plots.reliability(metrics["calibration"]["bins"])
+        title = "Accuracy by probability of the predicted class"
+        reliability = Markup(plots.svg(figure, title, f"{identifier}-reliability"))
     return {
         "number": number,
-        "id": f"run{number}",
+        "id": identifier,
         "record": record,
-        "figures": figures,
+        "metrics": metrics,
         "gallery": gallery,
-        "curves": _curves([record]),
-        "flags": _flags(record),
-        "confusion": _confusion(record) if figures else None,
-        "calibration": _calibration(figures),
-        "disturbances": _disturbances(record, gallery),
+        "curves": _curves([record], identifier),
+        "matrix": matrix,
+        "reliability": reliability,
     }
 
 
-def _flags(record: Record) -> list[tuple]:
-    """(flag, value, default, what it is) of the flags that are not at their default."""
-    rows = []
-    for name, value in record.flags().items():
-        field = FLAGS.get(name)
-        default, what = (field.default, field.metadata["help"]) if field else (None, NONE)
-        rows.append((f"--{name}", _words(value), _words(default), what))
-    return rows
-
-
-def _words(value: object) -> str:
-    """The value of a flag."""
-    return NONE if value in (None, "") else str(value)
-
-
-def _curves(records: list[Record]) -> list[dict]:
-    """Loss and error over the epochs; of several runs, in one plot."""
+def _curves(records: list[Record], identifier: str) -> list[tuple[str, Markup]]:
+    """(title, chart) of loss and error over the epochs; several runs share a chart."""
+    histories = [record.history for record in records]
     drawn = []
-    for title, up, key, value in (
-        ("Loss", "cross-entropy", "loss", lambda v: v),
-        ("Error", "share of wrong answers", "accuracy", lambda v: 1 - v),
-    ):
-        series, names = [], []
-        for number, record in enumerate(records):
-            for prefix, what in (("", "train"), ("val_", "validation")):
-                name = prefix + key
-                if not any(row.get(name) is not None for row in record.history):
-                    continue
-                line = [
-                    (int(row["epoch"]), None if row.get(name) is None else value(row[name]))
-                    for row in record.history
-                ]
-                alone = len(records) == 1
-                colour = (2 if prefix else 1) if alone else number + 1
-                series.append((colour, not prefix, line))
-                names.append((colour, not prefix, what if alone else f"{record.name}, {what}"))
-        words = f"{title} over the epochs, {', '.join(name for _, _, name in names)}"
-        if series:
-            drawn.append({"title": title, "svg": charts.lines(words, up, series), "legend": names})
+    for metric in ("loss", "error") if any(histories) else ():
+        title = metric.capitalize()
+        figure = plots.curves(histories, [metric], plots.SMALL)
+        chart = plots.svg(figure, f"{title} over the epochs", f"{identifier}-{metric}")
+        drawn.append((title, Markup(chart)))
     return drawn
 
 
-def _differing(records: list[Record]) -> list[tuple[str, list[str]]]:
-    """(flag, its value in each run) of the flags that differ."""
-    all_flags = [record.flags() for record in records]
-    names = dict.fromkeys(name for flags in all_flags for name in flags)
-    defaults = {name: field.default for name, field in FLAGS.items()}
-    rows = [
-        (f"--{name}", [_words(flags.get(name, defaults.get(name))) for flags in all_flags])
-        for name in names
-    ]
-    return [row for row in rows if len(set(row[1])) > 1]
-
-
-def _confusion(record: Record) -> dict:
-    """The matrix as a table of (name, (count, share of the true class) of each), or as a drawing."""
-    names = list(record.figures["per_class"])
-    counts = np.array(record.figures["confusion"], np.int64)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    rows, drawing = [], None
-    if len(names) <= MAX_NUMBERED:
-        rows = [
-            (name, list(zip(counts[i].tolist(), shares[i].tolist(), strict=True)))
-            for i, name in enumerate(names)
-        ]
-    elif len(names) <= MAX_DRAWN:
-        words = f"Confusion matrix of {len(names)} classes; the pairs that are confused most follow"
-        drawing = charts.matrix(words, shares, names)
-    return {"names": names, "rows": rows, "drawing": drawing}
-
-
-def _calibration(figures: dict) -> dict | None:
-    found = figures.get("calibration")
-    if not found:
-        return None
-    error = found["expected_calibration_error"]
-    words = f"Accuracy by probability; expected calibration error {error:.4f}"
-    svg = charts.reliability(words, found["bins"])
-    return {"error": error, "bins": found["bins"], "svg": svg}
-
-
-def _disturbances(record: Record, gallery: Gallery) -> dict | None:
-    if not record.disturbances:
-        return None
-    found = record.disturbances
-    rows = [
-        {
-            "name": name,
-            "unit": row.get("unit", ""),
-            "cells": list(zip(row["strengths"], row["accuracy"], strict=True)),
-            "mean": float(np.mean(row["accuracy"])),
-            "pictures": gallery.disturbed.get(name, []),
-        }
-        for name, row in found["disturbances"].items()
-    ]
-    most = max((len(row["cells"]) for row in rows), default=0)
-    return found | {"rows": rows, "levels": list(range(1, most + 1))}
-
-
 def _data(record: Record) -> dict:
-    """The figures for machines, in full precision."""
+    """The metrics in full precision, for programs that read the page."""
     kept = (*SCALARS, "intervals", "per_class", "calibration")
     return {
         "name": record.name,
         "flags": record.flags(),
         "history": record.history,
         "evaluations": {
-            split: {name: figures[name] for name in kept if name in figures}
-            for split, figures in record.evaluations.items()
+            split: {name: metrics[name] for name in kept if name in metrics}
+            for split, metrics in record.evaluations.items()
         },
         "disturbances": record.disturbances,
     }

@@ -1,4 +1,4 @@
-"""What a run directory holds, as the report shows it. Files of older runs may lack any of it."""
+"""The contents of a run directory that the report shows. Older runs may lack some of them."""
 
 import dataclasses
 import io
@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import shlex
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -16,11 +17,17 @@ from keras_cifar.core.run_directory import Run
 
 MAX_FILE = 2**30  # bytes; the predictions of ImageNet's 50,000 images take 200 MB
 
-# Flags that say where things are and not what is computed; another machine has other places.
+# Flags that name places of one machine and do not change the result.
 PLACES = ("run_dir", "dry_run", "list_models", "cache_dir", "workers", "worker_index")
 
 SCALARS = ("count", "loss", "accuracy", "top5_accuracy")  # of a split
 PER_CLASS = ("precision", "recall", "f1", "count")
+# Of the rows of lists in an evaluation; older versions did not write these lists.
+ROWS = {
+    "confused": ("true", "predicted", "count"),
+    "mistakes": ("row", "true", "predicted", "probability", "true_probability"),
+}
+BIN = ("low", "high", "count", "confidence", "accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +37,11 @@ class Record:
     Attributes:
         name: of its directory.
         config: the contents of config.json.
-        history: a dict an epoch; what is not finite is None.
+        history: a dict an epoch; None stands for a value that is not finite.
         evaluations: the contents of eval/<split>.json, by split.
-        split: the one that is shown in full: test, or else another that was evaluated; None without.
+        split: shown in full: test, or else another evaluated split, or else None.
         disturbances: the contents of eval/<split>_disturbances.json, or None.
-        predictions: labels int64 [N] and probabilities float32 [N, K] of that split, or None.
+        probabilities: float32 [N, K], the predictions on that split, or None.
     """
 
     name: str
@@ -43,26 +50,26 @@ class Record:
     evaluations: dict[str, dict]
     split: str | None
     disturbances: dict | None
-    predictions: dict[str, np.ndarray] | None
+    probabilities: np.ndarray | None
 
     @property
-    def figures(self) -> dict | None:
+    def metrics(self) -> dict | None:
         """The evaluation that is shown in full."""
         return self.evaluations.get(self.split)
 
     @property
     def seconds(self) -> float:
-        """That all epochs took."""
+        """The time of all epochs."""
         return sum(row.get("seconds") or 0.0 for row in self.history)
 
     @property
     def images_per_second(self) -> float | None:
-        """The median of the epochs'; None before the first."""
+        """The median over the epochs; None before the first."""
         rates = [row["images_per_second"] for row in self.history if row.get("images_per_second")]
         return float(np.median(rates)) if rates else None
 
     def flags(self) -> dict:
-        """The flags that decided the result and have not their default, and always model and data."""
+        """Model, data, and all other flags that are not at their default and decide the result."""
         defaults = {name: field.default for name, field in FLAGS.items()}
         return {
             name: value
@@ -72,13 +79,13 @@ class Record:
         }
 
     def command(self) -> str:
-        """The command that makes the run again, into a directory of its own."""
+        """The command that repeats the run in a new directory."""
         words = [_flag(name, value) for name, value in self.flags().items()]
         lines = ["python -m keras_cifar.train", *(shlex.quote(one_line(word)) for word in words)]
         return " \\\n  ".join(lines)
 
     def is_complete(self) -> bool:
-        """Whether the training came to its end; without patience, after all of its epochs."""
+        """Whether the training is complete: all epochs are done, or early stopping ended it."""
         flags = self.config["flags"]
         return len(self.history) >= flags["epochs"] or bool(
             flags.get("early_stopping") and self.evaluations
@@ -95,7 +102,7 @@ def load(run: Run) -> Record:
     """Reads a run directory.
 
     Raises:
-        UserError: it is none, or a file of it is damaged.
+        UserError: it is not a run directory, or a file of it is damaged.
     """
     config = run.read_config()
     try:
@@ -104,28 +111,26 @@ def load(run: Run) -> Record:
         raise UserError(f"{run.config} is damaged: {reason(error)}") from None
     evaluations = {}
     for name in reversed(SPLITS):
-        found = _read(run.evaluation(name), _evaluation)
-        if found is not None:
-            if list(found["per_class"]) != config["class_names"]:
-                raise UserError(f"{run.evaluation(name)} is of other classes than the run")
-            evaluations[name] = found
+        metrics = _read(run.evaluation(name), _metrics)
+        if metrics is not None:
+            if list(metrics["per_class"]) != config["class_names"]:
+                raise UserError(f"{run.evaluation(name)} has other classes than the run")
+            evaluations[name] = metrics
     split = next(iter(evaluations), None)
-    disturbances = predictions = None
+    disturbances = probabilities = None
     if split:
         disturbances = _read(run.disturbances(split), _disturbances)
-        predictions = _read(run.predictions(split), _predictions)
+        probabilities = _read(run.predictions(split), _probabilities)
         shape = (evaluations[split]["count"], len(config["class_names"]))
-        if predictions and predictions["probabilities"].shape != shape:
-            raise UserError(
-                f"{run.predictions(split)} is not of the figures in {run.evaluation(split)}"
-            )
+        if probabilities is not None and probabilities.shape != shape:
+            raise UserError(f"{run.predictions(split)} does not belong to {run.evaluation(split)}")
     history = [{k: _finite(v) for k, v in row.items()} for row in run.read_history()]
     name = run.path.resolve().name or str(run.path)
-    return Record(name, config, history, evaluations, split, disturbances, predictions)
+    return Record(name, config, history, evaluations, split, disturbances, probabilities)
 
 
 def load_all(runs: list[Run]) -> list[Record]:
-    """`load` of each; where two directories have the same name, they are named by their paths."""
+    """`load` of each; runs whose directories have the same name are named by their paths."""
     records = [load(run) for run in runs]
     names = [record.name for record in records]
     return [
@@ -136,71 +141,62 @@ def load_all(runs: list[Run]) -> list[Record]:
     ]
 
 
-def _check_config(config: dict) -> None:
-    """Raises unless what is shown of config.json beside the flags can be."""
-    config["flags"]["epochs"], config["flags"]["model"]
-    config.get("versions", {}).items()
-    _numbers(
-        *(config.get(name) for name in ("parameter_count", "multiply_adds", "steps_per_epoch"))
-    )
-
-
 def _read(path: pathlib.Path, parse):
-    """What `parse` makes of a file's bytes; None where there is no file."""
+    """The result of `parse` for a file's bytes; None where there is no file."""
     if not path.exists():
         return None
     try:
         return parse(read(path, MAX_FILE))
-    except Exception as error:  # Damage shows as anything.
+    except Exception as error:  # A damaged file can raise almost anything.
         raise UserError(f"{path} is damaged: {reason(error)}") from None
 
 
-def _evaluation(data: bytes) -> dict:
-    figures = json.loads(data, parse_constant=_constant)
-    names = figures["per_class"]
-    if np.array(figures["confusion"], np.int64).shape != (len(names), len(names)):
-        raise ValueError("the confusion matrix does not belong to the classes")
-    _numbers(*(figures[name] for name in SCALARS))
-    _numbers(*(row[name] for row in names.values() for name in PER_CLASS))
-    _numbers(*(v for name in SCALARS for v in figures.get("intervals", {}).get(name, ())))
-    for mistake in figures.get("mistakes", ()):
-        _numbers(mistake["probability"], mistake["true_probability"])
-        if not {mistake["true"], mistake["predicted"]} <= names.keys():
-            raise ValueError("a mistake is of none of its classes")
-        if mistake["row"] not in range(figures["count"]):
-            raise ValueError("a mistake is of none of its images")
-    for pair in figures.get("confused", ()):
-        _numbers(pair["count"])
-        if not {pair["true"], pair["predicted"]} <= names.keys():
-            raise ValueError("a confusion is of none of its classes")
-    if "calibration" in figures:
-        _numbers(figures["calibration"]["expected_calibration_error"])
-        for row in figures["calibration"]["bins"]:
-            _numbers(row["low"], row["high"], row["count"], row["confidence"], row["accuracy"])
-    return figures
+# ---- Checks of what the page formats
+
+
+def _check_config(config: dict) -> None:
+    config["flags"]["epochs"], config["flags"]["model"], config.get("versions", {}).items()
+    names = ("parameter_count", "multiply_adds", "steps_per_epoch")
+    _check_numbers([config.get(name) for name in names])
+
+
+def _metrics(data: bytes) -> dict:
+    metrics = json.loads(data, parse_constant=_constant)
+    names = metrics["per_class"].keys()
+    np.array(metrics["confusion"], np.int64).reshape(len(names), len(names))
+    _check_numbers([metrics[name] for name in SCALARS])
+    _check_numbers([row[name] for row in metrics["per_class"].values() for name in PER_CLASS])
+    for name in SCALARS[1:] if "intervals" in metrics else ():
+        low, high = metrics["intervals"][name]
+        _check_numbers([low, high])
+    for key, columns in ROWS.items():
+        _check_numbers([row[name] for row in metrics.get(key, ()) for name in columns], names)
+    if not all(0 <= row["row"] < metrics["count"] for row in metrics.get("mistakes", ())):
+        raise ValueError("a mistake has the number of no image")
+    if "calibration" in metrics:
+        _check_numbers([metrics["calibration"]["expected_calibration_error"]])
+        _check_numbers([row[name] for row in metrics["calibration"]["bins"] for name in BIN])
+    return metrics
 
 
 def _disturbances(data: bytes) -> dict:
     found = json.loads(data, parse_constant=_constant)
-    _numbers(found["clean_accuracy"], found["mean_accuracy"], found["count"], found["seed"])
+    _check_numbers([found[key] for key in ("clean_accuracy", "mean_accuracy", "count", "seed")])
     for row in found["disturbances"].values():
-        if len(row["strengths"]) != len(np.array(row["accuracy"], np.float64)):
-            raise ValueError("strengths and accuracies do not belong together")
+        for pair in zip(row["strengths"], row["accuracy"], strict=True):
+            _check_numbers(pair)
     return found
 
 
-def _predictions(data: bytes) -> dict[str, np.ndarray]:
+def _probabilities(data: bytes) -> np.ndarray:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        found = {name: arrays[name] for name in ("labels", "probabilities")}
-    if found["probabilities"].ndim != 2 or len(found["labels"]) != len(found["probabilities"]):
-        raise ValueError("labels and probabilities do not belong together")
-    return found
+        return arrays["probabilities"]
 
 
-def _numbers(*values: object) -> None:
-    """Raises unless each is a number or, where there is none, None."""
+def _check_numbers(values: Iterable, names: Collection[str] = ()) -> None:
+    """Raises unless each value is a number, None, or one of the names."""
     for value in values:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is not None and not isinstance(value, int | float) and value not in names:
             raise TypeError(f"{value!r} is no number")
 
 

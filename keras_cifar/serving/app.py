@@ -1,4 +1,4 @@
-"""The HTTP side: routes, limits, errors as JSON, figures for Prometheus."""
+"""The ASGI application: routes, limits, errors as JSON, metrics for Prometheus."""
 
 import asyncio
 import contextlib
@@ -26,13 +26,10 @@ from keras_cifar.serving.servable import Versions
 
 PAGE = pathlib.Path(__file__).parent / "page.html"
 
-# Requests that are answered at a time; each may hold a body of the largest size.
-MAX_REQUESTS = 256
+MAX_REQUESTS = 256  # in flight; each may hold a body of the largest size
+DISCARD_SECONDS = 2  # for which the rest of a body that is too large is received
 
-# How long the rest of a body that is too large may come.
-DISCARD_SECONDS = 2
-
-# Of the page: nothing comes from elsewhere, and nothing goes there.
+# Content-Security-Policy of the page: it loads from and sends to this server alone.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -48,7 +45,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class App:
-    """Answers for one model.
+    """Answers requests for one model.
 
     Attributes:
         asgi: the application for an ASGI server.
@@ -60,29 +57,29 @@ class App:
         versions: Versions,
         batcher: Batcher,
         *,
-        largest_request: int,
+        max_request: int,
         timeout: float,
         poll: float,
     ):
         """Args:
         name: the model's, in the addresses.
-        largest_request: bytes of a body.
-        timeout: seconds for a body to come.
+        max_request: bytes of a body.
+        timeout: seconds for a body to arrive.
         poll: seconds between looks for new versions.
         """
         self._name, self._versions, self._batcher = name, versions, batcher
-        self._largest, self._timeout, self._poll = largest_request, timeout, poll
+        self._max_request, self._timeout, self._poll = max_request, timeout, poll
         self._open = 0
         self._metrics = Metrics(versions, batcher)
-        every = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+        methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
         self.asgi = Starlette(
             routes=[
                 Route("/", self._page),
-                Route("/metrics", self._show_metrics),
-                # As KServe has them, for probes.
+                Route("/metrics", self._text_of_metrics),
+                # KServe's addresses for probes.
                 Route("/v2/health/live", self._alive),
                 Route("/v2/health/ready", self._alive),
-                Route("/v1/models/{rest:path}", self._counted, methods=every),
+                Route("/v1/models/{rest:path}", self._answer, methods=methods),
             ],
             exception_handlers={HTTPException: _not_found},
             lifespan=self._lifespan,
@@ -90,20 +87,20 @@ class App:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, asgi: Starlette) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(work()) for work in (self._batcher.work, self._look)]
+        tasks = [asyncio.create_task(work()) for work in (self._batcher.work, self._poll_versions)]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _look(self) -> None:
-        """Looks for new versions until it is cancelled."""
+    async def _poll_versions(self) -> None:
+        """Loads new versions until it is cancelled."""
         while True:
             await asyncio.sleep(self._poll)
             try:
                 news = await asyncio.to_thread(self._versions.refresh)
-            except Exception as error:  # The disk is away or the memory full, perhaps not for ever.
+            except Exception as error:  # A missing disk or full memory may be temporary.
                 news = f"looking for a new version failed: {reason(error)}"
             if news:
                 print(one_line(news), file=sys.stderr, flush=True)
@@ -112,49 +109,49 @@ class App:
         page = PAGE.read_text("utf-8").replace("{{name}}", self._name)
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
-    async def _show_metrics(self, request: Request) -> Response:
+    async def _text_of_metrics(self, request: Request) -> Response:
         return Response(self._metrics.text(), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     async def _alive(self, request: Request) -> Response:
         return _json({"live": True, "ready": True})
 
-    async def _counted(self, request: Request) -> Response:
-        """Answers what is below /v1/models/; every failure becomes TensorFlow Serving's JSON."""
+    async def _answer(self, request: Request) -> Response:
+        """Answers what is below /v1/models/; all errors are JSON as TensorFlow Serving writes it."""
         start, kind = time.perf_counter(), "other"
         self._open += 1
         try:
             if self._open > MAX_REQUESTS:
-                raise rest.RequestError("too many requests at a time; try again", 503)
-            kind, answer = self._route(request)
-            response = await answer
+                raise rest.RequestError("too many requests; try again", 503)
+            kind, coroutine = self._route(request)
+            response = await coroutine
         except rest.RequestError as error:
             response = _error(str(error), error.status)
         except ClientDisconnect:
-            response = _error("the client has gone", 400)  # for the figures; nobody reads it
+            response = _error("the client disconnected", 400)  # only the metrics use it
         except Exception:
             traceback.print_exc()
-            response = _error("the server has failed; its log says how", 500)
+            response = _error("internal error; the server's log has the details", 500)
         finally:
             self._open -= 1
         self._metrics.count(kind, response.status_code, time.perf_counter() - start)
         return response
 
     def _route(self, request: Request) -> tuple[str, Awaitable[Response]]:
-        """(the kind of a request, what will answer it)."""
+        """(the kind of a request, the coroutine that answers it)."""
         match = _MODEL.fullmatch(request.url.path)
         if not match or match[3] not in (None, ":predict"):
             raise rest.RequestError(f"malformed request: {request.method} {request.url.path}")
         name, version, verb, metadata = match.groups()
-        kind, method, answer = "status", "GET", self._status
+        kind, method, handler = "status", "GET", self._status
         if verb:
-            kind, method, answer = "predict", "POST", self._predict
+            kind, method, handler = "predict", "POST", self._predict
         elif metadata:
-            kind, answer = "metadata", self._metadata
+            kind, handler = "metadata", self._metadata
         if request.method != method:
-            raise rest.RequestError(f"{request.method} is not for this address; use {method}", 405)
+            raise rest.RequestError(f"this address takes {method}, not {request.method}", 405)
         if name != self._name:
             raise rest.RequestError(f"there is no model {name!r}; {self._name!r} is served", 404)
-        return kind, answer(request, int(version) if version else None)
+        return kind, handler(request, int(version) if version else None)
 
     async def _status(self, request: Request, version: int | None) -> Response:
         return _json(self._versions.status(version))
@@ -163,58 +160,55 @@ class App:
         servable = self._versions.get(version)
         model = {"name": self._name, "signature_name": "", "version": str(servable.version)}
         signatures = {"signature_def": servable.signature_def}
-        # The names are ours: no request to TensorFlow Serving gives those of all classes.
+        # `class_names` is our addition: TensorFlow Serving tells no client the names of all classes.
         metadata = {"signature_def": signatures, "class_names": servable.class_names}
         return _json({"model_spec": model, "metadata": metadata})
 
     async def _predict(self, request: Request, version: int | None) -> Response:
-        servable = self._versions.get(version)  # also of a body that comes slowly: the one of now
+        servable = self._versions.get(version)  # before the body, which may arrive slowly
         with self._batcher.expected():
             call = rest.parse(await self._body(request))
             run, inputs = servable.prepare(call)
         try:
             outputs = await self._batcher.submit(run, inputs)
         except tf.errors.InvalidArgumentError as error:
-            raise rest.RequestError(f"the model refuses the input: {reason(error)}") from None
+            raise rest.RequestError(f"the model rejected the input: {reason(error)}") from None
         if _no_image(outputs):
-            raise rest.RequestError("nothing in the request is an image that can be decoded")
-        return Response(rest.answer(call, outputs), media_type="application/json")
+            raise rest.RequestError("no image in the request can be decoded")
+        return Response(rest.response(call, outputs), media_type="application/json")
 
     async def _body(self, request: Request) -> bytes:
-        """The body, of which no more is read than is allowed."""
+        """Reads the body, up to the largest allowed size."""
         length = request.headers.get("content-length", "")
-        too_large = length.isdecimal() and int(length) > self._largest
+        too_large = length.isdecimal() and int(length) > self._max_request
         body, stream = bytearray(), request.stream()
         try:
             async with asyncio.timeout(self._timeout):
                 while not too_large and (chunk := await anext(stream, None)) is not None:
                     body += chunk
-                    too_large = len(body) > self._largest
+                    too_large = len(body) > self._max_request
         except TimeoutError:
-            raise rest.RequestError(
-                f"the request took more than {self._timeout:g} s to come", 408
-            ) from None
+            message = f"the request took more than {self._timeout:g} s to arrive"
+            raise rest.RequestError(message, 408) from None
         if too_large:
             await self._discard(stream)
-            raise rest.RequestError(f"the request has more than {self._largest:,} bytes", 413)
+            raise rest.RequestError(f"the request has more than {self._max_request:,} bytes", 413)
         return bytes(body)
 
     async def _discard(self, stream: AsyncIterator[bytes]) -> None:
-        """Takes what still comes, as much as a request may have, and not for long.
+        """Receives the rest of a body, of limited size and for a limited time.
 
-        Who is cut off while sending may never see the answer.
+        A client that is cut off while it sends may never see the response.
         """
-        left = self._largest
+        left = self._max_request
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DISCARD_SECONDS):
-                async for chunk in stream:
+                while left > 0 and (chunk := await anext(stream, None)) is not None:
                     left -= len(chunk)
-                    if left < 0:
-                        return
 
 
 def _no_image(outputs: dict[str, np.ndarray]) -> bool:
-    """Whether every row is marked as an image that could not be decoded."""
+    """Whether all rows are marked as images that could not be decoded."""
     index = outputs.get("label_index")
     return index is not None and bool((index < 0).all())
 
@@ -225,7 +219,7 @@ def _json(value: object, status: int = 200) -> Response:
 
 def _error(message: str, status: int) -> Response:
     response = _json({"error": one_line(message)}, status)
-    if status in (408, 413):  # The rest of the body is not worth reading.
+    if status in (408, 413):  # The rest of the body is not read.
         response.headers["Connection"] = "close"
     return response
 
@@ -235,36 +229,30 @@ async def _not_found(request: Request, error: HTTPException) -> Response:
 
 
 class Metrics:
-    """What Prometheus reads."""
+    """Counters and histograms for Prometheus."""
 
     def __init__(self, versions: Versions, batcher: Batcher):
         self._registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=self._registry)
-        labels = {"registry": self._registry, "namespace": "keras_cifar"}
+        common = {"registry": self._registry, "namespace": "keras_cifar"}
         self._requests = prometheus.Counter(
-            "requests", "Requests answered.", ("kind", "code"), **labels
+            "requests", "Requests answered.", ("kind", "code"), **common
         )
         self._seconds = prometheus.Histogram(
-            "request_seconds",
-            "Seconds from a request to its answer.",
-            ("kind",),
-            **labels,
-            buckets=_SECONDS,
+            "request_seconds", "Seconds per request.", ("kind",), **common, buckets=_SECONDS
         )
-        self._rows = prometheus.Histogram(
-            "batch_rows", "Images computed together.", **labels, buckets=_ROWS
-        )
-        batcher.observe = self._rows.observe
-        waiting = prometheus.Gauge("waiting_rows", "Images that wait to be computed.", **labels)
+        rows = prometheus.Histogram("batch_rows", "Images per batch.", **common, buckets=_ROWS)
+        batcher.observe = rows.observe
+        waiting = prometheus.Gauge("waiting_rows", "Images waiting for a batch.", **common)
         waiting.set_function(lambda: batcher.waiting)
-        version = prometheus.Gauge("model_version", "The version that is served.", **labels)
+        version = prometheus.Gauge("model_version", "The version being served.", **common)
         version.set_function(lambda: versions.current.version)
 
     def count(self, kind: str, code: int, seconds: float) -> None:
-        """Counts a request of that kind that was answered with that status."""
+        """Counts a request of a kind that was answered with a status code."""
         self._requests.labels(kind, code).inc()
         self._seconds.labels(kind).observe(seconds)
 
     def text(self) -> bytes:
-        """All figures, in Prometheus's format."""
+        """All metrics, in Prometheus's text format."""
         return prometheus.generate_latest(self._registry)

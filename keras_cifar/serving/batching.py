@@ -1,4 +1,4 @@
-"""Requests that arrive together are computed together, by one thread: TensorFlow uses all cores."""
+"""Computes requests that arrive together in one batch, in one thread: TensorFlow uses all cores."""
 
 import asyncio
 import collections
@@ -12,12 +12,12 @@ import numpy as np
 
 @dataclasses.dataclass
 class _Item:
-    """A request that waits.
+    """A waiting request.
 
     Attributes:
-        run: computes its outputs; requests with the same can be computed together.
+        run: computes the outputs; requests with the same function can share a batch.
         inputs: [N, ...].
-        outputs: will be {name: [N, ...]}, or an exception.
+        outputs: the future {name: [N, ...]}, or an exception.
     """
 
     run: Callable
@@ -28,13 +28,13 @@ class _Item:
 class Batcher:
     """Collects requests into batches.
 
-    A batch starts as soon as the one before is done and no request is on its way, and no later than
-    `wait` seconds after its first request could have started. So a single client never waits for
-    others, and many clients fill a batch while another is computed.
+    A batch starts when the previous one is done and no request is arriving, and at the latest `wait`
+    seconds after its first request could have started. A single client never waits for others, and
+    many clients fill a batch while another is computed.
 
     Attributes:
-        arriving: requests on their way.
-        observe: told the rows of each batch.
+        arriving: the number of requests whose bodies are arriving.
+        observe: is called with the number of rows of each batch.
     """
 
     def __init__(self, size: int, wait: float):
@@ -51,7 +51,7 @@ class Batcher:
 
     @contextlib.contextmanager
     def expected(self) -> Iterator[None]:
-        """Says that a request is on its way to `submit` during the body."""
+        """Counts a request as arriving while the context is open."""
         self.arriving += 1
         try:
             yield
@@ -61,14 +61,14 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Rows that wait to be computed."""
+        """The number of rows waiting to be computed."""
         return sum(len(item.inputs) for item in self._items)
 
     def submit(self, run: Callable, inputs: np.ndarray) -> asyncio.Future:
-        """Will be the outputs {name: [N, ...]} of `run(inputs)`, perhaps computed with others' inputs.
+        """A future of `run(inputs)`, {name: [N, ...]}, which may be computed in a larger batch.
 
         Args:
-            run: takes [N, ...] of any N, and gives a row for each row.
+            run: takes [N, ...] for any N, and returns an output row for each input row.
         """
         item = _Item(run, inputs, asyncio.get_running_loop().create_future())
         self._items.append(item)
@@ -89,7 +89,7 @@ class Batcher:
             await self._compute(self._take())
 
     def _take(self) -> list[_Item]:
-        """The first request and those after it that fit to it; the others stay in their order."""
+        """The first request and later ones for the same function; the others keep their order."""
         first = self._items.popleft()
         taken, rows, left = [first], len(first.inputs), []
         while self._items and rows < self._size:
@@ -110,7 +110,7 @@ class Batcher:
         try:
             outputs = await loop.run_in_executor(self._thread, items[0].run, inputs)
         except Exception as error:
-            if len(items) > 1:  # so that one request's fault is not the others'
+            if len(items) > 1:  # One bad request must not fail the others.
                 for item in items:
                     await self._compute([item])
             elif not items[0].outputs.done():

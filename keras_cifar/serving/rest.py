@@ -1,7 +1,7 @@
-"""TensorFlow Serving's JSON: a request's body -> tensors, tensors -> a response.
+"""Converts between TensorFlow Serving's JSON and arrays: request body -> array, arrays -> response.
 
-Source: https://www.tensorflow.org/tfx/serving/api_rest. Both formats, by rows (`instances`) and by
-columns (`inputs`), for signatures of one input, as all of ours are.
+See https://www.tensorflow.org/tfx/serving/api_rest. The row format (`instances`) and the column format
+(`inputs`), for signatures of one input, as all of ours are.
 """
 
 import base64
@@ -16,11 +16,7 @@ DEFAULT_SIGNATURE = "serving_default"
 
 
 class RequestError(Exception):
-    """A request that cannot be answered; its text goes to the client.
-
-    Attributes:
-        status: of HTTP.
-    """
+    """A request that cannot be answered; the client gets the message and the HTTP `status`."""
 
     def __init__(self, message: str, status: int = 400):
         super().__init__(message)
@@ -29,12 +25,12 @@ class RequestError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a request to predict asks for.
+    """A request to predict.
 
     Attributes:
         signature: its name.
-        by_rows: whether the request is in row format, and so its answer.
-        values: the JSON of the input, as it came.
+        by_rows: whether request and response are in row format.
+        values: the JSON of the input.
     """
 
     signature: str
@@ -43,7 +39,7 @@ class Call:
 
 
 def parse(body: bytes) -> Call:
-    """The call in a request's body.
+    """Parses a request's body.
 
     Raises:
         RequestError: the body is not JSON or not a request to predict.
@@ -68,18 +64,18 @@ def _key(by_rows: bool) -> str:
 
 
 def tensor(call: Call, name: str, shape: tuple, is_string: bool) -> np.ndarray:
-    """The input of a call.
+    """Converts the input of a call.
 
     Args:
-        name: of the signature's input.
-        shape: that of the input, of which the first dimension is not compared.
-        is_string: whether the input has strings; it has uint8 otherwise.
+        name: the name of the signature's input.
+        shape: the input's; the first dimension is not compared.
+        is_string: whether the input is of strings; it is of uint8 otherwise.
 
     Returns:
         object [N] of bytes, or uint8 [N, *shape[1:]].
 
     Raises:
-        RequestError: the values are not such a tensor.
+        RequestError: the values do not have this type and shape.
     """
     values = call.values
     if call.by_rows:
@@ -95,14 +91,14 @@ def tensor(call: Call, name: str, shape: tuple, is_string: bool) -> np.ndarray:
 
 
 def _is_named(value: object) -> bool:
-    """Whether a value is {input's name: value}; {"b64": ...} is a value itself."""
+    """Whether a value is {input name: value}; {"b64": ...} is a value itself."""
     return type(value) is dict and value.keys() != {"b64"}
 
 
 def _unnamed(value: object, name: str, where: str) -> object:
     if not _is_named(value) or value.keys() != {name}:
         found = ", ".join(map(repr, value)) if _is_named(value) else "a value without a name"
-        raise RequestError(f"{where} must have the input {name!r} alone, and has {found or 'none'}")
+        raise RequestError(f"{where} must have only the input {name!r}, and has {found or 'none'}")
     return value[name]
 
 
@@ -134,8 +130,8 @@ def _pixels(values: list, shape: tuple) -> np.ndarray:
     return array.astype(np.uint8)
 
 
-def answer(call: Call, outputs: dict[str, np.ndarray]) -> bytes:
-    """The response's body to a call; NaN is the token NaN, as TensorFlow Serving writes it."""
+def response(call: Call, outputs: dict[str, np.ndarray]) -> bytes:
+    """The body of the response to a call; NaN is the token NaN, as TensorFlow Serving writes it."""
     columns = {name: _listed(name, values) for name, values in outputs.items()}
     if len(columns) == 1:
         (result,) = columns.values()

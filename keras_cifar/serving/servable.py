@@ -1,4 +1,4 @@
-"""The versions of a model below a base path: the newest is loaded, as TensorFlow Serving does."""
+"""Loads the newest version of a model below a base path, as TensorFlow Serving does."""
 
 import functools
 import gc
@@ -17,9 +17,7 @@ from keras_cifar.core.files import versions
 from keras_cifar.inference.predictor import Predictor, find
 from keras_cifar.serving import rest
 
-# Seconds until a version that could not be loaded is tried again: TensorFlow Serving's
-# --load_retry_interval_micros.
-RETRY = 60
+RETRY = 60  # seconds until a failed version is tried again, as TensorFlow Serving does
 
 
 class Servable:
@@ -32,32 +30,30 @@ class Servable:
     """
 
     def __init__(self, path: pathlib.Path, batch_size: int):
-        """Loads it and computes an image with each signature, so that no request waits for that.
+        """Loads the version and runs each signature once, so that no request waits for that.
 
         Args:
-            batch_size: rows that are computed at a time.
+            batch_size: rows computed at a time.
 
         Raises:
-            UserError: it cannot be used.
+            UserError: the version is damaged, or cannot be computed here.
         """
-        predictor = Predictor(str(path))
-        self._predictor = predictor  # keeps the variables alive
+        self._predictor = predictor = Predictor(str(path))  # kept, since it owns the variables
         self._batch_size = batch_size
         self.version = int(path.name) if path.name.isdecimal() else 1
-        self.path = path
-        self.class_names = predictor.class_names
+        self.path, self.class_names = path, predictor.class_names
         self._signatures = {
             name: _Signature(name, signature) for name, signature in predictor.signatures.items()
         }
-        # One object each, since the batcher compares them.
+        # One object per signature, since the batcher compares them.
         self._run = {n: functools.partial(self._compute, s) for n, s in self._signatures.items()}
         try:
             self._warm_up(predictor.size)
-        except Exception as error:  # of TensorFlow: what it lacks shows when it computes
-            raise UserError(f"{path} is not a model that can be used: {reason(error)}") from None
+        except Exception as error:  # TensorFlow reports a missing kernel at the first call.
+            raise UserError(f"{path} is not a valid model: {reason(error)}") from None
 
     def _warm_up(self, size: tuple[int, int]) -> None:
-        """Computes a black image with each signature."""
+        """Runs each signature on a black image."""
         black = np.zeros((1, *size, 3), np.uint8)
         file = io.BytesIO()
         Image.fromarray(black[0]).save(file, "PNG")
@@ -66,44 +62,38 @@ class Servable:
             self._run[name](encoded if signature.is_string else black)
 
     def prepare(self, call: rest.Call) -> tuple:
-        """(what computes a call, its input) for `Batcher.submit`.
+        """The arguments of `Batcher.submit` for a call.
 
         Raises:
-            RequestError: there is no such signature, or it takes other input.
+            RequestError: there is no such signature, or the input does not fit it.
         """
         signature = self._signatures.get(call.signature)
         if signature is None:
             names = ", ".join(sorted(self._signatures))
-            raise rest.RequestError(
-                f"there is no signature {call.signature!r}; the model has: {names}"
-            )
+            message = f"there is no signature {call.signature!r}; the model has: {names}"
+            raise rest.RequestError(message)
         inputs = rest.tensor(call, signature.input, signature.shape, signature.is_string)
         return self._run[call.signature], inputs
 
     def _compute(self, signature: "_Signature", inputs: np.ndarray) -> dict[str, np.ndarray]:
-        parts = []
+        batches = []
         for start in range(0, len(inputs), self._batch_size):
             batch = tf.constant(inputs[start : start + self._batch_size], signature.dtype)
             outputs = signature.function(**{signature.input: batch})
-            parts.append({name: value.numpy() for name, value in outputs.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            batches.append({name: value.numpy() for name, value in outputs.items()})
+        return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
 
     @functools.cached_property
     def signature_def(self) -> dict:
-        """The signatures as TensorFlow Serving's metadata shows them."""
+        """The signatures in the JSON of TensorFlow Serving's metadata."""
         model = saved_model_pb2.SavedModel.FromString((self.path / "saved_model.pb").read_bytes())
-        return {
-            name: json_format.MessageToDict(
-                signature,
-                preserving_proto_field_name=True,
-                always_print_fields_with_no_presence=True,
-            )
-            for name, signature in model.meta_graphs[0].signature_def.items()
-        }
+        style = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
+        signatures = model.meta_graphs[0].signature_def
+        return {name: json_format.MessageToDict(s, **style) for name, s in signatures.items()}
 
 
 class _Signature:
-    """A function of a SavedModel and the one input that it takes."""
+    """A function of a SavedModel and its single input."""
 
     def __init__(self, name: str, function):
         inputs = function.structured_input_signature[1]
@@ -115,7 +105,7 @@ class _Signature:
 
 
 class Versions:
-    """The versions of a model: one that is served, perhaps one that is loaded, some that failed.
+    """The versions of a model: one being served, perhaps one being loaded, some that failed.
 
     Attributes:
         current: the Servable that answers requests.
@@ -126,11 +116,11 @@ class Versions:
 
         Args:
             model: a run, a base path or a version's directory, as `predictor.find` takes them; new
-                versions are looked for unless it is the last.
-            batch_size: rows that are computed at a time.
+                versions are loaded except for the last.
+            batch_size: rows computed at a time.
 
         Raises:
-            UserError: there is none, or it cannot be used.
+            UserError: there is none, or it is invalid.
         """
         path = find(model)
         is_base = path != pathlib.Path(model).expanduser() and path.name.isdecimal()
@@ -141,10 +131,10 @@ class Versions:
         self.current = Servable(path, batch_size)
 
     def refresh(self) -> str | None:
-        """Loads the newest version on disk unless it is served; meanwhile `current` stays.
+        """Loads the newest version on disk unless it is being served; `current` answers meanwhile.
 
         Returns:
-            What was done, for people; None where nothing was.
+            A message about what changed; None where nothing did.
         """
         found = versions(self._base) if self._base else []
         self._failed = {v: failure for v, failure in self._failed.items() if v in found}
@@ -158,19 +148,21 @@ class Versions:
             loaded = Servable(self._base / str(version), self._batch_size)
         except UserError as error:
             self._failed[version] = (time.monotonic(), str(error))
-            return f"version {version} cannot be served, {self.current.version} stays: {error}"
+            return (
+                f"version {version} cannot be served, still serving {self.current.version}: {error}"
+            )
         finally:
             self._loading = None
         self._failed.pop(version, None)
         before, self.current = self.current.version, loaded
-        gc.collect()  # TensorFlow's functions are in cycles; the old version's memory is freed now.
-        return f"version {version} is served instead of {before}"
+        gc.collect()  # TensorFlow's functions are in cycles; this frees the old version's memory.
+        return f"version {version} replaces {before}"
 
     def get(self, version: int | None) -> Servable:
-        """The version of that number, or (None) the one that is served.
+        """The version of a number; None is the one being served.
 
         Raises:
-            RequestError: it is not served.
+            RequestError: another version is being served.
         """
         current = self.current
         if version not in (None, current.version):
@@ -178,7 +170,7 @@ class Versions:
         return current
 
     def status(self, version: int | None) -> dict:
-        """TensorFlow Serving's GetModelStatusResponse of that version, or (None) of all.
+        """TensorFlow Serving's GetModelStatusResponse of a version; None is all.
 
         Raises:
             RequestError: there is no such version.

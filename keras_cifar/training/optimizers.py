@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from keras_cifar.core.config import OptimizerConfig
 from keras_cifar.core.errors import UsageError, unknown
-from keras_cifar.models.classifier import Classifier, is_kernel
+from keras_cifar.models.classifier import Classifier
+from keras_cifar.models.training_step import is_kernel
 
 # Smith and Topin 2017, arXiv:1708.07120, in the usual form: up in three tenths of the run from a
 # 25th of the peak, then down along a cosine.

@@ -1,4 +1,4 @@
-"""A run that is ready to start: config -> data -> pipeline -> model -> compile."""
+"""A run that is ready to start: configuration -> devices -> data -> model -> compile."""
 
 import dataclasses
 import importlib.metadata
@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_cifar import data, models
 from keras_cifar.core import environment
-from keras_cifar.core.config import TrainConfig
+from keras_cifar.core.config import FitConfig, TrainConfig
 from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.data import augmentation
 from keras_cifar.distributed import sharding, strategy
@@ -30,68 +30,67 @@ PACKAGES = ("keras", "tensorflow", "numpy", "Pillow", "tensorflow-datasets")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run that is ready to start."""
+    """A run that is ready to start.
+
+    Attributes:
+        context: the devices, and the other workers.
+        dtype_policy: (Keras's dtype policy, why).
+        xla: (whether XLA compiles the step, why).
+        origin: what the weights of --init_from are, as text; empty without.
+    """
 
     config: TrainConfig
     dataset: data.Dataset
     model: Classifier
     learning_rate: Schedule
     steps_per_epoch: int
-    devices: DistributedContext
+    context: DistributedContext
     dtype_policy: tuple[str, str]
     xla: tuple[bool, str]
     deterministic: bool
     origin: str
 
-    def pieces_of(self, share: ReplicaRange, start_step: int) -> tf.data.Dataset:
-        """What the replicas of a share train on, from a step of the run on."""
-        config = self.config
+    def shards(self, replicas: ReplicaRange, start_step: int) -> tf.data.Dataset:
+        """The training data of some replicas from a step of the run on."""
         return data.training_batches(
             self.dataset.train,
             len(self.dataset.class_names),
-            config.fit.batch_size,
-            config.data.augment,
-            config.fit.seed,
+            self.config.fit.batch_size,
+            self.config.data.augment,
+            self.config.fit.seed,
             start_step,
-            share,
-            config.fit.accumulate_steps,
+            replicas,
+            self.config.fit.accumulate_steps,
         )
 
     def batches(self, start_step: int) -> ShardedBatches:
-        """Training batches from a step of the run on, cut for the replicas."""
+        """Training batches from a step of the run on, split for the replicas."""
         return sharding.shard_batches(
-            self.devices.strategy,
-            lambda share: self.pieces_of(share, start_step),
+            self.context.strategy,
+            lambda replicas: self.shards(replicas, start_step),
             self.steps_per_epoch,
         )
 
     def validation(self) -> ShardedBatches | None:
-        """Validation batches, cut for the replicas; None where nothing is held out."""
-        val, classes, size = (
-            self.dataset.val,
-            len(self.dataset.class_names),
-            self.config.fit.batch_size,
-        )
+        """Validation batches, split for the replicas; None without a validation split."""
+        val, classes = self.dataset.val, len(self.dataset.class_names)
+        size = self.config.fit.batch_size
         if val is None:
             return None
         return sharding.shard_batches(
-            self.devices.strategy,
-            lambda share: data.evaluation_batches(val, classes, size, share),
+            self.context.strategy,
+            lambda replicas: data.evaluation_batches(val, classes, size, replicas),
             data.evaluation_steps(val, size),
         )
 
-    def describe(self) -> str:
-        """What will be done, in a few lines."""
+    def summary(self) -> str:
+        """The first lines of a run: model, data, training, devices."""
         config, dataset, optimizer = self.config, self.dataset, self.config.optimizer
-        network = self.model.deployable
+        network, spec = self.model.deployable, self.context.spec
         height, width, _ = dataset.image_shape
         counts = ", ".join(f"{v['count']:,} {k}" for k, v in dataset.describe().items())
         left_out = len(dataset.train) % config.fit.batch_size
-        choice, (policy, why_policy), (xla, why_xla) = (
-            self.devices.spec,
-            self.dtype_policy,
-            self.xla,
-        )
+        (policy, why_policy), (xla, why_xla) = self.dtype_policy, self.xla
         return "\n".join(
             [
                 f"model     {config.model.model}: {models.count_parameters(network):,} parameters, "
@@ -99,35 +98,35 @@ class Plan:
                 f"data      {config.data.data}: {counts} images of {width} x {height}, "
                 f"{len(dataset.class_names)} classes",
                 f"training  {config.fit.epochs} epochs of {self.steps_per_epoch} steps of "
-                f"{config.fit.batch_size} images ({left_out} others are left out each pass), "
+                f"{config.fit.batch_size} images ({left_out} are left out of each pass), "
                 f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g} "
                 f"{optimizer.lr_schedule}",
-                *([f"begins    with {self.origin}"] if self.origin else []),
-                f"devices   strategy {choice.name} ({choice.reason}), {self._replica_batch()}, "
+                *([f"weights   {self.origin}"] if self.origin else []),
+                f"devices   strategy {spec.name} ({spec.reason}), {_shard_size(config.fit, spec)}, "
                 f"{policy} ({why_policy}), XLA {'on' if xla else 'off'} ({why_xla})",
             ]
         )
 
-    def place(self, position: TrainingProgress) -> str:
-        """A position in words."""
-        done, epochs = len(position.history), self.config.fit.epochs
-        if not position.steps:
+    def place(self, progress: TrainingProgress) -> str:
+        """Training progress as text."""
+        done, epochs = len(progress.history), self.config.fit.epochs
+        if not progress.steps:
             return f"epoch {done} of {epochs}"
-        return f"step {position.steps} of {self.steps_per_epoch} in epoch {done + 1} of {epochs}"
+        return f"step {progress.steps} of {self.steps_per_epoch} in epoch {done + 1} of {epochs}"
 
-    def _replica_batch(self) -> str:
-        """How a batch is shared, in words."""
-        config, replicas = self.config, self.devices.spec.replicas
-        size, larger = divmod(config.fit.batch_size // config.fit.accumulate_steps, replicas)
-        text = f"{size} or {size + 1}" if larger else f"{size}"
-        text += " images a replica"
-        if config.fit.accumulate_steps > 1:
-            text += f" in each of {config.fit.accumulate_steps} microbatches"
-        return text
+
+def _shard_size(fit: FitConfig, spec: strategy.StrategySpec) -> str:
+    """The images that a replica computes at a time, as text."""
+    size, larger = divmod(fit.batch_size // fit.accumulate_steps, spec.replicas)
+    text = f"{size} or {size + 1}" if larger else f"{size}"
+    text += " images per replica"
+    if fit.accumulate_steps > 1:
+        text += f" in each of {fit.accumulate_steps} microbatches"
+    return text
 
 
 def check_names(config: TrainConfig) -> None:
-    """Refuses what no machine can do, before anything is started.
+    """Checks what needs neither devices nor data.
 
     Raises:
         UsageError: an unknown model or schedule, or flags that contradict each other.
@@ -140,23 +139,23 @@ def check_names(config: TrainConfig) -> None:
 
 
 def prepare(
-    config: TrainConfig, devices: DistributedContext | None = None, begins: bool = True
+    config: TrainConfig, context: DistributedContext | None = None, is_new: bool = True
 ) -> Plan:
     """Checks the flags, loads the data and builds the compiled model.
 
     Args:
-        devices: where to; None chooses them.
-        begins: whether the weights of --init_from are read, if they are asked for.
+        context: the devices; None chooses them.
+        is_new: whether the run starts, so that the weights of --init_from are read.
 
     Raises:
         UsageError, UserError: as `train`.
     """
     check_names(config)
-    # DistributedContext can be chosen only before TensorFlow computes anything.
-    devices = devices or DistributedContext(strategy.choose(config.devices), config.devices)
-    # All flags before the data: a wrong one shows before a long download.
+    # Devices can be configured only before TensorFlow computes anything.
+    context = context or DistributedContext(strategy.choose(config.devices), config.devices)
+    # All flags are checked before the data is loaded, which may be a long download.
     augmentation.parse(config.data.augment)
-    replicas = devices.spec.replicas
+    replicas = context.spec.replicas
     if config.fit.batch_size // config.fit.accumulate_steps < replicas:
         raise UsageError(
             f"--batch_size={config.fit.batch_size} has fewer images than there are replicas "
@@ -167,32 +166,19 @@ def prepare(
     deterministic = environment.make_deterministic(config.devices.deterministic)
     dtype_policy = environment.dtype_policy(config.devices.dtype_policy)
     keras.config.set_dtype_policy(dtype_policy[0])
-    dataset = data.load(
-        config.data.data,
-        config.data.data_dir,
-        config.data.image_size,
-        config.data.val_fraction,
-        config.fit.seed,
-        config.data.cache_dir,
-        data.BadImages(config.data.on_bad_image == "skip", config.data.max_bad_share),
-    )
-    # Before TensorFlow's workers wait for each other, who could not say why one of them does not come.
-    splits = dataset.describe()
-    devices.check_equal(
-        {f"the {name} images": f"{s['count']} ({s['fingerprint']})" for name, s in splits.items()}
+    dataset = _load_data(config)
+    # Before TensorFlow's workers wait for each other: they could not say why one of them is missing.
+    context.check_equal(
+        {
+            f"the {name} images": f"{split['count']} ({split['fingerprint']})"
+            for name, split in dataset.describe().items()
+        }
     )
     one_pass = data.steps_per_epoch(dataset.train, config.fit.batch_size)
     steps = config.fit.steps_per_epoch or one_pass
-    xla = environment.use_xla(devices.spec.name)
-    with devices.strategy.scope():
-        model = models.build(config.model.model, dataset.image_shape, len(dataset.class_names))
-        origin = ""
-        if begins and not config.model.init_from:
-            models.adapt(model, dataset.train)
-        elif begins:
-            origin = transfer.take_weights(model, config.model.init_from, dataset.class_names)
-        if config.model.freeze:
-            transfer.freeze(model, config.model.freeze)
+    xla = environment.use_xla(context.spec.name)
+    with context.strategy.scope():
+        model, origin = _build_model(config, dataset, is_new)
         rate = optimizers.schedule(config.optimizer, config.fit.epochs, steps)
         optimizers.compile_model(
             model,
@@ -203,21 +189,45 @@ def prepare(
             jit_compile=xla[0],
         )
     return Plan(
-        config, dataset, model, rate, steps, devices, dtype_policy, xla, deterministic, origin
+        config, dataset, model, rate, steps, context, dtype_policy, xla, deterministic, origin
     )
 
 
-def estimate(config: TrainConfig) -> str:
-    """What a run would do and take, in words: time and memory of three steps, nothing is kept.
+def _load_data(config: TrainConfig) -> data.Dataset:
+    return data.load(
+        config.data.data,
+        config.data.data_dir,
+        config.data.image_size,
+        config.data.val_fraction,
+        config.fit.seed,
+        config.data.cache_dir,
+        data.BadImages(config.data.on_bad_image == "skip", config.data.max_bad_share),
+    )
 
-    The steps are those of one replica on its part of a batch. Nobody is waited for.
+
+def _build_model(config: TrainConfig, dataset: data.Dataset, is_new: bool) -> tuple:
+    """(the model with its first weights, where these come from as text)."""
+    model = models.build(config.model.model, dataset.image_shape, len(dataset.class_names))
+    origin = ""
+    if is_new and config.model.init_from:
+        origin = transfer.take_weights(model, config.model.init_from, dataset.class_names)
+    elif is_new:
+        models.adapt(model, dataset.train)
+    if config.model.freeze:
+        transfer.freeze(model, config.model.freeze)
+    return model, origin
+
+
+def estimate(config: TrainConfig) -> str:
+    """Measures three steps and says what the run would do and take; writes nothing.
+
+    The steps are those of one replica on its shard of a batch. No other worker is needed.
 
     Raises:
         UsageError, UserError: as `train`.
     """
-    choice = strategy.choose(config.devices)
-    plan = prepare(config, DistributedContext(choice, config.devices, start=False))
-    share = ReplicaRange(0, 1, choice.replicas)
+    spec = strategy.choose(config.devices)
+    plan = prepare(config, DistributedContext(spec, config.devices, start=False))
     ends = [time.perf_counter()]
 
     class Clock(keras.callbacks.Callback):
@@ -225,23 +235,23 @@ def estimate(config: TrainConfig) -> str:
             ends.append(time.perf_counter())
 
     # The first call traces and is not timed.
-    steps = 3 * config.devices.steps_per_execution
-    plan.model.fit(
-        ShardedBatches(plan.pieces_of(share, start_step=0), steps), verbose=0, callbacks=[Clock()]
-    )
-    seconds = (ends[-1] - ends[1]) / (steps - config.devices.steps_per_execution)
-    on_cpu = choice.devices[0].startswith("CPU")
+    steps_per_call = config.devices.steps_per_execution
+    steps = 3 * steps_per_call
+    shards = plan.shards(ReplicaRange(0, 1, spec.replicas), start_step=0)
+    plan.model.fit(ShardedBatches(shards, steps), verbose=0, callbacks=[Clock()])
+    seconds = (ends[-1] - ends[1]) / (steps - steps_per_call)
+    on_cpu = spec.devices[0].startswith("CPU")
     if on_cpu:
-        seconds *= len(choice.devices)  # They share it.
+        seconds *= len(spec.devices)  # The virtual devices share the CPU.
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     else:
-        memory = tf.config.experimental.get_memory_info(choice.devices[0])["peak"]
+        memory = tf.config.experimental.get_memory_info(spec.devices[0])["peak"]
     total = seconds * plan.steps_per_epoch * config.fit.epochs
     return (
-        f"{plan.describe()}\n"
+        f"{plan.summary()}\n"
         f"estimate  {seconds:.3g} s a step, {seconds * plan.steps_per_epoch:.3g} s an epoch, "
         f"{total / 3600:.3g} h in all, without validation"
-        f"{' and without communication' if choice.replicas > 1 else ''}; "
+        f"{' and without communication' if spec.replicas > 1 else ''}; "
         f"{memory / 2**30:.2f} GiB of {'memory' if on_cpu else 'each GPU'}"
     )
 
@@ -257,8 +267,8 @@ def describe_run(plan: Plan) -> dict:
         "parameter_count": models.count_parameters(network),
         "multiply_adds": models.count_multiply_adds(network),
         "steps_per_epoch": plan.steps_per_epoch,
-        "strategy": plan.devices.spec.name,
-        "replicas": plan.devices.spec.replicas,
+        "strategy": plan.context.spec.name,
+        "replicas": plan.context.spec.replicas,
         "dtype_policy": plan.dtype_policy[0],
         "xla": plan.xla[0],
         "deterministic": plan.deterministic,
@@ -270,13 +280,13 @@ def describe_run(plan: Plan) -> dict:
 
 
 def package_versions() -> dict[str, str]:
-    """Of Python and of what decides results."""
+    """The versions of Python and of the packages that decide results."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return found | {"python": platform.python_version()}
 
 
 def _git_revision() -> str | None:
-    """The commit of the checkout that this package runs from; None where it is installed."""
+    """The commit of the checkout that this package runs from; None if it is installed."""
     root = pathlib.Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

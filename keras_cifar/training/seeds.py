@@ -1,4 +1,4 @@
-"""A configuration with several seeds: a run for each, and what they say together."""
+"""One configuration with several seeds: a run for each, mean and standard deviation of all."""
 
 import gc
 import statistics
@@ -14,29 +14,28 @@ from keras_cifar.training import trainer
 
 
 def train(config: TrainConfig, run: Run) -> dict:
-    """Trains `--seeds` runs, one after another; those that are done stay as they are.
+    """Trains `--seeds` runs one after another; finished runs are not trained again.
 
-    All are trained in this process: order, augmentation, dropout and initial weights are functions of
-    the seed and the step, so each is to the bit the run that it would be alone, and signals and locks
-    are those of one run.
+    All are trained in this process. Order, augmentation, dropout and initial weights are functions of
+    the seed and the step, so each run has the same bits as if it were trained alone.
 
     Args:
-        config: its `seed` is that of the first; the others count on from there.
-        run: whose directory has theirs, seed_N.
+        config: its `seed` is the first seed.
+        run: the runs are `seed_N` below its directory.
 
     Returns:
-        What `RUN/seeds.json` has: {"seeds": {seed: test accuracy}, "mean", "std"}, the sample standard
-        deviation, None of one seed.
+        The contents of `RUN/seeds.json`: {"seeds": {seed: test accuracy}, "mean", "std"}, the latter
+        the sample standard deviation, None for one seed.
 
     Raises:
-        UsageError, UserError, StoppedError: as `trainer.train`; also of a later seed before the first
-            begins, and of several workers.
+        UsageError, UserError, StoppedError: as `trainer.train`. The flags of all seeds are checked
+            before the first is trained.
     """
     if strategy.choose(config.devices).cluster:
-        raise UsageError("--seeds is for one worker; with several, start a run for each --seed")
+        raise UsageError("--seeds needs a single worker; start a run for each --seed instead")
     if run.config.exists():
         raise UsageError(
-            f"--run_dir={run.path} holds one run and not those of --seeds; choose another"
+            f"--run_dir={run.path} holds a single run, not runs of --seeds; choose another"
         )
     seeds = range(config.fit.seed, config.fit.seed + config.fit.seeds)
     configs = {seed: config.replace(seed=seed, seeds=0) for seed in seeds}
@@ -49,7 +48,7 @@ def train(config: TrainConfig, run: Run) -> dict:
         metrics = _test_metrics(one, configs[seed])
         if metrics is None:
             metrics = trainer.train(configs[seed], one)
-            # A model and its functions refer to each other, so nothing else would free them now.
+            # A model and its functions refer to each other: only a collection frees them.
             keras.utils.clear_session()
             gc.collect()
         accuracies[seed] = metrics["accuracy"]
@@ -65,7 +64,7 @@ def train(config: TrainConfig, run: Run) -> dict:
 
 
 def _test_metrics(run: Run, config: TrainConfig) -> dict | None:
-    """The test metrics of a run that has come to its end; None of one that has not."""
+    """The test metrics of a finished run; None for an unfinished one."""
     if config.output.export and not versions(run.export):
         return None
     return run.read_metrics("test", config.data.data)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as requests: the first is granted at the next good moment, the second at once."""
+"""SIGTERM and SIGINT: the first stops the run at the next safe point, the second exits at once."""
 
 import contextlib
 import os
@@ -12,28 +12,28 @@ from keras_cifar.core.errors import StoppedError
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Interruption:
-    """What was asked of this process.
+class StopSignals:
+    """Signals that ask this process to stop.
 
     Attributes:
-        requested: the signal that came and was not granted yet.
+        received: the signal that arrived; None before.
     """
 
     def __init__(self):
-        self.requested: signal.Signals | None = None
-        self._can_wait = False
+        self.received: signal.Signals | None = None
+        self._deferred = False
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """Takes the signals for the body, in the main thread; elsewhere there are none.
+    def handled(self) -> Iterator[None]:
+        """Handles the signals in the body; does nothing outside of the main thread.
 
         Raises:
-            StoppedError: a signal came outside of `deferred`.
+            StoppedError: a signal arrived outside of `deferred`.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
         finally:
@@ -42,22 +42,26 @@ class Interruption:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """For the body a signal only sets `requested`, and it is the body's to end soon."""
-        self._can_wait = True
+        """In the body a signal only sets `received`; the body must look at it and end soon.
+
+        Raises:
+            StoppedError: after the body, if a signal arrived.
+        """
+        self._deferred = True
         try:
             yield
         finally:
-            self._can_wait = False
-        if self.requested:
+            self._deferred = False
+        if self.received:
             raise self._error()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
             os._exit(128 + number)
-        self.requested = signal.Signals(number)
-        if not self._can_wait:
+        self.received = signal.Signals(number)
+        if not self._deferred:
             raise self._error()
 
     def _error(self) -> StoppedError:
-        number = self.requested
-        return StoppedError(number, f"stopped by {number.name}; what was saved stays")
+        name = self.received.name
+        return StoppedError(self.received, f"stopped by {name}; saved files are intact")

@@ -1,4 +1,4 @@
-"""The history of a run as TensorBoard's scalars, with the tags of keras.callbacks.TensorBoard."""
+"""The history of a run as TensorBoard scalars, with the tags of keras.callbacks.TensorBoard."""
 
 import pathlib
 import shutil
@@ -11,12 +11,12 @@ NOT_SHOWN = ("epoch", "seconds")
 
 
 class Scalars:
-    """Event files in `directory`, which begin anew with the history so far.
+    """Event files in `directory`, recreated with the history so far.
 
-    So they have each epoch once, however often and wherever a run was interrupted.
+    They have each epoch once, even if the run was interrupted.
 
     Raises:
-        UserError: the directory cannot be written, as on a full disk.
+        UserError: the directory cannot be written, for example because the disk is full.
     """
 
     def __init__(self, directory: pathlib.Path, history: list[dict]):
@@ -27,7 +27,7 @@ class Scalars:
             self.add(row)
 
     def add(self, row: dict) -> None:
-        """Writes a row of the history; epochs count from 0 here, as Keras's do."""
+        """Writes a row of the history; epochs count from 0, as in Keras."""
         try:
             for name, value in row.items():
                 if name in NOT_SHOWN:

@@ -1,4 +1,4 @@
-"""Training: a plan -> fit -> run directory -> test -> export."""
+"""Training: plan -> fit -> run directory -> test -> export."""
 
 import contextlib
 import csv
@@ -22,141 +22,156 @@ from keras_cifar.training import checkpoint
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.plan import Plan, check_names, describe_run, package_versions, prepare
 from keras_cifar.training.recorder import ROLLBACK_FACTOR, DivergedError, Recorder
-from keras_cifar.training.signals import Interruption
+from keras_cifar.training.signals import StopSignals
 
-ROLLBACKS = 3  # at most, with --on_nan=rollback
+MAX_ROLLBACKS = 3  # with --on_nan=rollback
 
 
 def train(config: TrainConfig, run: Run) -> dict | None:
-    """Trains, selects, tests and exports; goes on where an earlier call on the same run stopped.
+    """Trains, selects, tests and exports; resumes if the run directory has a checkpoint.
 
     Returns:
         The metrics of the test split, as in `RUN/eval/test.json`; None at workers other than the
         chief, which alone reads and writes the run directory.
 
     Raises:
-        UsageError: a wrong flag, or a run directory that holds another configuration.
-        UserError: the data is not to be had, the loss was not finite, another process trains in the
+        UsageError: a wrong flag, or a run directory with another configuration.
+        UserError: the data cannot be loaded, the loss was not finite, another process trains in the
             directory, or another worker was lost.
-        StoppedError: SIGTERM or SIGINT came.
+        StoppedError: SIGTERM or SIGINT arrived.
     """
     check_names(config)
-    choice = strategy.choose(config.devices)
-    interruption = Interruption()
-    with contextlib.ExitStack() as stack, interruption.heard():
-        with DistributedContext(
-            choice, config.devices, config.shared_flags() | package_versions()
-        ) as devices:
-            if devices.is_chief:
+    spec = strategy.choose(config.devices)
+    facts = config.shared_flags() | package_versions()
+    signals = StopSignals()
+    with contextlib.ExitStack() as stack, signals.handled():
+        with DistributedContext(spec, config.devices, facts) as context:
+            if context.is_chief:
                 previous_config(config, run)  # before anything is written
                 stack.enter_context(run.locked())
-            previous = previous_config(config, run) if devices.is_chief else None
-            begins = devices.is_chief and not checkpoint.exists(run.checkpoint)
-            plan = prepare(config, devices, begins)
-            if devices.is_chief:
-                if previous is None:
-                    write_json(run.config, describe_run(plan))
-                elif previous["splits"] != plan.dataset.describe():
-                    raise UserError(
-                        f"--data={config.data.data} has other images than {run.path} was trained on"
-                    )
-                if plan.dataset.skipped:
-                    write_skipped(plan.dataset, run.skipped)
-                print(f"run       {run.path}\n{plan.describe()}", flush=True)
-            fit(plan, run, interruption)
-        if not devices.is_chief:
-            return None
+            is_new = context.is_chief and not checkpoint.exists(run.checkpoint)
+            plan = prepare(config, context, is_new)
+            if context.is_chief:
+                _write_config(plan, run)
+                print(f"run       {run.path}\n{plan.summary()}", flush=True)
+            fit(plan, run, signals)
+        return _finish(plan, run) if context.is_chief else None
 
-        model = models.load(run.model)
-        dataset = plan.dataset
-        metrics = evaluator.evaluate(
-            model, "test", dataset.test, dataset.class_names, config.data.data, run
+
+def _write_config(plan: Plan, run: Run) -> None:
+    """Writes config.json and skipped.csv of a new run; checks that another has the same images."""
+    previous = previous_config(plan.config, run)
+    if previous is None:
+        write_json(run.config, describe_run(plan))
+    elif previous["splits"] != plan.dataset.describe():
+        raise UserError(
+            f"--data={plan.config.data.data} has other images than {run.path} was trained on"
         )
-        if config.output.export and not versions(run.export):
-            samples = verification.of_dataset(dataset, config.data.data)
-            path = saved_model.export(model, run.export, dataset.class_names, samples=samples)
-            print(verification.summary(path), flush=True)
-        report(run, model, dataset)
-        return metrics
+    if plan.dataset.skipped:
+        write_skipped(plan.dataset, run.skipped)
 
 
-def report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:
-    """Writes the run's report. A run is whole without it: what fails here is a line of warning."""
+def _finish(plan: Plan, run: Run) -> dict:
+    """Tests, exports and reports the selected model; the test metrics."""
+    config, dataset, model = plan.config, plan.dataset, models.load(run.model)
+    metrics = evaluator.evaluate(
+        model, "test", dataset.test, dataset.class_names, config.data.data, run
+    )
+    if config.output.export and not versions(run.export):
+        samples = verification.of_dataset(dataset, config.data.data)
+        path = saved_model.export(model, run.export, dataset.class_names, samples=samples)
+        print(verification.summary(path), flush=True)
+    write_report(run, model, dataset)
+    return metrics
+
+
+def write_report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:
+    """Writes the report of a run. It is optional: a failure is printed as a warning."""
     try:
         found = record.load(run)
-        page.write(run.report, [found], [gallery.of(found, model, dataset.split(found.split))])
+        page.write(
+            run.report, [found], [gallery.from_model(found, model, dataset.split(found.split))]
+        )
     except Exception as error:
-        print(f"no report: {run.report} cannot be written: {reason(error)}", file=sys.stderr)
+        print(f"warning: {run.report} cannot be written: {reason(error)}", file=sys.stderr)
 
 
 def fit(
     plan: Plan,
     run: Run,
-    interruption: Interruption | None = None,
+    signals: StopSignals | None = None,
     callbacks: tuple[keras.callbacks.Callback, ...] = (),
 ) -> None:
-    """Trains from the last checkpoint to the end; `RUN/model.keras` is the selected model then.
+    """Trains from the last checkpoint to the end and writes the selected model to `RUN/model.keras`.
 
     Raises:
-        StoppedError: a signal came; what was done is in a checkpoint.
-        UserError: the loss was not finite, or no checkpoint is whole.
+        StoppedError: a signal arrived; a checkpoint has the progress.
+        UserError: the loss was not finite, or no checkpoint is intact.
     """
-    config, devices, model = plan.config, plan.devices, plan.model
-    interruption = interruption or Interruption()
-    if devices.is_chief and not checkpoint.exists(run.checkpoint):
-        if run.history.exists():
-            raise UserError(
-                f"{run.path} has a history and no checkpoint in {run.checkpoint}; choose another "
-                "--run_dir, where --init_from takes the weights of this one's model.keras"
-            )
-        # At once, so that a directory that cannot be written shows before hours of training.
-        checkpoint.save(run.checkpoint, model, TrainingProgress(), step=0)
-    position = _restore(plan, run)
-    if devices.spec.cluster:  # alone, nobody reads the whole state for nothing
-        step = position.step(plan.steps_per_epoch)
-        devices.check_equal({"the step": step, "the model's state": checkpoint.digest(model)})
-    devices.begin_training()
-    if devices.is_chief and position != TrainingProgress():
-        print(f"going on after {plan.place(position)}", flush=True)
-    recorder = Recorder(plan, run, position, interruption)
+    config, context = plan.config, plan.context
+    signals = signals or StopSignals()
+    progress = _start(plan, run)
+    if context.is_chief and progress != TrainingProgress():
+        print(f"resuming from {plan.place(progress)}", flush=True)
+    recorder = Recorder(plan, run, progress, signals)
     while not recorder.is_finished():
         try:
-            with interruption.deferred():
-                model.fit(
-                    plan.batches(start_step=position.step(plan.steps_per_epoch)),
+            with signals.deferred():
+                plan.model.fit(
+                    plan.batches(start_step=progress.step(plan.steps_per_epoch)),
                     epochs=config.fit.epochs,
-                    initial_epoch=len(position.history),
-                    initial_step=position.steps,
-                    initial_totals=position.totals,
+                    initial_epoch=len(progress.history),
+                    initial_step=progress.steps,
+                    initial_totals=progress.totals,
                     callbacks=[recorder, *callbacks],
-                    verbose=1 if sys.stdout.isatty() and devices.is_chief else 0,
+                    verbose=1 if sys.stdout.isatty() and context.is_chief else 0,
                 )
             return
         except DivergedError as error:
             count = recorder.rollbacks + 1
-            if config.fit.on_nan == "stop" or count > ROLLBACKS:
+            if config.fit.on_nan == "stop" or count > MAX_ROLLBACKS:
                 raise
-            position = dataclasses.replace(_restore(plan, run), rollbacks=count)
-            recorder = Recorder(plan, run, position, interruption)
-            if devices.is_chief:
+            progress = dataclasses.replace(_restore(plan, run), rollbacks=count)
+            recorder = Recorder(plan, run, progress, signals)
+            if context.is_chief:
                 print(
-                    f"{error.what}; back to {plan.place(position)} with {ROLLBACK_FACTOR**count:g} of "
-                    f"the learning rate ({count} of at most {ROLLBACKS} times)",
+                    f"{error.what}; rolled back to {plan.place(progress)} with "
+                    f"{ROLLBACK_FACTOR**count:g} of the learning rate ({count} of at most "
+                    f"{MAX_ROLLBACKS} rollbacks)",
                     flush=True,
                 )
 
 
+def _start(plan: Plan, run: Run) -> TrainingProgress:
+    """Writes the first checkpoint if there is none, and gives all workers the state of the last."""
+    context = plan.context
+    if context.is_chief and not checkpoint.exists(run.checkpoint):
+        if run.history.exists():
+            raise UserError(
+                f"{run.path} has a history but no checkpoint in {run.checkpoint}; choose another "
+                f"--run_dir, and start from these weights with --init_from={run.model}"
+            )
+        # At once, so that an unwritable directory shows before hours of training.
+        checkpoint.save(run.checkpoint, plan.model, TrainingProgress(), step=0)
+    progress = _restore(plan, run)
+    if context.spec.cluster:  # The digest reads the whole state.
+        step = progress.step(plan.steps_per_epoch)
+        context.check_equal({"the step": step, "the model's state": checkpoint.digest(plan.model)})
+    context.begin_training()
+    return progress
+
+
 def _restore(plan: Plan, run: Run) -> TrainingProgress:
     """Gives all workers the state of the chief's last checkpoint."""
-    path, data = checkpoint.read(run.checkpoint) if plan.devices.is_chief else (None, b"")
-    return checkpoint.assign(plan.model, plan.devices.broadcast(data), path or "of worker 0")
+    path, contents = checkpoint.read(run.checkpoint) if plan.context.is_chief else (None, b"")
+    return checkpoint.assign(plan.model, plan.context.broadcast(contents), path or "of worker 0")
 
 
 def write_skipped(dataset: data.Dataset, path: pathlib.Path) -> None:
-    """Writes skipped.csv: a row a picture that was left out."""
+    """Writes skipped.csv: a row for each image that was left out."""
     with (
         replacing(path) as temporary,
-        # Names of files are bytes that need not be text.
+        # File names are bytes, which need not be UTF-8.
         open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")

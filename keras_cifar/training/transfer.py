@@ -1,4 +1,4 @@
-"""A run that begins with the weights of another one."""
+"""Transfer learning: a run that starts with trained weights, some of them frozen."""
 
 import pathlib
 
@@ -13,18 +13,17 @@ HEAD = "logits"  # of every family: the layer that depends on the number of clas
 
 
 def take_weights(model: Classifier, source: str, class_names: tuple[str, ...]) -> str:
-    """Gives a model the weights of `source`, layer by layer.
+    """Copies the weights of `source` into a model, layer by layer.
 
     Args:
         source: a run directory, a `.keras` file that `train` wrote, or pretrained:NAME.
-        class_names: the model's. Those of another run keep the model's own last layer, as does
-            another number of them.
+        class_names: of the model. If those of `source` differ, the last layer keeps its own weights.
 
     Returns:
-        What was taken and what was not, in words.
+        Which weights were taken and which layers are new, as text.
 
     Raises:
-        UserError: there is no such model, it is damaged, or it is of another network.
+        UserError: the model does not exist, is damaged, or is another network.
     """
     path, names = pathlib.Path(source).expanduser(), None
     if source.startswith(pretrained.PREFIX):
@@ -41,8 +40,8 @@ def take_weights(model: Classifier, source: str, class_names: tuple[str, ...]) -
     different = sorted(theirs.keys() ^ mine.keys())
     if different:
         raise UserError(
-            f"--init_from={source} is of another network: it and {model.name} do not both have the "
-            f"layer {different[0]}"
+            f"--init_from={source} is another network: only one of it and {model.name} has the layer "
+            f"{different[0]}"
         )
     new = []
     for name, layer in mine.items():
@@ -51,24 +50,24 @@ def take_weights(model: Classifier, source: str, class_names: tuple[str, ...]) -
             new.append(name)
         elif shapes[0] != shapes[1]:
             raise UserError(
-                f"--init_from={source} does not fit: layer {name} has the shapes {shapes[1]} there and "
-                f"{shapes[0]} here; give the same --model and --image_size"
+                f"--init_from={source} does not fit: layer {name} has shapes {shapes[1]} instead of "
+                f"{shapes[0]}; use the same --model and --image_size"
             )
         else:
             layer.set_weights(theirs[name].get_weights())
-    # Auxiliary classifiers are in no file.
+    # Files do not have auxiliary classifiers.
     new += [name for name in _weighted(model.logits_model) if name not in mine]
     line = f"the weights of {path}"
-    return f"{line}; new are {', '.join(new)}" if new else line
+    return f"{line}; new layers: {', '.join(new)}" if new else line
 
 
 def freeze(model: Classifier, name: str) -> None:
-    """Keeps a layer, and all layers that its output is computed from, as they are.
+    """Freezes a layer and all layers that its output depends on.
 
-    Their normalization uses its moving statistics, in training too.
+    Frozen batch normalization uses its moving statistics in training too.
 
     Raises:
-        UsageError: there is no such layer, or none would be left to train.
+        UsageError: the model has no such layer, or no other layer with weights.
     """
     layers = {layer.name: layer for layer in model.layers}
     if name not in layers:
@@ -76,7 +75,7 @@ def freeze(model: Classifier, name: str) -> None:
     for layer in keras.Model(model.inputs[0], layers[name].output).layers:
         layer.trainable = False
     if not model.logits_model.trainable_variables:
-        raise UsageError(f"--freeze={name} leaves no layer to train")
+        raise UsageError(f"--freeze={name} leaves nothing to train")
 
 
 def _weighted(model: keras.Model) -> dict[str, keras.Layer]:

@@ -1,16 +1,20 @@
-"""The benchmark: contenders in processes of their own, what it computes and what it says."""
+"""The benchmark: contenders in processes of their own, what it computes and what it prints."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
-from keras_cifar import benchmark
-from keras_cifar.benchmark import FIT, GEMM, PIPELINE, PREDICT, STEP, BenchmarkOptions, Contest
+from keras_cifar import benchmark, benchmarking, models
+from keras_cifar.benchmarking import comparison, contest, distribution, ours, turns
+from keras_cifar.benchmarking.comparison import FIT, GEMM, PIPELINE, PREDICT, STEP
+from keras_cifar.benchmarking.contest import Contest
+from keras_cifar.benchmarking.options import BenchmarkOptions
 from keras_cifar.core import environment
+from keras_cifar.core.errors import UsageError
 
 # A contender that takes no time, and whose rates are 1, 2, 3, ...
 COUNTER = """
@@ -28,8 +32,8 @@ for number in itertools.count(1):
 @pytest.fixture
 def scripts(monkeypatch, tmp_path):
     """A directory of contenders in place of the real one; `write(name, code)` adds one."""
-    package = str(benchmark.WORKERS)
-    monkeypatch.setattr(benchmark, "WORKERS", tmp_path)
+    package = str(contest.WORKERS)
+    monkeypatch.setattr(contest, "WORKERS", tmp_path)
 
     def write(name, code):
         (tmp_path / f"{name}.py").write_text(code.replace("{package!r}", repr(package)))
@@ -42,12 +46,12 @@ def test_contenders_take_turns_and_their_medians_count(scripts):
     with Contest(BenchmarkOptions(rounds=3, seconds=0.5)) as contest:
         contest.add("a", "counter", kind="x")
         contest.add("b", "counter")
-        figures = contest.take_turns()
+        measured = contest.take_turns()
         assert contest.workers["a"].turns[0]["settings"]["kind"] == "x"
         assert contest.workers["b"].turns[0]["settings"]["seconds"] == 0.5
-    assert list(figures) == ["a", "b"]
-    assert (figures["a"]["median"], figures["a"]["low"], figures["a"]["high"]) == (2, 1, 3)
-    assert 1e6 < figures["a"]["peak_memory"] < 1e8  # its own and not its parent's
+    assert list(measured) == ["a", "b"]
+    assert (measured["a"]["median"], measured["a"]["low"], measured["a"]["high"]) == (2, 1, 3)
+    assert 1e6 < measured["a"]["peak_memory"] < 1e8  # its own and not its parent's
 
 
 def test_a_contender_that_fails_is_named_and_left_out(scripts, capsys):
@@ -79,31 +83,60 @@ def test_peers_do_not_get_our_switches(monkeypatch, scripts, user):
     assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == (user or "1")
 
 
-def figures(step, fit, pipeline):
+def rates(step, fit, pipeline):
     return {name: {"median": v} for name, v in ((STEP, step), (FIT, fit), (PIPELINE, pipeline))}
 
 
 def test_what_training_is_bound_by():
     shares = {"convolutions": 0.8, "dropout": 0.2}
-    assert "the input pipeline" in benchmark.bound(figures(100, 50, 60), 0.7, shares)
-    assert "what surrounds the step" in benchmark.bound(figures(100, 80, 1000), 0.7, shares)
-    assert benchmark.bound(figures(100, 99, 1000), 0.7, shares).startswith("arithmetic")
-    memory = benchmark.bound(figures(100, 99, 1000), 0.3, shares)
+    assert "the input pipeline" in comparison.bound(rates(100, 50, 60), 0.7, shares)
+    assert "what surrounds the step" in comparison.bound(rates(100, 80, 1000), 0.7, shares)
+    assert comparison.bound(rates(100, 99, 1000), 0.7, shares).startswith("arithmetic")
+    memory = comparison.bound(rates(100, 99, 1000), 0.3, shares)
     assert memory.startswith("memory")
     assert "80% of its kernels' time is convolutions" in memory
 
 
-def test_the_command_measures_everything(tmp_path):
-    out = tmp_path / "figures.json"
-    flags = ["--model=lenet5", "--rounds=1", "--seconds=0.1", "--batch_size=32", f"--json={out}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "keras_cifar.benchmark", *flags], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "bound by " in done.stdout
-    assert done.stdout.rstrip().endswith(f"figures   {out}")
+class OneTurn(turns.Turns):
+    """The worker's side of one turn, in the process of the tests."""
+
+    def __init__(self, settings):
+        self.settings, self.reported = settings, None
+
+    def wait(self):
+        if self.reported:
+            raise StopIteration
+
+    def report(self, rate, **more):
+        self.reported = {"rate": rate, "peak_memory": 1} | more
+
+
+class InProcess(contest.Worker):
+    """A contender that works its turn when it is started; the rate of peers is 2."""
+
+    def __init__(self, script, settings, variables):
+        self.turns, self.error = [], None
+        self.reported = {"rate": 2.0, "peak_memory": 1}
+        if script == "ours":
+            turn = OneTurn(settings)
+            with contextlib.suppress(StopIteration):
+                ours.WORK[settings["what"]](turn)
+            self.reported = turn.reported
+
+    def turn(self, counted=True):
+        if counted:
+            self.turns.append(self.reported)
+        return self.reported
+
+    def close(self):
+        pass
+
+
+def check_comparison(out, printed):
+    """Checks what the benchmark of lenet5 wrote and printed; returns the former."""
+    assert "bound by " in printed
+    assert printed.rstrip().endswith(f"json      {out}")
     result = json.loads(out.read_text())
-    assert set(result["figures"]) == {STEP, FIT, PIPELINE, PREDICT, GEMM}
     for row in result["figures"].values():
         assert 0 < row["low"] <= row["median"] <= row["high"]
     # LeNet-5's multiply-adds: 28 x 28 x 6 x 75, 10 x 10 x 16 x 150 and 400 x 120 + 120 x 84 + 840.
@@ -113,6 +146,34 @@ def test_the_command_measures_everything(tmp_path):
     assert result["fraction_of_matrix_multiply"] == pytest.approx(fraction)
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert 0.1 < result["shares"]["convolutions"] < 0.95
+    return result
+
+
+def test_each_kind_of_work_is_measured(monkeypatch, tmp_path, capsys):
+    cold = {"predict": contest.spread([3.0]), "import": contest.spread([2.0])}
+    monkeypatch.setattr(contest, "Worker", InProcess)
+    monkeypatch.setattr(comparison, "PREDICTED", 100)
+    monkeypatch.setattr(comparison, "cold_start", lambda rounds, export: cold)
+    out = tmp_path / "measurements.json"
+    flags = {"model": "lenet5", "batch_size": 32, "peers": True, "json": str(out)}
+    benchmark.main(BenchmarkOptions(rounds=1, seconds=0.1, **flags))
+    printed = capsys.readouterr().out
+    result = check_comparison(out, printed)
+    rate = result["figures"][STEP]["median"]
+    assert f"{rate / 2:>8.2f}  training step / PaddlePaddle" in printed
+    assert "1.00  s more than the import" in printed
+
+
+@pytest.mark.slow
+def test_the_command_measures_in_processes_of_their_own(tmp_path):
+    out = tmp_path / "measurements.json"
+    flags = ["--model=lenet5", "--rounds=1", "--seconds=0.1", "--batch_size=32", f"--json={out}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "keras_cifar.benchmark", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = check_comparison(out, done.stdout)
+    assert set(result["figures"]) == {STEP, FIT, PIPELINE, PREDICT, GEMM}
     # Predicting imports TensorFlow too, but not Keras.
     cold = result["cold_start"]
     assert cold["predict"]["median"] > 0.3 * cold["import"]["median"] > 0
@@ -126,7 +187,7 @@ def test_plain_keras_is_the_same_network(model):
         [
             "import sys, json",
             f"sys.argv = ['x', json.dumps(dict(model={model!r}, batch_size=2, what='step'))]",
-            f"sys.path.insert(0, {str(benchmark.WORKERS)!r})",
+            f"sys.path.insert(0, {str(contest.WORKERS)!r})",
             "import turns; turns.Turns.repeat = lambda *a: None",
             "import plain_keras; m = plain_keras.model",
             "sys.stderr.write(json.dumps(['SHAPES', [list(v.shape) for v in m.weights]]))",
@@ -134,39 +195,38 @@ def test_plain_keras_is_the_same_network(model):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     theirs = json.loads(done.stderr[done.stderr.rindex('["SHAPES"') :])[1]
-    from keras_cifar import models
-
     ours = models.build(model).deployable.weights
     assert sorted(theirs) == sorted(list(v.shape) for v in ours if "seed" not in v.path)
 
 
-def test_wrong_usage_is_one_line():
-    for flag in (
-        "--rounds=0",
-        "--seconds=-1",
-        "--batch_size=0",
-        "--model=lenet7",
-        "--augment=flop",
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "keras_cifar.benchmark", flag], capture_output=True, text=True
-        )
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("benchmark: error: ")
-        assert done.stderr.count("\n") == 1
+def test_distribution_is_measured_and_predicted(monkeypatch, capsys):
+    measured = {"one device": [100.0], "2 processes": [160.0, 120.0, 140.0]}
+    monkeypatch.setattr(distribution, "_train", lambda options: measured)
+    result = benchmarking.measure(BenchmarkOptions(model="resnet20", distribution=True))
+    found = result["distribution"]
+    assert found["measured"]["2 processes"] == {"median": 140.0, "low": 120.0, "high": 160.0}
+    printed = capsys.readouterr().out
+    assert " ".join(printed.split("2 processes")[1].split()[:4]) == "140 120 160 1.40"
+    # 19 convolutions and 2 shortcuts with a normalization each, which all-reduces twice.
+    assert found["traffic"]["collectives"] == 1 + 2 * 21
+    alone, many = found["predicted"][1], found["predicted"][64]
+    assert alone["ring"] == alone["tree"] == 0
+    assert 64 * alone["ring_rate"] > many["tree_rate"] > many["ring_rate"] > alone["ring_rate"]
 
 
-def test_the_tables_median_is_of_the_turns():
-    rates = np.array([3.0, 1.0, 2.0])
-    worker = benchmark.Worker.__new__(benchmark.Worker)
-    worker.turns = [{"rate": rate, "peak_memory": 5} for rate in rates]
-    assert worker.figures == {"median": 2.0, "low": 1.0, "high": 3.0, "peak_memory": 5}
+def test_wrong_usage():
+    for name in ("rounds", "seconds", "batch_size", "steps"):
+        with pytest.raises(UsageError, match=f"--{name}=0 must be greater than 0"):
+            BenchmarkOptions(**{name: 0})
+    for name in ("model", "augment"):
+        with pytest.raises(UsageError, match="flop"):
+            benchmarking.measure(BenchmarkOptions(**{name: "flop"}))
 
 
 @pytest.mark.slow
 def test_serving_is_measured_for_each_number_of_clients(tmp_path):
     pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
-    out = tmp_path / "figures.json"
+    out = tmp_path / "measurements.json"
     flags = ["--serving", "--model=lenet5", "--rounds=1", "--seconds=0.3", f"--json={out}"]
     done = subprocess.run(
         [sys.executable, "-m", "keras_cifar.benchmark", *flags], capture_output=True, text=True

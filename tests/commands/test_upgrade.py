@@ -93,7 +93,7 @@ def test_finished_run_is_not_trained_again(old, capsys):
 
 def test_unfinished_run_resumes_and_ends_as_it_would_have(old, capsys):
     assert run("train", train.main, TrainConfig, *UNFINISHED, "--run_dir=unfinished") == 0
-    assert "going on after step 2 of 4 in epoch 2 of 2" in capsys.readouterr().out
+    assert "resuming from step 2 of 4 in epoch 2 of 2" in capsys.readouterr().out
     ends = []
     for directory in ("whole", "unfinished/checkpoint"):
         path = max((old / directory).glob("step-000000008-epoch-00002-*.safetensors"))

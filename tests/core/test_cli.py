@@ -13,7 +13,6 @@ from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.core.options import fields, option
 
 COMMANDS = ("train", "evaluate", "export", "predict", "serve", "launch", "compare", "report")
-COMMANDS += ("pretrained",)
 
 
 @dataclasses.dataclass(frozen=True)

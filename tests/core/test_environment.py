@@ -125,7 +125,7 @@ def test_training_asks_for_precision_and_xla(monkeypatch, image_folder, xla):
     assert plan.model.get_layer("logits").compute_dtype == "bfloat16"
     described = planning.describe_run(plan)
     assert (described["dtype_policy"], described["xla"]) == ("mixed_bfloat16", xla)
-    assert f"mixed_bfloat16 (so), XLA {'on' if xla else 'off'} (as none)" in plan.describe()
+    assert f"mixed_bfloat16 (so), XLA {'on' if xla else 'off'} (as none)" in plan.summary()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The official archives: all four layouts exact, every damage named, and no pickle that runs."""
 
 import bz2
+import functools
 import gzip
 import io
 import os
@@ -8,6 +9,8 @@ import pathlib
 import pickle
 import shutil
 import tarfile
+import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -51,8 +54,13 @@ def dump(value: object) -> bytes:
     return pickle.dumps(value, protocol=2)
 
 
-def members_of(kind: str) -> dict[str, bytes]:
+@functools.cache
+def members_of(kind: str) -> types.MappingProxyType[str, bytes]:
     """The files of a small archive, as the official ones are written."""
+    return types.MappingProxyType(_members_of(kind))
+
+
+def _members_of(kind: str) -> dict[str, bytes]:
     train, train_labels, test, test_labels = examples(kind)
     ten, python = "cifar-10-" in kind, kind.endswith("python")
     if ten:
@@ -155,7 +163,10 @@ def unpacked_below(tmp_path, kind):
 @pytest.mark.parametrize("kind", FOLDERS)
 @pytest.mark.parametrize("form", [packed, packed_without_compression, unpacked, unpacked_below])
 def test_pixels_labels_and_names_come_back_exact(tmp_path, kind, form):
-    dataset = data.load(f"archive:{form(tmp_path, kind)}", val_fraction=0)
+    path = form(tmp_path, kind)
+    before = sorted(tmp_path.iterdir())
+    dataset = data.load(f"archive:{path}", val_fraction=0)
+    assert sorted(tmp_path.iterdir()) == before
     train, train_labels, test, test_labels = examples(kind)
     np.testing.assert_array_equal(dataset.train.images, train)
     np.testing.assert_array_equal(dataset.train.labels, train_labels)
@@ -173,7 +184,7 @@ def python2(text: bytes) -> bytes:
 
 
 def test_pickles_that_python_2_wrote_are_read(tmp_path):
-    members = members_of("cifar-10-python")
+    members = dict(members_of("cifar-10-python"))
     names = b"".join(python2(name.encode()) for name in TEN)
     # {'label_names': [...]}, as Python 2's cPickle with protocol 2 spells it.
     members["batches.meta"] = b"\x80\x02}" + python2(b"label_names") + b"](" + names + b"es."
@@ -203,24 +214,13 @@ def test_pickles_that_python_2_wrote_are_read(tmp_path):
     np.testing.assert_array_equal(dataset.test.labels, labels)
 
 
-def test_nothing_is_written_beside_a_packed_archive(tmp_path):
-    data.load(f"archive:{packed(tmp_path, 'cifar-10-python')}", val_fraction=0)
-    assert [p.name for p in tmp_path.iterdir()] == ["cifar-10-python.tar.gz"]
-
-
-@pytest.mark.parametrize("side", [8, 48])
+@pytest.mark.parametrize("side", [8, 32, 48])
 def test_image_size_resizes(tmp_path, side):
     path = unpacked(tmp_path, "cifar-10-binary")
     dataset = data.load(f"archive:{path}", image_size=side, val_fraction=0)
     expected = resize_images(examples("cifar-10-binary")[0], (side, side))
     np.testing.assert_array_equal(dataset.train.images, expected)
     assert dataset.test.images.shape[1:] == (side, side, 3)
-
-
-def test_image_size_32_changes_nothing(tmp_path):
-    path = unpacked(tmp_path, "cifar-10-binary")
-    dataset = data.load(f"archive:{path}", image_size=32, val_fraction=0)
-    np.testing.assert_array_equal(dataset.train.images, examples("cifar-10-binary")[0])
 
 
 # ---- Damaged archives
@@ -232,7 +232,7 @@ def test_a_missing_archive_is_named(tmp_path):
 
 @pytest.mark.parametrize("kind", FOLDERS)
 @pytest.mark.parametrize("keep", [0.1, 0.9])
-def test_a_truncated_archive_is_refused(tmp_path, kind, keep):
+def test_truncated_archive(tmp_path, kind, keep):
     path = packed(tmp_path, kind)
     contents = path.read_bytes()
     path.write_bytes(contents[: int(keep * len(contents))])
@@ -241,213 +241,210 @@ def test_a_truncated_archive_is_refused(tmp_path, kind, keep):
     assert any(name in message for name in (*members_of(kind), "first member"))
 
 
-def test_a_truncated_archive_without_compression_is_refused(tmp_path):
+def test_truncated_archive_without_compression(tmp_path):
     path = packed_without_compression(tmp_path, "cifar-10-binary")
     path.write_bytes(path.read_bytes()[:20_000])
     assert "data_batch_2.bin" in refusal(path)
-
-
-def test_an_archive_with_damaged_bytes_is_refused(tmp_path):
-    path = packed(tmp_path, "cifar-10-python")
-    contents = bytearray(path.read_bytes())
-    middle = len(contents) // 2
-    contents[middle : middle + 3000] = bytes(3000)
-    path.write_bytes(contents)
-    assert "download it again" in refusal(path)
 
 
 @pytest.mark.parametrize(
     "contents",
     [
         b"",
-        b"not an archive",
         b"<html>404 Not Found</html>" * 100,
         gzip.compress(b"no tar in it" * 1000),
         bz2.compress(b"no tar in it" * 1000),
     ],
-    ids=["empty", "text", "html", "gzip", "bzip2"],
+    ids=["empty", "html", "gzip", "bzip2"],
 )
-def test_what_is_no_archive_is_refused(tmp_path, contents):
+def test_file_that_is_no_archive(tmp_path, contents):
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(contents)
-    message = refusal(path)
-    assert ":;" not in message  # a reason that ends before it says anything
+    assert ":;" not in refusal(path)  # a reason that ends before it says anything
 
 
 @pytest.mark.parametrize("pack_it", [True, False])
-def test_an_archive_of_something_else_names_the_four(tmp_path, pack_it):
-    members = {"mnist.txt": b"x"}
-    path = store(tmp_path, "cifar-10-python", members, pack_it)
-    message = refusal(path)
+def test_archive_of_something_else_names_the_four(tmp_path, pack_it):
+    message = refusal(store(tmp_path, "cifar-10-python", {"mnist.txt": b"x"}, pack_it))
     for kind in FOLDERS:
         assert kind in message
 
 
-@pytest.mark.parametrize(
-    ("kind", "member"),
-    [
-        ("cifar-10-python", "data_batch_3"),
-        ("cifar-10-python", "test_batch"),
-        ("cifar-10-python", "batches.meta"),
-        ("cifar-10-binary", "data_batch_5.bin"),
-        ("cifar-10-binary", "batches.meta.txt"),
-        ("cifar-100-python", "train"),
-        ("cifar-100-python", "test"),
-        ("cifar-100-python", "meta"),
-        ("cifar-100-binary", "test.bin"),
-        ("cifar-100-binary", "fine_label_names.txt"),
-    ],
-)
+@pytest.mark.parametrize("kind", FOLDERS)
 @pytest.mark.parametrize("pack_it", [True, False])
-def test_a_missing_member_is_named(tmp_path, kind, member, pack_it):
-    members = members_of(kind)
-    del members[member]
-    path = store(tmp_path, kind, members, pack_it)
-    assert f"lacks {member}" in refusal(path)
+def test_missing_member_is_named(tmp_path, kind, pack_it):
+    (layout,) = (x for x in archive.LAYOUTS if set(x.members) <= set(members_of(kind)))
+    for number, member in enumerate(layout.members):
+        members = {name: c for name, c in members_of(kind).items() if name != member}
+        (tmp_path / str(number)).mkdir()
+        path = store(tmp_path / str(number), kind, members, pack_it)
+        assert f"lacks {member}" in refusal(path)
 
 
 def changed(tmp_path, kind: str, member: str, contents: bytes) -> str:
     """What is said about an archive of which one member was replaced; it must name it."""
-    path = pack(tmp_path / "a.tar.gz", kind, members_of(kind) | {member: contents})
+    path = pack(tmp_path / "a.tar", kind, members_of(kind) | {member: contents}, "w")
     message = refusal(path)
     assert member in message
     return message
 
 
-def changed_batch(tmp_path, kind: str, member: str, **changes) -> str:
-    value = pickle.loads(members_of(kind)[member])
+def changed_batch(tmp_path, **changes) -> str:
+    """What is said about a python archive with other values in a batch; None removes one."""
+    value = pickle.loads(members_of("cifar-10-python")["data_batch_1"])
     value |= {key.encode(): change for key, change in changes.items()}
-    return changed(tmp_path, kind, member, dump({k: v for k, v in value.items() if v is not None}))
+    contents = dump({k: v for k, v in value.items() if v is not None})
+    return changed(tmp_path, "cifar-10-python", "data_batch_1", contents)
 
 
 @pytest.mark.parametrize(
     ("kind", "member", "record"),
     [("cifar-10-binary", "data_batch_2.bin", 3073), ("cifar-100-binary", "test.bin", 3074)],
 )
-@pytest.mark.parametrize("cut", [1, 1000, None])
-def test_a_part_of_a_record_is_refused(tmp_path, kind, member, record, cut):
-    contents = members_of(kind)[member][:-cut] if cut else b""
-    assert f"{record}-byte records" in changed(tmp_path, kind, member, contents)
+def test_incomplete_record(tmp_path, kind, member, record):
+    contents = members_of(kind)[member]
+    for damaged in (contents[:-1], contents[:-1000], b""):
+        assert f"{record}-byte records" in changed(tmp_path, kind, member, damaged)
 
 
-def test_a_binary_batch_shorter_than_the_others_is_refused(tmp_path):
+def test_batch_shorter_than_the_others(tmp_path):
     contents = members_of("cifar-10-binary")["data_batch_4.bin"][3073:]
     message = changed(tmp_path, "cifar-10-binary", "data_batch_4.bin", contents)
     assert "3 images instead of 4" in message
-
-
-def test_a_python_batch_shorter_than_the_others_is_refused(tmp_path):
     pixels, labels = (part[:2] for part in examples("cifar-10-python")[:2])
     contents = dump(batch("x", pixels, labels, ten=True))
     message = changed(tmp_path, "cifar-10-python", "data_batch_5", contents)
     assert "2 images instead of 4" in message
 
 
-def test_a_member_shorter_than_the_official_one_is_refused(tmp_path):
+def test_member_shorter_than_the_official_one(tmp_path):
     official = [layout.images for layout in archive.LAYOUTS]
     assert official == [(10_000, 10_000)] * 2 + [(50_000, 10_000)] * 2
-    path = tmp_path / "a"
-    members = members_of("cifar-100-binary")
+    members = dict(members_of("cifar-100-binary"))
     # 10,000 test images and a train that lost records.
     members["test.bin"] = members["test.bin"][:3074] * 10_000
-    message = refusal(unpack(path, members))
+    message = refusal(unpack(tmp_path / "a", members))
     assert "train.bin has 8 images instead of 50000" in message
 
 
-@pytest.mark.parametrize("label", [3, 255])
-def test_a_binary_label_out_of_range_is_refused(tmp_path, label):
+def test_binary_label_out_of_range(tmp_path):
     contents = bytearray(members_of("cifar-10-binary")["test_batch.bin"])
-    contents[3073] = label
-    message = changed(tmp_path, "cifar-10-binary", "test_batch.bin", bytes(contents))
-    assert "label outside 0 ... 2" in message
-
-
-@pytest.mark.parametrize("label", [-1, 3, 2**70])
-def test_a_python_label_out_of_range_is_refused(tmp_path, label):
-    labels = [0, 1, label, 2]
-    message = changed_batch(tmp_path, "cifar-10-python", "data_batch_1", labels=labels)
-    assert "label" in message
+    for contents[3073] in (3, 255):
+        message = changed(tmp_path, "cifar-10-binary", "test_batch.bin", bytes(contents))
+        assert "label outside 0 ... 2" in message
 
 
 @pytest.mark.parametrize(
-    "labels",
+    ("labels", "why"),
     [
-        [0, 1, 2],
-        [0, 1, 2, 0, 1],
-        [0.0, 1.0, 2.0, 0.0],
-        [b"0"] * 4,
-        [[0]] * 4,
-        [[0], [0, 1]],
-        7,
-        None,
+        ([0, 1, -1, 2], "label outside 0 ... 2"),
+        ([0, 1, 3, 2], "label outside 0 ... 2"),
+        ([0, 1, 2**70, 2], "int"),
+        ([0, 1, 2], "not as many integer labels"),
+        (np.array([0.0, 1.0, 2.0, 0.0]), "not as many integer labels"),
+        ([0.0, 1.0, 2.0, 0.0], "a list of integers"),
+        ([[0], [0, 1]], "a list of integers"),
+        (7, "a list of integers"),
+        (None, "data and labels"),
     ],
 )
-def test_labels_of_another_form_are_refused(tmp_path, labels):
-    assert "label" in changed_batch(tmp_path, "cifar-10-python", "data_batch_1", labels=labels)
+def test_invalid_labels(tmp_path, labels, why):
+    assert why in changed_batch(tmp_path, labels=labels)
 
 
 @pytest.mark.parametrize(
-    "pixels",
+    ("pixels", "why"),
     [
-        np.zeros((4, 3071), np.uint8),
-        np.zeros((4, 32, 32, 3), np.uint8),
-        np.zeros(4 * 3072, np.uint8),
-        np.zeros((0, 3072), np.uint8),
-        np.zeros((4, 3072), np.float32),
-        [[1, 2], [3]],
-        b"12",
-        None,
+        (np.zeros((4, 3071), np.uint8), "uint8 [4, 3071]"),
+        (np.zeros((4, 32, 32, 3), np.uint8), "uint8 [4, 32, 32, 3]"),
+        (np.zeros(4 * 3072, np.uint8), "uint8 [12288]"),
+        (np.zeros((4, 3072), np.float32), "float32 [4, 3072]"),
+        (b"12", "a list of integers or an array"),
+        (None, "data and labels"),
     ],
-    ids=["width", "rank4", "rank1", "none", "float", "ragged", "bytes", "lacking"],
+    ids=["width", "rank4", "rank1", "float", "bytes", "lacking"],
 )
-def test_data_of_another_form_is_refused(tmp_path, pixels):
-    assert "data" in changed_batch(tmp_path, "cifar-10-python", "data_batch_1", data=pixels)
+def test_invalid_data(tmp_path, pixels, why):
+    assert why in changed_batch(tmp_path, data=pixels)
 
 
-@pytest.mark.parametrize("value", [[1, 2], b"text", None, 3])
-def test_a_member_that_is_no_dictionary_is_refused(tmp_path, value):
-    assert "dict" in changed(tmp_path, "cifar-100-python", "train", dump(value))
+@pytest.mark.parametrize("dtype", ["<i8", ">i4", "u1"])
+def test_labels_may_be_an_array(tmp_path, dtype):
+    members = dict(members_of("cifar-10-python"))
+    value = pickle.loads(members["test_batch"])
+    members["test_batch"] = dump(value | {b"labels": np.array(value[b"labels"], dtype)})
+    path = unpack(tmp_path / "a", members)
+    assert data.load(f"archive:{path}").test.labels.tolist() == value[b"labels"]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_protocols(tmp_path, protocol):
+    members = {
+        name: pickle.dumps(pickle.loads(contents), protocol)
+        for name, contents in members_of("cifar-100-python").items()
+    }
+    path = unpack(tmp_path / "a", members)
+    train, labels = examples("cifar-100-python")[:2]
+    dataset = data.load(f"archive:{path}", val_fraction=0)
+    np.testing.assert_array_equal(dataset.train.images, train)
+    np.testing.assert_array_equal(dataset.train.labels, labels)
+
+
+WHOLE = members_of("cifar-10-python")["data_batch_2"]
 
 
 @pytest.mark.parametrize(
-    "contents", [b"", b"\x80", b"garbage", b"\x80\x02}", b"\x80\x63x", b"L1\n", bytes(100)]
+    "contents",
+    [
+        *(b"", b"\x80", b"garbage", b"\x80\x02}", b"\x80\x63x", b"L1\n", b"\x80\x02.", bytes(100)),
+        *(WHOLE[:-cut] for cut in (1, 10, 5000)),
+        *(dump(value) for value in ([1, 2], b"text", None, 3)),
+    ],
+    ids=str,
 )
-def test_a_damaged_pickle_is_refused(tmp_path, contents):
-    changed(tmp_path, "cifar-10-python", "test_batch", contents)
-    changed_names = members_of("cifar-10-python") | {"batches.meta": contents}
-    assert "batches.meta" in refusal(pack(tmp_path / "b.tar.gz", "cifar-10-python", changed_names))
-
-
-@pytest.mark.parametrize("cut", [10, 1000, 5000])
-def test_a_truncated_pickle_is_refused(tmp_path, cut):
-    contents = members_of("cifar-10-python")["data_batch_2"][:-cut]
-    changed(tmp_path, "cifar-10-python", "data_batch_2", contents)
+def test_damaged_pickle(tmp_path, contents):
+    for member in ("data_batch_2", "batches.meta"):
+        changed(tmp_path, "cifar-10-python", member, contents)
 
 
 @pytest.mark.parametrize(
-    "names", [[], [b"cat", b"cat"], [1, 2, 3], 7, [b"\xff\xfe"], ["cat", "dog", "x"], None]
+    "names",
+    [[], [b"cat", b"cat"], [1, 2, 3], 7, [b"\xff\xfe"], [[b"cat"]], {b"cat": 1}, None],
 )
-def test_class_names_of_another_form_are_refused(tmp_path, names):
+def test_invalid_class_names(tmp_path, names):
     value = {} if names is None else {b"label_names": names}
-    path = pack(
-        tmp_path / "a.tar.gz",
-        "cifar-10-python",
-        members_of("cifar-10-python") | {"batches.meta": dump(value)},
-    )
-    assert "batches.meta" in refusal(path)
+    changed(tmp_path, "cifar-10-python", "batches.meta", dump(value))
 
 
 @pytest.mark.parametrize("contents", [b"", b"\n \n", b"cat\ncat\n", b"\xff\xfe\n"])
-def test_a_list_of_class_names_that_is_damaged_is_refused(tmp_path, contents):
+def test_invalid_list_of_class_names(tmp_path, contents):
     changed(tmp_path, "cifar-10-binary", "batches.meta.txt", contents)
 
 
+@pytest.mark.parametrize("name", ["cat\ndog", "\x1b[31m", " ", "a\u2028b"])
+def test_class_names_that_are_no_line_of_text(tmp_path, name):
+    contents = dump({b"label_names": [b"x", b"y", name.encode()]})
+    members = members_of("cifar-10-python") | {"batches.meta": contents}
+    assert "must be printable text" in refusal(unpack(tmp_path / "a", members))
+
+
 @pytest.mark.parametrize("pack_it", [True, False])
-def test_a_member_that_is_too_large_is_not_read(tmp_path, monkeypatch, pack_it):
+def test_member_that_is_too_large_is_not_read(tmp_path, monkeypatch, pack_it):
     monkeypatch.setattr(archive, "MAX_MEMBER", 10_000)
-    members = members_of("cifar-10-binary")
-    path = store(tmp_path, "cifar-10-binary", members, pack_it)
+    path = store(tmp_path, "cifar-10-binary", members_of("cifar-10-binary"), pack_it)
     assert "too large" in refusal(path)
+
+
+@pytest.mark.parametrize("form", [packed, unpacked])
+def test_archive_that_the_system_refuses_is_named(tmp_path, form, monkeypatch):
+    path = form(tmp_path, "cifar-10-python")
+
+    def refuse(where, *args, **options):
+        raise PermissionError(13, "Permission denied", str(where))
+
+    monkeypatch.setattr(archive, "open_file", refuse)
+    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+    assert "Permission denied" in refusal(path)
 
 
 # ---- Pickles that would do something
@@ -464,7 +461,7 @@ class Call:
 
 
 @pytest.mark.parametrize("member", ["data_batch_1", "test_batch", "batches.meta"])
-def test_a_pickle_that_would_run_a_command_is_refused_and_nothing_runs(tmp_path, member):
+def test_pickle_that_would_run_a_command_is_refused_and_nothing_runs(tmp_path, member):
     made = tmp_path / "made"
     contents = dump({b"data": Call(os.system, f"touch '{made}'")})
     message = changed(tmp_path, "cifar-10-python", member, contents)
@@ -477,32 +474,26 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_nothing_runs(tmp_path,
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        (eval, ("open(PATH, 'w')",)),
-        (exec, ("open(PATH, 'w')",)),
-        (open, ("PATH", "w")),
+        (eval, ("open('made', 'w')",)),
+        (open, ("made", "w")),
         (getattr, ("", "join")),
-        (shutil.rmtree, ("PATH",)),
-        (np.load, ("PATH",)),
-        (np.memmap, ("PATH", np.dtype("u1"), "w+", 0, 4)),
+        (shutil.rmtree, (".",)),
+        (np.load, ("made",)),
+        (np.memmap, ("made", np.dtype("u1"), "w+", 0, 4)),
         (pickle.loads, (b"N.",)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_pickle_that_names_a_function_is_refused(tmp_path, function, arguments):
-    made = tmp_path / "made"
-    arguments = [
-        a.replace("PATH", repr(str(made)) if "(" in a else str(made)) if isinstance(a, str) else a
-        for a in arguments
-    ]
+def test_pickle_that_names_a_function_is_refused(tmp_path, monkeypatch, function, arguments):
+    monkeypatch.chdir(tmp_path)
     contents = dump({b"data": Call(function, *arguments)})
-    message = changed(tmp_path, "cifar-10-python", "data_batch_1", contents)
-    assert function.__name__ in message
-    assert not made.exists()
+    assert function.__name__ in changed(tmp_path, "cifar-10-python", "data_batch_1", contents)
+    assert not (tmp_path / "made").exists()
 
 
-def nested(count: int, between: bytes = b"", before: bytes = b"") -> bytes:
+def nested(count: int, between: bytes = b"") -> bytes:
     """A tuple in a tuple ... as a dictionary's key: hashing it overflows the C stack."""
-    return b"\x80\x02}" + before + b")" + (b"\x85" + between) * count + b"Ns."
+    return b"\x80\x02})" + (b"\x85" + between) * count + b"Ns."
 
 
 def shared(depth: int) -> bytes:
@@ -515,13 +506,11 @@ def shared(depth: int) -> bytes:
 
 def array(shape: tuple, contents: bytes = b"", text: str = "u1") -> bytes:
     """A batch whose data have a pickled array's form and claim a shape."""
-    real = pickle.dumps(np.zeros(0, np.uint8), 2)
-    function, (kind, *rest), state = np.zeros(0, np.uint8).__reduce__()
-    assert pickle.loads(real).shape == (0,)
+    function, arguments, state = np.zeros(0, np.uint8).__reduce__()
 
     class Array:
         def __reduce__(self):
-            return function, (kind, *rest), (state[0], shape, np.dtype(text), False, contents)
+            return function, arguments, (state[0], shape, np.dtype(text), False, contents)
 
     return dump({b"data": Array(), b"labels": [0]})
 
@@ -530,34 +519,41 @@ def array(shape: tuple, contents: bytes = b"", text: str = "u1") -> bytes:
     ("contents", "why"),
     [
         (dump({b"data": Call(np.ndarray, (2**40, 3072), np.dtype("u1"))}), "numpy.ndarray"),
-        (dump({b"data": Call(np.ndarray, (2**20, 3072), np.dtype("u1"))}), "numpy.ndarray"),
         (array((2**40, 3072), b"x"), "reshape"),
         (array((1, 3072), bytes(3072), "S1"), "array of numbers"),
-        (b"\x80\x02Nr\xff\xff\xff\x7f.", "more memory"),  # LONG_BINPUT of a place of 16 GB
+        (array((1, 3072), bytes(3072), "O"), "array of numbers"),
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "a dict"),  # C's unpickler would allocate 16 GB
         (b"\x80\x05\x96" + b"\0\0\0\0\2\0\0\0" + b".", "expected 8589934592"),  # BYTEARRAY8
         (b"\x80\x05\x96" + (4).to_bytes(8, "little") + b"abcd.", "BYTEARRAY8"),
-        (b"\x80\x02" + b"]" * 1_000_002 + b".", "more memory"),
-        (nested(200_000), "more memory"),
-        (nested(200_000, b"q\0"), "more memory"),
-        (nested(100_000, b"0h\0h\1R"), "POP"),
-        (nested(100_000, before=b"cnumpy\ndtype\nq\0)q\1", between=b"h\0h\1Ra"), "more memory"),
+        (nested(100_000), "a key is no text"),
+        (b"\x80\x02)" + b"\x85" * 100_000 + b".", "a dict"),
         (shared(9), "a list of integers"),
         (dump({b"data": np.zeros((1, 3072), np.uint8)})[:-1] + b"0" * 9, "POP"),
     ],
-    ids=["ndarray", "smaller", "shape", "text", "memo", "claim", "bytearray", "lists", "nested",
-         "memoized", "called", "calling", "shared", "pop"],
+    ids=["ndarray", "shape", "text", "objects", "memo", "claim", "bytearray", "nested",
+         "tuples", "shared", "pop"],
 )  # fmt: skip
-def test_a_pickle_that_asks_for_memory_is_refused(tmp_path, contents, why):
+def test_pickle_that_asks_for_memory_is_refused(tmp_path, contents, why):
     assert why in changed(tmp_path, "cifar-10-python", "data_batch_1", contents)
 
 
-def test_a_text_that_is_encoded_again_and_again_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(archive, "MAX_MEMBER", 100_000)
-    text = b"X" + (50_000).to_bytes(4, "little") + b"x" * 50_000 + b"q\0"
-    call = b"c_codecs\nencode\nh\0X\6\0\0\0latin1\x86R"
-    twice, thrice = (b"\x80\x02](" + text + call * n + b"e." for n in (2, 3))
-    assert "dict" in changed(tmp_path, "cifar-10-python", "data_batch_1", twice)
-    assert "more memory" in changed(tmp_path, "cifar-10-python", "data_batch_1", thrice)
+def test_pickle_of_too_many_operations_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "MAX_OPERATIONS", 1000)
+    contents = b"\x80\x02" + b"]" * 1000
+    assert "more memory" in changed(tmp_path, "cifar-10-python", "data_batch_1", contents)
+
+
+@pytest.mark.parametrize("encoded", [b"", b"c_codecs\nencode\nh\0X\6\0\0\0latin1\x86R"])
+def test_text_that_is_repeated_takes_memory_once(tmp_path, encoded):
+    text = b"X" + (10_000_000).to_bytes(4, "little") + b"x" * 10_000_000 + b"q\0"
+    key = b"X" + (11).to_bytes(4, "little") + b"label_names"
+    contents = b"\x80\x02}" + key + b"](" + text + (encoded or b"h\0") * 1000 + b"es."
+    tracemalloc.start()
+    try:
+        assert "repeats" in changed(tmp_path, "cifar-10-python", "batches.meta", contents)
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+    finally:
+        tracemalloc.stop()
 
 
 # ---- Archives that would do something
@@ -590,26 +586,24 @@ def with_member(tmp_path, name="x", kind=tarfile.REGTYPE, target="", size=0, fir
         ({"name": "l", "kind": tarfile.LNKTYPE, "target": "../x"}, "a link or a device"),
         ({"name": "d", "kind": tarfile.CHRTYPE}, "a link or a device"),
         ({"name": "d", "kind": tarfile.FIFOTYPE}, "a link or a device"),
-        ({"name": "x/data_batch_1.bin"}, "twice"),
+        ({"name": "x/data_batch_1.bin"}, "is there twice"),
     ],
 )
-def test_an_archive_that_would_write_elsewhere_is_refused(tmp_path, member, why, first):
+def test_archive_that_would_write_elsewhere_is_refused(tmp_path, member, why, first):
     path = with_member(tmp_path, **member, first=first)
     before = sorted(p.name for p in tmp_path.iterdir())
-    message = refusal(path)
-    assert why in message
-    assert member["name"] in message or why == "twice"
+    assert why in refusal(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_a_folder_in_an_archive_and_a_harmless_file_are_taken(tmp_path):
+def test_folder_in_an_archive_and_a_harmless_file_are_taken(tmp_path):
     for member in ({"name": "./x", "kind": tarfile.DIRTYPE}, {"name": "./notes..txt", "size": 9}):
         assert len(data.load(f"archive:{with_member(tmp_path, **member)}").test) == PER_BATCH
 
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])  # pax, global pax, GNU's long names
 @pytest.mark.parametrize("size", [2**40, 2**28])
-def test_a_header_that_claims_a_huge_name_is_not_read(tmp_path, kind, size):
+def test_header_that_claims_a_huge_name_is_not_read(tmp_path, kind, size):
     path = tmp_path / "a.tar"
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, size
@@ -617,7 +611,7 @@ def test_a_header_that_claims_a_huge_name_is_not_read(tmp_path, kind, size):
     assert "unpacks to more than" in refusal(path)
 
 
-def test_a_sparse_member_that_claims_to_be_small_is_not_skipped(tmp_path):
+def test_sparse_member_that_claims_to_be_small_is_not_skipped(tmp_path):
     """GNU's header has a size in the archive and another one, of which tarfile tells."""
     path = tmp_path / "a.tar"
     info = tarfile.TarInfo("x")
@@ -637,46 +631,19 @@ def test_nothing_is_unpacked_to_be_skipped_beyond_the_limit():
         zeros.seek(archive.MAX_ARCHIVE + 1)
 
 
-def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+def test_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     path = with_member(tmp_path, size=1_000_000)
     assert len(data.load(f"archive:{path}").test) == PER_BATCH
     monkeypatch.setattr(archive, "MAX_ARCHIVE", 900_000)
     assert "unpacks to more than 900,000 bytes" in refusal(path)
 
 
-def test_an_archive_of_too_many_members_is_refused(tmp_path, monkeypatch):
+def test_archive_of_too_many_members_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MAX_MEMBERS", 5)
     path = packed(tmp_path, "cifar-10-python")
     assert "more than 5 members" in refusal(path)
 
 
-def test_a_pipe_is_no_archive(tmp_path):
+def test_pipe_is_no_archive(tmp_path):
     os.mkfifo(tmp_path / "a.tar.gz")
     assert "a pipe or a device" in refusal(tmp_path / "a.tar.gz")
-
-
-@pytest.mark.parametrize("name", ["cat\ndog", "\x1b[31m", " ", "a\u2028b"])
-def test_class_names_that_are_no_line_of_text_are_refused(tmp_path, name):
-    value = {b"label_names": [b"x", b"y", name.encode()]}
-    changed_names = members_of("cifar-10-python") | {"batches.meta": dump(value)}
-    path = pack(tmp_path / "a.tar.gz", "cifar-10-python", changed_names)
-    assert "must be printable text" in refusal(path)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_locked_archive_is_named(tmp_path):
-    path = packed(tmp_path, "cifar-10-python")
-    path.chmod(0)
-    assert "Permission denied" in refusal(path)
-
-
-@pytest.mark.parametrize("form", [packed, unpacked])
-def test_an_archive_that_the_system_refuses_is_named(tmp_path, form, monkeypatch):
-    path = form(tmp_path, "cifar-10-python")
-
-    def refuse(where, *args, **options):
-        raise PermissionError(13, "Permission denied", str(where))
-
-    monkeypatch.setattr(archive, "open_file", refuse)
-    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
-    assert "Permission denied" in refusal(path)

@@ -1,11 +1,11 @@
-"""What test_strategies.py compares: the same cases of training, computed by several strategies.
+"""The cases that test_strategies.py compares: the same computations under several strategies.
 
     python -m tests.distributed.strategies DIRECTORY '{"mirrored 2": ["sgd", ...], ...}'
 
-Each replica group and each worker is a process: workers are so anyway, and a second MirroredStrategy
-after one with float64 aborts. They are forked from one that has imported TensorFlow and not started
-it, which takes as long as some of the cases. Process N of a strategy computes its cases one after
-another and writes arrays "CASE|what|name" to `DIRECTORY/STRATEGY-N.npz`, its output beside it.
+Each strategy and each worker has a process: a second MirroredStrategy after one with float64 aborts.
+The processes are forked from one that has imported TensorFlow but not started it, as the import takes
+as long as some cases. Process N of a strategy computes its cases in turn and writes arrays
+"CASE|what|name" to `DIRECTORY/STRATEGY-N.npz`; its output is beside it.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from keras_cifar import models
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.distributed import strategy
 from keras_cifar.models import classifier, layers, lenet5
+from keras_cifar.models.precise_batch_norm import without_dropout
 from keras_cifar.training import optimizers
 from keras_cifar.training import plan as planning
 from tests.distributed.test_rendezvous import free_addresses
@@ -67,7 +68,7 @@ BASE = {
     "precise_bn_batches": 2,
 }
 SGD = {"optimizer": "sgd", "learning_rate": 0.1}
-# An activation may be on the other side of ReLU's kink by rounding alone; that costs the learning
+# Rounding alone may move an activation across ReLU's kink, which changes the weights by the learning
 # rate times the gradient of one pixel.
 FLOAT32 = {"dtype_policy": "float32", "learning_rate": 1e-3}
 
@@ -77,10 +78,10 @@ class Run:
     """Training by flags.
 
     Attributes:
-        flags: beside BASE.
-        without: the case that this one's flags must change the weights of, "" for none.
-        deployed: whether to put averages in place, recompute_statistics and evaluate at the end.
-        dropout: False sets the rates of all dropout to 0, as replicas drop others than one device.
+        flags: in addition to BASE.
+        without: a case; these flags must give other weights than it has. "" for none.
+        deployed: whether to use averaged weights, recompute statistics and evaluate at the end.
+        dropout: False disables dropout, whose masks differ between replicas and one device.
     """
 
     flags: dict
@@ -93,7 +94,7 @@ RUNS = {
     "adam": Run({}, deployed=True),
     "sgd": Run(SGD),
     "sgd float32": Run(SGD | FLOAT32),
-    "uneven batches": Run(SGD | {"batch_size": 97}, "sgd"),
+    "uneven batches": Run(SGD | {"batch_size": 97}),
     "global_clipnorm": Run(SGD | {"global_clipnorm": 0.05}, "sgd"),
     "accumulate_steps": Run(SGD | {"batch_size": 98, "accumulate_steps": 2}, "sgd"),
     "ema": Run(SGD | {"ema": 0.5}, deployed=True),
@@ -126,8 +127,8 @@ RESNET = {"model": "resnet20", "steps_per_epoch": 10}
 RUNS |= {
     "resnet20 adam": Run(RESNET | {"learning_rate": 1e-3}),
 }
-# Networks whole, for a few steps. With SGD, as Adam makes steps of the rounding of a gradient of 0,
-# which that of a bias before normalization is.
+# Whole networks, for a few steps. With SGD, as the gradient of a bias before normalization is 0 but
+# for rounding, which Adam turns into steps.
 WHOLE = SGD | {"learning_rate": 0.01, "batch_size": 13, "steps_per_epoch": 2}
 GOOGLENET = WHOLE | {"model": "googlenet", "image_size": 16}
 VGG = WHOLE | {"model": "vgg_bn_drop", "image_size": 32}
@@ -155,7 +156,7 @@ def tiny(input_shape=(8, 8, 3), num_classes=3, name="tiny", heads=0, dropout=0.0
 
 
 def register() -> None:
-    """Makes the small networks known to --model."""
+    """Adds the small networks to the choices of --model."""
     for name, arguments in (
         ("tiny", {}),
         ("tiny_heads", {"heads": 1}),
@@ -164,11 +165,11 @@ def register() -> None:
         lenet5.VARIANTS[name] = models.Variant(functools.partial(tiny, **arguments), "", 8, 10, 4)
 
 
-def train(run: Run, config: TrainConfig, devices: strategy.DistributedContext) -> dict:
-    plan = planning.prepare(dataclasses.replace(config, **BASE | run.flags), devices)
+def train(run: Run, config: TrainConfig, context: strategy.DistributedContext) -> dict:
+    plan = planning.prepare(config.replace(**BASE | run.flags), context)
     model, config = plan.model, plan.config
-    recording = Recording(devices)
-    with contextlib.nullcontext() if run.dropout else model._without_dropout():
+    recording = Recording(context)
+    with contextlib.nullcontext() if run.dropout else without_dropout(model.logits_model):
         history = model.fit(
             plan.batches(0),
             epochs=config.fit.epochs,
@@ -177,51 +178,51 @@ def train(run: Run, config: TrainConfig, devices: strategy.DistributedContext) -
             callbacks=[recording],
             verbose=0,
         ).history
-    found = recording.found | of(model, devices)
-    found |= {f"figures|{name}": np.array(values) for name, values in history.items()}
+    found = recording.found | state(model, context)
+    found |= {f"metrics|{name}": np.array(values) for name, values in history.items()}
     found["validation|size"] = np.array(len(plan.dataset.val))
     if not run.deployed:
         return found
     with model.averaged():
         model.recompute_statistics(iter(plan.batches(3)), config.fit.precise_bn_batches)
-        found |= copied("deployed", model.weights, devices)
-        found["figures|deployed"] = np.array(model.evaluate(plan.validation(), verbose=0))
+        found |= copied("deployed", model.weights, context)
+        found["metrics|deployed"] = np.array(model.evaluate(plan.validation(), verbose=0))
     return found
 
 
 class Recording(keras.callbacks.Callback):
-    """The weights before training and after a step, and the figures of each call."""
+    """Records the weights before training and after a step, and the metrics of each call."""
 
-    def __init__(self, devices):
+    def __init__(self, context):
         super().__init__()
-        self.devices, self.steps, self.found = devices, [], {}
+        self.context, self.steps, self.found = context, [], {}
 
     def on_train_begin(self, logs=None):
-        self.found |= copied("initial", self.model.trainable_weights, self.devices)
+        self.found |= copied("initial", self.model.trainable_weights, self.context)
 
     def on_train_batch_end(self, batch, logs=None):
         if not self.steps:
-            self.found |= copied("first", self.model.trainable_weights, self.devices)
+            self.found |= copied("first", self.model.trainable_weights, self.context)
         self.steps.append([logs["loss"], logs["accuracy"]])
-        self.found["figures|steps"] = np.array(self.steps)
+        self.found["metrics|steps"] = np.array(self.steps)
 
 
-def of(model, devices) -> dict:
-    """What training has changed."""
+def state(model, context) -> dict:
+    """All variables that training changes."""
     return (
-        copied("weights", model.variables, devices)
-        | copied("optimizer", model.optimizer.variables, devices)
-        | copied("averages", model.averages, devices)
+        copied("weights", model.variables, context)
+        | copied("optimizer", model.optimizer.variables, context)
+        | copied("averages", model.averages, context)
     )
 
 
-def copied(what: str, variables, devices) -> dict:
-    """The values by name; "unequal" are those of which replicas have not the same."""
+def copied(what: str, variables, context) -> dict:
+    """Values by name; also under "unequal" if the replicas' copies differ."""
     found = {}
     for index, variable in enumerate(variables):
         value = getattr(variable, "value", variable)
         value = variable if callable(value) else value
-        copies = [x.numpy() for x in devices.strategy.experimental_local_results(value)]
+        copies = [x.numpy() for x in context.strategy.experimental_local_results(value)]
         found[f"{what}|{index} {variable.name}"] = copies[0]
         if not all(np.array_equal(copy, copies[0], equal_nan=True) for copy in copies):
             found[f"unequal|{what} {index} {variable.name}"] = np.stack(copies)
@@ -233,10 +234,10 @@ def copied(what: str, variables, devices) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """`fit` on so many examples, `evaluate` on others.
+    """`fit` on a number of examples, `evaluate` on others.
 
     Attributes:
-        without: the case that `compile` must change the weights of, "" for none.
+        without: a case; `compile` must give other weights than it has. "" for none.
     """
 
     examples: int
@@ -258,7 +259,7 @@ FITS = {
     "last batch of one": Fit(37, 12),
     "last batch of two": Fit(38, 12),
     "batches of two": Fit(5, 2),
-    "accumulated, fewer than parts": Fit(16, 11, compile={"accumulate_steps": 3}),
+    "accumulated, fewer than microbatches": Fit(16, 11, compile={"accumulate_steps": 3}),
     "several steps a call": Fit(100, 13, compile={"steps_per_execution": 3}, validation=True),
     "unknown length": Fit(37, 12, unknown_length=True),
     "clipnorm": Fit(36, 12, arguments={"clipnorm": 0.02}, without="even"),
@@ -295,15 +296,15 @@ def examples(count: int, seed: int = 0, side: int = 8) -> tuple:
     return images, mixed.astype(np.float32)
 
 
-def fit(case: Fit, config: TrainConfig, devices: strategy.DistributedContext) -> dict:
+def fit(case: Fit, config: TrainConfig, context: strategy.DistributedContext) -> dict:
     keras.config.set_dtype_policy(case.dtype_policy)
     keras.utils.set_random_seed(1)
     package = optimizers if case.ours else keras.optimizers
-    with devices.strategy.scope():
+    with context.strategy.scope():
         model = tiny()
         optimizer = getattr(package, case.optimizer)(0.1, **case.arguments)
         model.compile(optimizer, **case.compile)
-    recording, data = Recording(devices), examples(case.examples)
+    recording, data = Recording(context), examples(case.examples)
     arguments = {"epochs": 2, "callbacks": [recording], "verbose": 0}
     if case.unknown_length:
         data = tf.data.Dataset.from_tensor_slices(data).batch(case.batch_size)
@@ -314,76 +315,56 @@ def fit(case: Fit, config: TrainConfig, devices: strategy.DistributedContext) ->
         if case.validation:
             validation = {"validation_data": examples(11, 1), "validation_batch_size": 5}
         history = model.fit(*data, case.batch_size, **validation, **arguments)
-    found = recording.found | of(model, devices)
-    found |= {f"figures|{name}": np.array(values) for name, values in history.history.items()}
+    found = recording.found | state(model, context)
+    found |= {f"metrics|{name}": np.array(values) for name, values in history.history.items()}
     if case.dtype_policy == "mixed_float16":
         # A step whose gradients are not finite.
         model.optimizer.dynamic_scale.assign(2.0**120)
-        found |= copied("before the overflow", model.trainable_weights, devices)
+        found |= copied("before the overflow", model.trainable_weights, context)
         model.fit(*examples(case.batch_size), case.batch_size, verbose=0)
-        found |= copied("after the overflow", model.trainable_weights, devices)
-        found |= copied("scale", [model.optimizer.dynamic_scale], devices)
+        found |= copied("after the overflow", model.trainable_weights, context)
+        found |= copied("scale", [model.optimizer.dynamic_scale], context)
     return found
 
 
-# ---- How far rounding alone leads
+# ---- The effect of rounding alone
 
 
-def resnet20(config, devices, rate: float, order: int | None = None, folder: str = "") -> dict:
+def resnet20(config, context, order: int | None = None) -> dict:
     """20 steps of SGD with momentum in float32.
 
     Args:
-        order: of the examples within each batch, which changes nothing but the order of sums.
-        folder: of pictures of CIFAR-10; without it, `examples`.
+        order: a seed that permutes the examples in each batch: only the order of sums changes.
     """
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(1)
     steps, size = 20, 96
     images, labels = examples(steps * size, side=32)
-    if folder:
-        paths = sorted(pathlib.Path(folder).glob("train/*/*"))
-        paths = [paths[i] for i in np.random.default_rng(1).permutation(len(paths))[: len(images)]]
-        images = np.stack([keras.utils.img_to_array(keras.utils.load_img(p)) for p in paths])
-        images, classes = images.astype(np.uint8), sorted({p.parent.name for p in paths})
-        labels = np.eye(10, dtype=np.float32)[[classes.index(p.parent.name) for p in paths]]
     places = np.arange(steps * size).reshape(steps, size)
     if order is not None:
         places = places[:, np.random.default_rng(order).permutation(size)]
-    with devices.strategy.scope():
+    with context.strategy.scope():
         model = models.build("resnet20", (32, 32, 3), labels.shape[1])
-        model.compile(keras.optimizers.SGD(rate, momentum=0.9))
-    recording, places = Recording(devices), places.ravel()
+        model.compile(keras.optimizers.SGD(1e-3, momentum=0.9))
+    recording, places = Recording(context), places.ravel()
     arguments = {"shuffle": False, "callbacks": [recording], "verbose": 0}
     model.fit(images[places], labels[places], size, **arguments)
-    return recording.found | of(model, devices)
-
-
-ORDERS = (None, 0, 1, 2)
-RATES = (1e-3, 1e-4, 1e-5, 1e-6)
-
-
-def rounding(rate: float, order: int | None = None, folder: str = "") -> str:
-    """The name of a case."""
-    return f"{folder or 'noise'} at {rate:g}" + ("" if order is None else f" in order {order}")
+    return recording.found | state(model, context)
 
 
 ROUNDING = {
-    rounding(rate, order, folder): functools.partial(
-        resnet20, rate=rate, order=order, folder=os.environ.get(folder, "")
-    )
-    for order in ORDERS
-    for folder in ("", "CIFAR10_FOLDER")
-    for rate in RATES
+    f"resnet20 in order {order}": functools.partial(resnet20, order=order)
+    for order in (None, 0, 1, 2)
 }
 
 
-# ---- What is refused, and masks
+# ---- What is refused, and single layers
 
 
-def refusals(config: TrainConfig, devices: strategy.DistributedContext) -> dict:
+def refusals(config: TrainConfig, context: strategy.DistributedContext) -> dict:
     """The message of each error, "" where there is none."""
     keras.config.set_dtype_policy("float32")
-    strategy, data = devices.strategy, examples(8)
+    strategy, data = context.strategy, examples(8)
     batches = tf.data.Dataset.from_tensor_slices(data).batch(4)
 
     def compiled(model=None, optimizer=None, **kwargs):
@@ -452,47 +433,116 @@ def built_outside(compiled):
     return action
 
 
-def masks(config: TrainConfig, devices: strategy.DistributedContext) -> dict:
-    """Which elements each replica drops, in two calls."""
+def run_split(context, function, *arrays) -> list[list[np.ndarray]]:
+    """Runs a function on equal shards of each array; the replicas' copies of each result."""
+    strategy = context.strategy
+
+    def shards(array):
+        parts = np.split(array, strategy.num_replicas_in_sync)
+        return strategy.experimental_distribute_values_from_function(
+            lambda value: tf.constant(parts[value.replica_id_in_sync_group])
+        )
+
+    call = tf.function(lambda *values: strategy.run(function, values), autograph=False)
+    results = tf.nest.flatten(call(*map(shards, arrays)))
+    return [[np.asarray(v) for v in strategy.experimental_local_results(r)] for r in results]
+
+
+def masks(config: TrainConfig, context: strategy.DistributedContext) -> dict:
+    """Which elements each replica drops, in two calls, by either way of drawing them."""
     keras.config.set_dtype_policy("float32")
-    with devices.strategy.scope():
-        layer = layers.Dropout(0.5, seed=1)
     found = {}
-    call = tf.function(
-        lambda: devices.strategy.run(lambda: layer(tf.ones((64, 16)), training=True)),
-        autograph=False,
-    )
-    for number in range(2):
-        for index, mask in enumerate(devices.strategy.experimental_local_results(call())):
-            found[f"mask|{number} {index}"] = mask.numpy() == 0
+    for channels in (16, 6):
+        with context.strategy.scope():
+            layer = layers.Dropout(0.5, seed=1)
+        call = tf.function(
+            lambda layer=layer, channels=channels: context.strategy.run(
+                lambda: layer(tf.ones((256, channels)), training=True)
+            ),
+            autograph=False,
+        )
+        for number in range(2):
+            for index, mask in enumerate(context.strategy.experimental_local_results(call())):
+                found[f"{channels}|{number} {index}"] = mask.numpy() == 0
     return found
+
+
+# (dtype, mean of the inputs, rank, training)
+NORMS = [
+    *((dtype, mean, 4, True) for dtype in ("float32", "float64") for mean in (0, 1000)),
+    ("float32", 0, 2, True),
+    ("float32", 0, 4, False),
+]
+
+
+def normalization(config: TrainConfig, context: strategy.DistributedContext) -> dict:
+    """Outputs, gradients and statistics of BatchNormalization on a batch whose halves differ."""
+    found = {}
+    for dtype, mean, rank, training in NORMS:
+        random, shape = np.random.default_rng(0), (8, 3, 3, 4) if rank == 4 else (8, 4)
+        with context.strategy.scope():
+            layer = layers.BatchNormalization(dtype=dtype)
+            layer.build(shape)
+        for weight in layer.weights:
+            weight.assign(random.uniform(0.5, 2, weight.shape))
+        moves = np.arange(8).reshape(-1, *[1] * (rank - 1)) / 4
+        x = (random.normal(mean, 1, shape) + moves).astype(dtype)
+        factors = random.normal(0, 1, shape).astype(dtype)
+
+        def step(x, factors, layer=layer, training=training):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=training)
+                target = tf.reduce_sum(y * factors)
+            return y, *tape.gradient(target, [x, layer.gamma.value, layer.beta.value])
+
+        y, inputs, gamma, beta = run_split(context, step, x, factors)
+        case = f"{dtype} {mean} {rank} {training}"
+        found[f"{case}|y"], found[f"{case}|input gradient"] = map(np.concatenate, (y, inputs))
+        found[f"{case}|gamma gradient"], found[f"{case}|beta gradient"] = sum(gamma), sum(beta)
+        found |= copied(case, [layer.moving_mean, layer.moving_variance], context)
+    return found
+
+
+def outside(config: TrainConfig, context: strategy.DistributedContext) -> dict:
+    """Layers that are called outside of the replicas: there is one batch, and one mask."""
+    x = np.random.default_rng(0).normal(1, 2, (8, 3, 3, 4)).astype(np.float32)
+    with context.strategy.scope():
+        layer = layers.BatchNormalization(dtype="float32")
+        found = {"x": x, "norm": layer(x, training=True)}
+        copies = context.strategy.experimental_local_results(layer.moving_mean.value)
+        found["moving_mean"] = copies[-1].numpy()
+        found["dropped"] = layers.Dropout(0.5, seed=1, dtype="float32")(x, training=True)
+    return {key: np.asarray(value) for key, value in found.items()}
 
 
 CASES = (
     {name: functools.partial(train, run) for name, run in (RUNS | LARGE).items()}
     | {name: functools.partial(fit, case) for name, case in FITS.items()}
     | ROUNDING
-    | {"refusals": refusals, "masks": masks}
+    | {"refusals": refusals, "masks": masks, "normalization": normalization, "outside": outside}
 )
 
 
 def compute(flags: dict, names: list[str], path: pathlib.Path) -> None:
     config, found = TrainConfig.from_flags(**flags), {}
     try:
-        with strategy.DistributedContext(strategy.choose(config), config) as devices:
+        with strategy.DistributedContext(
+            strategy.choose(config.devices), config.devices
+        ) as context:
             for name in names:
                 start = time.process_time()
                 keras.utils.clear_session(free_memory=False)
-                for key, value in CASES[name](config, devices).items():
+                for key, value in CASES[name](config, context).items():
                     found[f"{name}|{key}"] = value
                 print(f"{time.process_time() - start:6.1f} s  {name}", flush=True)
-            devices.begin_training()
+            context.begin_training()
     finally:
         np.savez(path, **found)
 
 
 def start(flags: dict, names: list[str], path: pathlib.Path) -> int:
-    """A process that computes the cases; its id."""
+    """Forks a process that computes the cases; returns its id."""
     child = os.fork()
     if child:
         return child
@@ -501,7 +551,7 @@ def start(flags: dict, names: list[str], path: pathlib.Path) -> int:
         log = os.open(path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
         for stream in (1, 2):
             os.dup2(log, stream)
-        faulthandler.enable()  # says where a signal found it
+        faulthandler.enable()  # writes the stack when a signal ends the process
         compute(flags, names, path)
         status = 0
     except BaseException:
@@ -514,7 +564,7 @@ def start(flags: dict, names: list[str], path: pathlib.Path) -> int:
 
 def main(directory: str, plan: str) -> int:
     register()
-    # A fork has no other thread than the one that calls for it.
+    # A forked process has only the thread that called fork.
     assert len(os.listdir("/proc/self/task")) == 1
     started = {
         f"{strategy}-{index}": start(
@@ -525,7 +575,7 @@ def main(directory: str, plan: str) -> int:
     }
     failed = 0
     for process, child in started.items():
-        # -N of a process that signal N ended.
+        # -N for a process that signal N ended.
         if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
             print(f"{process} ended with {status}", file=sys.stderr)
             failed = 1

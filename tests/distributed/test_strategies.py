@@ -1,8 +1,8 @@
-"""One device, replicas and workers compute the same: weights, optimizer, averages, figures.
+"""One device, replicas and workers compute the same: weights, optimizer, averages, metrics.
 
-tests/strategies.py computes the cases, each strategy in processes of its own. In float64 nothing but
-the order of sums differs. In float32 that is enough to put an activation on the other side of ReLU's
-kink, which costs a step the gradient of a pixel.
+tests/distributed/strategies.py computes the cases, each strategy in processes of its own. In float64
+only the order of sums differs. In float32 that is enough to move an activation across ReLU's kink,
+which changes a step by the gradient of a pixel.
 """
 
 import json
@@ -17,34 +17,30 @@ from tests.distributed.strategies import (
     CASES,
     FITS,
     LARGE,
-    ORDERS,
-    RATES,
+    NORMS,
     ROUNDING,
     RUNS,
     STRATEGIES,
-    rounding,
 )
 
-ALL = [name for name in CASES if name not in LARGE | ROUNDING]
-# What needs a minute or more of several processes is left to `-m slow`.
-FEW = ["sgd", "uneven batches", "all at once", "last batch of two"]
-USUAL = [
-    *("adam", "sgd", "sgd float32", "uneven batches", "global_clipnorm", "accumulate_steps", "ema"),
-    *("mixup", "all at once"),
-    *("dropout", "last batch of one", "last batch of two", "clipnorm", "mixed_float16"),
-    *("refusals", "masks", "resnet20 adam"),
+COMPARED = [
+    *("adam", "sgd float32", "uneven batches", "all at once", "last batch of one"),
+    *("last batch of two", "clipnorm", "mixed_float16", "refusals", "normalization"),
 ]
 PLAN = {
-    "one device": USUAL,
-    "mirrored 2": USUAL,
-    "2 workers": ["adam", *FEW, "dropout", "mixed_float16", "refusals"],
+    "one device": [*COMPARED, "sgd", "accumulate_steps"],
+    "mirrored 2": [*COMPARED, "dropout", "masks", "outside"],
+    "2 workers": ["adam", "uneven batches", "all at once", "mixed_float16", "refusals"],
 }
-SLOW_PLAN = dict.fromkeys(STRATEGIES, ALL)
+# What takes minutes is left to `-m slow`.
+SLOW_CASES = [name for name in CASES if name not in LARGE | ROUNDING]
+SLOW_PLAN = dict.fromkeys(STRATEGIES, SLOW_CASES)
 LARGE_PLAN = {
     "one device": ["googlenet", "vgg_bn_drop"],
     "mirrored 2": ["googlenet", "vgg_bn_drop"],
     "2 workers": ["googlenet", "vgg_bn_drop", "vgg_bn_drop dropout"],
 }
+NOT_TRAINING = ("refusals", "masks", "normalization", "outside")
 
 TOLERANCES = {"sgd float32": 5e-5}
 HALF = 1e-3  # of the weights, in half precision
@@ -52,13 +48,8 @@ HALF = 1e-3  # of the weights, in half precision
 
 def computed(directory, plan: dict) -> dict:
     """{(strategy, worker): arrays by "CASE|what|name"}."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.distributed.strategies",
-        str(directory),
-        json.dumps(plan),
-    ]
+    module = "tests.distributed.strategies"
+    command = [sys.executable, "-m", module, str(directory), json.dumps(plan)]
     # The processes are forked, so nothing may start threads before.
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env)
@@ -76,7 +67,7 @@ def computed(directory, plan: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def usual(tmp_path_factory) -> dict:
+def results(tmp_path_factory) -> dict:
     return computed(tmp_path_factory.mktemp("strategies"), PLAN)
 
 
@@ -106,14 +97,14 @@ def check(found: dict, strategy: str, case: str) -> None:
                 np.testing.assert_array_equal(value, other[key], err_msg=key)
     assert other
     if case.endswith("dropout"):
-        return  # Each replica drops others.
+        return  # The masks differ.
     half = case.startswith("mixed_float16")
     tolerance = HALF if half else TOLERANCES.get(case, 1e-8)
     assert one.keys() == other.keys()
     assert len(one) > 10
     for key, value in one.items():
         if "accuracy" in key and tolerance > 1e-8:
-            continue  # A kink may change the answer on one image.
+            continue  # A kink may change the prediction of one image.
         if half and not key.startswith(("weights", "before", "after")):
             continue
         np.testing.assert_allclose(other[key], value, rtol=tolerance, atol=tolerance, err_msg=key)
@@ -125,7 +116,7 @@ def check_refusals(found: dict, strategy: str) -> None:
     for key, message in other.items():
         assert str(message).startswith("ValueError: "), key
         assert "\n" not in str(message)
-    # One device takes what is wrong with replicas alone.
+    # One device accepts what is wrong with replicas only.
     assert {key for key, message in one.items() if str(message)} == {
         "refused|accumulating optimizer",
         "refused|averaging optimizer",
@@ -137,13 +128,13 @@ def compared(plan: dict) -> list:
         (strategy, case)
         for strategy in plan
         for case in plan[strategy]
-        if strategy != "one device" and case not in ("refusals", "masks")
+        if strategy != "one device" and case not in NOT_TRAINING
     ]
 
 
 @pytest.mark.parametrize(("strategy", "case"), compared(PLAN))
-def test_strategy_computes_what_one_device_does(usual, strategy, case):
-    check(usual, strategy, case)
+def test_strategy_computes_what_one_device_does(results, strategy, case):
+    check(results, strategy, case)
 
 
 @pytest.mark.slow
@@ -175,66 +166,60 @@ def distances(one: dict, other: dict) -> dict[str, np.ndarray]:
     return found
 
 
-def from_one_device(directory, rates, folder: str = "") -> dict[float, tuple[dict, dict, float]]:
-    """For each rate: distances by strategy, by order of the examples, and how far kernels moved."""
-    strategies = ("mirrored 2", "mirrored 3", "2 workers")
-    plan = {name: [rounding(rate, None, folder) for rate in rates] for name in strategies}
-    orders = [rounding(rate, order, folder) for rate in rates for order in ORDERS]
-    arrays, found = computed(directory, plan | {"one device": orders}), {}
-    for rate in rates:
-        one, *others = (
-            of_case(arrays["one device", 0], rounding(rate, order, folder)) for order in ORDERS
-        )
-        replicas = {s: of_case(arrays[s, 0], rounding(rate, None, folder)) for s in plan}
-        ends = [v for k, v in one.items() if KINDS["kernels"](k)]
-        starts = [v for k, v in one.items() if k.startswith("initial") and k.endswith("kernel")]
-        moved = sum(np.sum((x - y) ** 2) for x, y in zip(starts, ends, strict=True)) ** 0.5
-        found[rate] = (
-            {strategy: distances(one, arrays) for strategy, arrays in replicas.items()},
-            dict(enumerate(distances(one, arrays) for arrays in others)),
-            moved,
-        )
-        for name, kinds in (found[rate][0] | found[rate][1]).items():
-            figures = ", ".join(f"{k} {v[0]:.1e} ({v[1]:.1e})" for k, v in kinds.items())
-            print(f"{rate:g} {name}: {figures}, {kinds['kernels'][1] / moved:.1e} of the way")
-    return found
-
-
-def check_rounding(strategies: dict, orders: dict) -> None:
-    """In float32, resnet20's replicas differ from one device as one device does from itself where the
-    examples of each batch come in another order: the same step but for rounding.
-    """
-    for kind in KINDS:
-        noise = np.max([each[kind] for each in orders.values()], axis=0)
-        for strategy, each in strategies.items():
-            assert (each[kind] <= 3 * noise).all(), (strategy, kind)
-
-
 @pytest.mark.slow
 def test_strategies_in_float32_are_as_far_from_one_device_as_its_own_rounding(tmp_path):
-    strategies, orders, _ = from_one_device(tmp_path, [1e-3])[1e-3]
-    check_rounding(strategies, orders)
-    for each in strategies.values():
-        assert each["first step"][0] < 1e-5
-    # One device itself does not keep the bound that the small network does.
-    assert min(each["kernels"][0] for each in orders.values()) > TOLERANCES["sgd float32"]
+    """As far as one device is from itself when the examples of each batch come in another order."""
+    strategies = ("mirrored 2", "mirrored 3", "2 workers")
+    same, *others = ROUNDING
+    plan = {"one device": list(ROUNDING)} | {strategy: [same] for strategy in strategies}
+    arrays = computed(tmp_path, plan)
+    one = of_case(arrays["one device", 0], same)
+    orders = [distances(one, of_case(arrays["one device", 0], order)) for order in others]
+    for strategy in strategies:
+        found = distances(one, of_case(arrays[strategy, 0], same))
+        for kind, values in found.items():
+            assert (values <= 3 * np.max([order[kind] for order in orders], axis=0)).all(), kind
+        assert found["first step"][0] < 1e-5
+    # One device itself exceeds the tolerance of the small network.
+    assert min(order["kernels"][0] for order in orders) > TOLERANCES["sgd float32"]
 
 
-@pytest.mark.cifar
-def test_strategies_in_float32_on_cifar(tmp_path):
-    found = from_one_device(tmp_path, RATES, "CIFAR10_FOLDER")
-    check_rounding(*found[max(RATES)][:2])
-    for each in found[min(RATES)][0].values():
-        assert each["kernels"][0] < TOLERANCES["sgd float32"]
+@pytest.mark.parametrize(("dtype", "mean", "rank", "training"), NORMS)
+def test_replicas_normalize_by_the_statistics_of_the_whole_batch(
+    results, dtype, mean, rank, training
+):
+    case = f"{dtype} {mean} {rank} {training}"
+    tolerances = {"float32": (1e-5, 5e-4), "float64": (1e-12, 1e-9)}
+    one, two = (of_case(results[s, 0], "normalization") for s in ("one device", "mirrored 2"))
+    keys = [key for key in one if key.startswith(case)]
+    assert len(keys) == 6
+    assert not [key for key in two if key.startswith("unequal")]
+    for key in keys:
+        atol = tolerances[dtype][mean > 0] * max(1.0, np.abs(one[key]).max())
+        np.testing.assert_allclose(two[key], one[key], rtol=0, atol=atol, err_msg=key)
+    y = one[f"{case}|y"].reshape(2, -1)
+    # By its own statistics, each half would have a mean of its beta.
+    assert abs(y[0].mean() - y[1].mean()) > 0.5
+
+
+def test_layers_can_be_called_outside_of_the_replicas(results):
+    found = of_case(results["mirrored 2", 0], "outside")
+    x, y = found["x"], found["dropped"]
+    mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    np.testing.assert_allclose(found["norm"], (x - mean) / variance**0.5, atol=1e-4)
+    np.testing.assert_allclose(found["moving_mean"], 0.1 * mean, atol=1e-6)
+    np.testing.assert_allclose(y, np.where(y == 0, 0, x * 2), atol=1e-6)
+    assert (y == 0).mean() == pytest.approx(0.5, abs=0.2)
 
 
 @pytest.mark.parametrize("strategy", ["mirrored 2", "2 workers"])
-def test_what_would_be_wrong_is_refused_in_one_line(usual, strategy):
-    check_refusals(usual, strategy)
+def test_wrong_usage_is_refused_in_one_line(results, strategy):
+    check_refusals(results, strategy)
 
 
-def test_replicas_drop_other_elements(usual):
-    masks = list(of_case(usual["mirrored 2", 0], "masks").values())
+@pytest.mark.parametrize("channels", [16, 6])
+def test_each_replica_and_call_has_its_own_dropout_mask(results, channels):
+    masks = list(of_case(results["mirrored 2", 0], f"masks|{channels}").values())
     assert len(masks) == 4
     for index, mask in enumerate(masks):
         assert mask.mean() == pytest.approx(0.5, abs=0.06)
@@ -242,24 +227,29 @@ def test_replicas_drop_other_elements(usual):
             assert (mask != other).mean() == pytest.approx(0.5, abs=0.06)
 
 
-@pytest.mark.parametrize("case", [name for name in USUAL if name in RUNS and RUNS[name].without])
-def test_flag_changes_the_weights(usual, case):
-    with_it, without = (
-        of_case(usual["one device", 0], name) for name in (case, RUNS[case].without)
-    )
+def check_flag(found: dict, case: str) -> None:
+    arrays = found["one device", 0]
+    with_it, without = of_case(arrays, case), of_case(arrays, RUNS[case].without)
     keys = [key for key in with_it if key.startswith("weights") and "kernel" in key]
-    assert keys
     assert any(
-        np.abs(with_it[key] - without.get(key, 0.0)).max() > 1e-4
+        np.abs(with_it[key] - without[key]).max() > 1e-4
         for key in keys
-        if with_it[key].shape == without[key].shape
+        if key in without and with_it[key].shape == without[key].shape
     )
 
 
-def test_clipping_changes_the_weights(usual):
-    even = FITS["clipnorm"].without
-    assert even == "even"
-    clipped = of_case(usual["one device", 0], "clipnorm")
+def test_accumulate_steps_changes_the_weights(results):
+    check_flag(results, "accumulate_steps")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name in RUNS if RUNS[name].without])
+def test_flag_changes_the_weights(everything, case):
+    check_flag(everything, case)
+
+
+def test_clipping_changes_the_weights(results):
+    clipped = of_case(results["one device", 0], "clipnorm")
     first = max(
         np.abs(v - clipped[k.replace("first", "initial")]).max()
         for k, v in clipped.items()
@@ -270,8 +260,8 @@ def test_clipping_changes_the_weights(usual):
 
 
 @pytest.mark.parametrize("strategy", ["one device", "mirrored 2", "2 workers"])
-def test_step_that_overflows_changes_nothing_and_lowers_the_scale(usual, strategy):
-    found = of_case(usual[strategy, 0], "mixed_float16")
+def test_step_that_overflows_changes_nothing_and_lowers_the_scale(results, strategy):
+    found = of_case(results[strategy, 0], "mixed_float16")
     before = {k: v for k, v in found.items() if k.startswith("before the overflow")}
     assert before
     for key, value in before.items():

@@ -1,4 +1,4 @@
-"""What evaluation writes beside the figures, and a model under disturbances."""
+"""The files of an evaluation, and a model under disturbances."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from keras_cifar import evaluate
 from keras_cifar.core import cli
 from keras_cifar.core.run_directory import Run
-from keras_cifar.evaluation import disturbances, evaluator, metrics, robustness
+from keras_cifar.evaluation import disturbances, evaluator, metrics, plots, robustness
 
 
 def command(*argv) -> int:
@@ -22,15 +22,27 @@ def source(trained_run):
 
 
 def disturbed(source, tmp_path, seed=0, max_images=None) -> dict:
+    """The record of the test split under disturbances; nothing is drawn."""
     model, dataset, spec = source
-    return robustness.disturb(model, "test", dataset.test, spec, Run(tmp_path), seed, max_images)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", lambda *_: None)
+        return robustness.disturb(
+            model, "test", dataset.test, spec, Run(tmp_path), seed, max_images
+        )
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Only two disturbances, one of them random."""
+    few = {name: disturbances.DISTURBANCES[name] for name in ("clutter", "contrast")}
+    monkeypatch.setattr(disturbances, "DISTURBANCES", few)
 
 
 # ---- Predictions
 
 
-def test_all_figures_can_be_computed_again_from_the_predictions(trained_run):
-    figures = json.loads(trained_run.evaluation("test").read_text())
+def test_metrics_are_those_of_the_stored_predictions(trained_run):
+    stored_metrics = json.loads(trained_run.evaluation("test").read_text())
     config = trained_run.read_config()
     with np.load(trained_run.predictions("test")) as stored:
         labels, probabilities = stored["labels"], stored["probabilities"]
@@ -38,19 +50,30 @@ def test_all_figures_can_be_computed_again_from_the_predictions(trained_run):
     assert probabilities.dtype == np.float32
     assert probabilities.shape == (30, 3)
     again = metrics.summarize(probabilities, labels, tuple(config["class_names"]))
-    assert again == {key: figures[key] for key in again}
-    assert set(figures) - set(again) == {"split", "data", "fingerprint"}
+    assert again == {key: stored_metrics[key] for key in again}
+    assert set(stored_metrics) - set(again) == {"split", "data", "fingerprint"}
 
 
-def test_evaluate_prints_intervals_calibration_and_where_the_predictions_are(trained_run, capsys):
+def test_evaluate_reads_the_configuration_once(trained_run, monkeypatch):
+    calls, read_config = [], Run.read_config
+    monkeypatch.setattr(Run, "read_config", lambda run: calls.append(run) or read_config(run))
+    assert evaluator.load_run(trained_run, "test")[2] == read_config(trained_run)["flags"]["data"]
+    assert len(calls) == 1
+
+
+def test_evaluate_prints_intervals_calibration_error_and_paths(trained_run, capsys):
     assert command(f"--run={trained_run.path}", "--split=val") == 0
-    figures = json.loads(trained_run.evaluation("val").read_text())
+    found = json.loads(trained_run.evaluation("val").read_text())
     output = capsys.readouterr().out
-    low, high = figures["intervals"]["accuracy"]
-    assert f"val accuracy {figures['accuracy']:.4f} ({low:.4f} to {high:.4f})" in output
-    error = figures["calibration"]["expected_calibration_error"]
+    low, high = found["intervals"]["accuracy"]
+    assert f"val accuracy {found['accuracy']:.4f} ({low:.4f} to {high:.4f})" in output
+    error = found["calibration"]["expected_calibration_error"]
     assert f"calibration error {error:.4f}" in output
-    assert str(trained_run.predictions("val")) in output
+    assert output.splitlines()[-3:] == [
+        f"metrics     {trained_run.evaluation('val')}",
+        f"predictions {trained_run.predictions('val')}",
+        f"confusion   {trained_run.confusion('val')}",
+    ]
 
 
 # ---- Disturbances
@@ -79,14 +102,14 @@ def test_accuracies_under_disturbances_are_those_of_the_disturbed_images(source,
     assert record["mean_accuracy"] == pytest.approx(np.mean(every), abs=1e-12)
 
 
-def test_the_seed_changes_what_is_random(source, tmp_path):
+def test_the_seed_changes_what_is_random(source, tmp_path, two):
     first, again, other = (disturbed(source, tmp_path, seed) for seed in (0, 0, 1))
     assert first == again
     assert first["disturbances"]["clutter"] != other["disturbances"]["clutter"]
     assert first["disturbances"]["contrast"] == other["disturbances"]["contrast"]
 
 
-def test_images_are_spread_over_the_split_and_mixed(source, tmp_path):
+def test_images_are_spread_over_the_split_and_mixed(source, tmp_path, two):
     split = source[1].test
     for most, count in ((10, 10), (None, 30), (1000, 30)):
         rows = robustness.choose(split, 0, most).rows
@@ -95,26 +118,25 @@ def test_images_are_spread_over_the_split_and_mixed(source, tmp_path):
         assert disturbed(source, tmp_path, max_images=most)["count"] == len(rows)
 
 
-def test_images_are_disturbed_in_parts_and_each_otherwise(source, tmp_path, monkeypatch):
-    parts = []
+def test_images_are_disturbed_in_batches_and_each_differently(source, tmp_path, monkeypatch, two):
+    batches = []
     apply = disturbances.apply
 
     def spy(name, images, strength, seed, first_row=0):
-        parts.append((len(images), first_row))
+        batches.append((len(images), first_row))
         return apply(name, images, strength, seed, first_row)
 
     monkeypatch.setattr(disturbances, "apply", spy)
     monkeypatch.setattr(robustness, "DISTURBED_BYTES", 8 * 16 * 16 * 3)
-    whole = disturbed(source, tmp_path)
-    assert list(dict.fromkeys(parts))[:4] == [(8, 0), (8, 8), (8, 16), (6, 24)]
-    monkeypatch.undo()
-    # What is not random is the same in parts.
-    at_once = disturbed(source, tmp_path)["disturbances"]
-    for name in ("contrast", "blur", "saturation"):
-        assert whole["disturbances"][name] == at_once[name]
+    in_batches = disturbed(source, tmp_path)
+    assert list(dict.fromkeys(batches))[:4] == [(8, 0), (8, 8), (8, 16), (6, 24)]
+    monkeypatch.setattr(robustness, "DISTURBED_BYTES", 2**22)
+    at_once = disturbed(source, tmp_path)
+    # The contrast is not random, so batches do not change it.
+    assert in_batches["disturbances"]["contrast"] == at_once["disturbances"]["contrast"]
 
 
-def test_evaluate_disturb_prints_the_table_and_leaves_the_figures(trained_run, capsys):
+def test_evaluate_disturb_prints_a_table_and_keeps_the_metrics(trained_run, capsys):
     before = trained_run.evaluation("test").read_bytes()
     argv = f"--run={trained_run.path}", "--disturb", "--max_images=6", "--disturb_seed=3"
     assert command(*argv) == 0
@@ -138,7 +160,7 @@ def test_evaluate_disturb_prints_the_table_and_leaves_the_figures(trained_run, c
     "flags",
     [["--max_images=5"], ["--disturb", "--max_images=0"], ["--disturb", "--disturb_seed=-1"]],
 )
-def test_flags_that_make_no_sense_are_refused(trained_run, flags, capsys):
+def test_invalid_flags_are_refused(trained_run, flags, capsys):
     assert command(f"--run={trained_run.path}", *flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert flags[-1].partition("=")[0] in line

@@ -1,4 +1,9 @@
-"""The pictures are drawn and show what they are given."""
+"""Plots show what they are given, as PNG files and as elements of a page."""
+
+import base64
+import io
+import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -6,59 +11,115 @@ from PIL import Image
 
 from keras_cifar.evaluation import plots
 
-
-def pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+LIGHT = np.array([31, 111, 235])  # the first colour
 
 
-def rows(*accuracies, validated=True):
-    history = []
+def pixels(figure, path) -> np.ndarray:
+    plots.save(figure, path / "a.png")
+    with Image.open(path / "a.png") as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def history(*accuracies, validated=True) -> list[dict]:
+    rows = []
     for epoch, accuracy in enumerate(accuracies, start=1):
         row = {"epoch": epoch, "loss": 2 - accuracy, "accuracy": accuracy}
-        history.append(row | ({"val_loss": 2.0, "val_accuracy": 0.3} if validated else {}))
-    return history
+        rows.append(row | ({"val_loss": 2.0, "val_accuracy": 0.3} if validated else {}))
+    return rows
 
 
-def test_curves_change_with_the_history(tmp_path):
-    plots.curves(rows(0.1, 0.5), tmp_path / "a.png")
-    plots.curves(rows(0.1, 0.9), tmp_path / "b.png")
-    plots.curves(rows(0.1, 0.9, validated=False), tmp_path / "c.png")
-    a, b, c = (pixels(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
-    assert a.shape == b.shape
-    assert (a != b).any()
-    assert (b != c).any()
+def lines(figure, axes: int = 0) -> list[tuple[list, list, str]]:
+    """(x, y, style) of the lines of a plot."""
+    found = figure.axes[axes].lines
+    return [(list(x.get_xdata()), list(x.get_ydata()), x.get_linestyle()) for x in found]
 
 
-def test_curves_of_one_epoch(tmp_path):
-    plots.curves(rows(0.5), tmp_path / "a.png")
-    assert pixels(tmp_path / "a.png").std() > 0
+def test_curves_are_loss_and_error_of_the_history(tmp_path):
+    figure = plots.curves([history(0.25, 0.5)])
+    assert lines(figure) == [([1, 2], [1.75, 1.5], "--"), ([1, 2], [2, 2], "-")]
+    assert lines(figure, 1) == [([1, 2], [0.75, 0.5], "--"), ([1, 2], [0.7, 0.7], "-")]
+    assert len(lines(plots.curves([history(0.25, validated=False)]))) == 1
+    drawn = pixels(figure, tmp_path)
+    assert (np.abs(drawn - LIGHT).max(axis=-1) < 20).sum() > 100
 
 
-@pytest.mark.parametrize("classes", [2, 10, 100])
-def test_confusion_of_any_number_of_classes(tmp_path, classes):
-    names = tuple(f"class {i}" for i in range(classes))
-    right, wrong = (
-        np.eye(classes, dtype=int) * 5,
-        np.roll(np.eye(classes, dtype=int) * 5, 1, axis=0),
-    )
-    plots.confusion(right.tolist(), names, tmp_path / "right.png")
-    plots.confusion(wrong.tolist(), names, tmp_path / "wrong.png")
-    assert (pixels(tmp_path / "right.png") != pixels(tmp_path / "wrong.png")).any()
+def test_curves_of_several_runs_share_an_axis_and_leave_out_missing_values():
+    rows = history(0.25, 0.5, 0.5, validated=False)
+    rows[1]["loss"] = None
+    (_, values, _), _, *rest = lines(plots.curves([rows, history(0.5), []], ["loss"], plots.SMALL))
+    assert np.isnan(values).tolist() == [False, True, False]
+    assert rest == [([1], [2], "-")]
 
 
-@pytest.mark.parametrize("name", ["日本", "$x^{", "$$", "\\frac", "a" * 255, "<b>&"])
-def test_any_class_name_is_drawn(tmp_path, name):
-    plots.confusion([[5, 0], [1, 4]], (name, "b"), tmp_path / "a.png")
-    assert pixels(tmp_path / "a.png").std() > 0
+@pytest.mark.parametrize("classes", [2, 20, 100])
+def test_confusion_shows_shares_of_each_true_class(tmp_path, classes):
+    matrix = np.eye(classes, dtype=int) * 3 + np.eye(classes, k=1, dtype=int)
+    figure = plots.confusion(matrix.tolist(), [f"class {i}" for i in range(classes)])
+    (image,) = figure.axes[0].images
+    np.testing.assert_array_equal(image.get_array()[0, :3], [0.75, 0.25, 0][:classes])
+    assert len(figure.axes[0].texts) == (classes**2 if classes <= 20 else 0)
+    if classes < 100:
+        assert pixels(figure, tmp_path).std() > 0
 
 
-def test_a_gallery_shows_each_picture_at_its_place(tmp_path):
-    pictures = {name: np.zeros((6, 8, 8, 3), np.uint8) for name in ("a", "b", "c")}
-    plots.gallery(pictures, tmp_path / "black.png")
-    pictures["b"][2] = (255, 0, 0)
-    plots.gallery(pictures, tmp_path / "red.png")
-    black, red = pixels(tmp_path / "black.png"), pixels(tmp_path / "red.png")
+@pytest.mark.parametrize(
+    "name", ["日本", "$x^{", "$$", "\\frac", "a" * 255, "<b>&", '"#1f6feb" id="x"', "\ud800\n"]
+)
+def test_any_class_name_is_drawn_as_it_is(tmp_path, name):
+    figure = plots.confusion([[5, 0], [1, 4]], (name, "b"))
+    assert pixels(figure, tmp_path).std() > 0
+    root = ElementTree.fromstring(svg(figure, title=name))
+    texts = [element.text for element in root.iter("text")]
+    shown = name.encode("unicode_escape").decode() if not name.isprintable() else name
+    assert texts.count(shown if len(shown) <= 20 else shown[:19] + "…") == 2
+    assert root.get("aria-label") == shown
+
+
+def svg(figure, title="title", identifier="chart") -> str:
+    # As a file of its own it needs the declaration that a page does without.
+    return plots.svg(figure, title, identifier).replace("xlink:href", "href")
+
+
+def test_an_svg_has_the_colours_and_the_font_of_the_page():
+    text = svg(plots.curves([history(0.25, 0.5)], ["error"], plots.SMALL))
+    assert {"--c1", "--c2", "--text", "--line"} <= set(re.findall(r"var\((--\w+)\)", text))
+    assert "font-family" not in text
+    assert "<style" not in text
+    assert [t.text for t in ElementTree.fromstring(text).iter("text")].count("epoch") == 1
+
+
+def test_identifiers_are_those_of_one_svg_and_repeat():
+    figures = [plots.curves([history(0.25, 0.5)], ["loss"], plots.SMALL) for _ in range(3)]
+    first, second, again = map(svg, figures, "ttt", ("a", "b", "a"))
+    found = [set(re.findall(r' id="([^"]+)"', text)) for text in (first, second)]
+    assert found[0].isdisjoint(found[1])
+    assert set(re.findall(r'(?:url\(|href=")#([^")]+)', first)) <= found[0]
+    assert first == again
+
+
+def test_a_large_confusion_matrix_in_a_page_is_one_small_image(random):
+    matrix = (random.random((60, 60)) < 0.1).astype(int)
+    text = svg(plots.confusion(matrix.tolist(), list(map(str, range(60)))))
+    (image,) = ElementTree.fromstring(text).iter("image")
+    data = base64.b64decode(image.get("href").partition("base64,")[2])
+    opaque = np.asarray(Image.open(io.BytesIO(data)))[..., 3] > 0
+    np.testing.assert_array_equal(opaque, matrix > 0)
+    assert len(text) < 100_000
+
+
+def test_a_reliability_diagram_has_a_bar_for_each_bin_with_images():
+    empty = {"low": 0.0, "high": 0.5, "count": 0, "confidence": None, "accuracy": None}
+    full = {"low": 0.5, "high": 1.0, "count": 4, "confidence": 0.8, "accuracy": 0.75}
+    (axes,) = plots.reliability([empty, full]).axes
+    (bar,) = axes.patches
+    assert (bar.get_x(), bar.get_height()) == (0.5, 0.75)
+
+
+def test_a_gallery_shows_each_image_at_its_place(tmp_path):
+    images = {name: np.zeros((6, 8, 8, 3), np.uint8) for name in ("a", "b", "c")}
+    black = pixels(plots.gallery(images), tmp_path)
+    images["b"][2] = (255, 0, 0)
+    red = pixels(plots.gallery(images), tmp_path)
     y, x = np.nonzero((black != red).any(axis=-1))
     dark = black.sum(axis=-1) == 0
     columns, rows = (np.flatnonzero(dark.mean(axis=axis) > 0.4) for axis in (0, 1))  # no letters
@@ -70,6 +131,5 @@ def test_a_gallery_shows_each_picture_at_its_place(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 30), (224, 224)])
 def test_a_gallery_of_any_size(tmp_path, random, shape):
-    pictures = {"a": random.integers(0, 256, (6, *shape, 3), np.uint8)}
-    plots.gallery(pictures, tmp_path / "a.png")
-    assert pixels(tmp_path / "a.png").std() > 0
+    images = {"a": random.integers(0, 256, (6, *shape, 3), np.uint8)}
+    assert pixels(plots.gallery(images), tmp_path).std() > 0

@@ -204,13 +204,13 @@ def main(path: str, inputs: str, outputs: str) -> None:
     ]
     encoded = np.array(files, object)
     session = Session(path)
-    answers = {}
+    found = {}
     for signature, (takes, _) in session.signatures.items():
         values = {name: encoded if name == "image_bytes" else images for name in takes}
         for name, array in session.run(signature, values).items():
-            answers[f"{signature}/{name}"] = array
+            found[f"{signature}/{name}"] = array
     assert not {"tensorflow", "keras", "keras_cifar"} & set(sys.modules)
-    np.savez(outputs, **answers)
+    np.savez(outputs, **found)
 
 
 if __name__ == "__main__":

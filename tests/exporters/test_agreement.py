@@ -1,4 +1,4 @@
-"""Evaluation of the run and prediction with its export see the same pixels and say the same."""
+"""Evaluation of a run and prediction with its export agree on every image."""
 
 import json
 import os
@@ -23,23 +23,23 @@ def check_agreement(run: Run, capsys) -> None:
     argv = [f"--model={run.path}", str(folder), "--format=json", "--top_k=1000"]
     capsys.readouterr()
     assert cli._execute("predict", predict.main, predict.PredictOptions, "IMAGE", argv) == 0
-    answers = json.loads(capsys.readouterr().out)
+    predictions = json.loads(capsys.readouterr().out)
     metrics = evaluator.evaluate_run(run, "test")
     names = run.read_config()["class_names"]
 
     confusion = np.zeros((len(names), len(names)), int)
-    for answer in answers:
+    for prediction in predictions:
         confusion[
-            names.index(pathlib.Path(answer["file"]).parent.name), answer["top"][0]["index"]
+            names.index(pathlib.Path(prediction["file"]).parent.name), prediction["top"][0]["index"]
         ] += 1
     assert confusion.tolist() == metrics["confusion"]
 
     test = data.load(flags["data"], image_size=flags["image_size"]).test
     evaluated = evaluator.predict(models.load(run.model), test)
     # Both go through the classes and the files in the order of their names.
-    for answer, probabilities in zip(answers, evaluated, strict=True):
+    for prediction, probabilities in zip(predictions, evaluated, strict=True):
         served = np.zeros(len(names))
-        for top in answer["top"]:
+        for top in prediction["top"]:
             served[top["index"]] = top["probability"]
         np.testing.assert_allclose(served, probabilities, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The export command: what is beside the model, the check against the model, labels, temperature."""
+"""The export command: the files beside the model, verification, labels, temperature."""
 
 import base64
 import io
@@ -39,7 +39,7 @@ def version(trained_run):
     return trained_run.export / "1"
 
 
-def test_every_warm_up_record_replays(version):
+def test_every_warm_up_record_can_be_replayed(version):
     records = list(tf.data.TFRecordDataset(str(version / bundle.WARMUP)).as_numpy_iterator())
     signatures = tf.saved_model.load(str(version)).signatures
     batches = {name: [] for name in signatures}
@@ -60,7 +60,7 @@ def test_every_warm_up_record_replays(version):
     assert (version / bundle.WARMUP).stat().st_size < 2**17
 
 
-def test_what_lies_beside_the_versions_is_no_version(trained_run):
+def test_the_files_beside_the_versions_are_for_tensorflow_serving(trained_run):
     text = (trained_run.export / bundle.CONFIG).read_text()
     config = google.protobuf.text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
     (model,) = config.model_config_list.config
@@ -72,7 +72,7 @@ def test_what_lies_beside_the_versions_is_no_version(trained_run):
     assert all(name.is_dir() == name.name.isdecimal() for name in trained_run.export.iterdir())
 
 
-def test_the_lines_are_shell_commands_whatever_the_directory_is_called(tmp_path):
+def test_the_commands_are_quoted_for_the_shell(tmp_path):
     base = tmp_path / "it's a 'run' $HOME" / "export"
     lines = bundle.commands(base)
     words = shlex.split(lines["serve"])
@@ -81,11 +81,11 @@ def test_the_lines_are_shell_commands_whatever_the_directory_is_called(tmp_path)
     assert f"MODEL_NAME={name}" in words
 
 
-def test_the_lines_that_ask_send_the_file(tmp_path, monkeypatch, capsys):
+def test_the_request_commands_send_the_file(tmp_path, monkeypatch, capsys):
     lines = bundle.commands(tmp_path / "m")
     contents = np.random.default_rng(0).bytes(300_000)  # more than an argument may have
     (tmp_path / "dog.jpg").write_bytes(contents)
-    script = f"curl() {{ echo $*; cat; }}\n{lines['ask']}"
+    script = f"curl() {{ echo $*; cat; }}\n{lines['request']}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, cwd=tmp_path, check=True)
     arguments, _, body = done.stdout.partition(b"\n")
     url = "http://localhost:8501/v1/models/m:predict"
@@ -96,16 +96,18 @@ def test_the_lines_that_ask_send_the_file(tmp_path, monkeypatch, capsys):
     }
     assert json.loads(body) == expected
 
-    asked = []
+    requests = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        urllib.request, "urlopen", lambda *x: asked.append(x) or io.BytesIO(b'{"predictions": []}')
+        urllib.request,
+        "urlopen",
+        lambda *x: requests.append(x) or io.BytesIO(b'{"predictions": []}'),
     )
-    python, flag, code = shlex.split(lines["ask from Python"])
+    python, flag, code = shlex.split(lines["request from Python"])
     assert (python, flag) == ("python", "-c")
     exec(code)
-    ((asked_url, data),) = asked
-    assert (asked_url, json.loads(data)) == (url, expected)
+    ((requested_url, data),) = requests
+    assert (requested_url, json.loads(data)) == (url, expected)
     assert capsys.readouterr().out == "{'predictions': []}\n"
 
 
@@ -114,13 +116,13 @@ def test_training_verifies_its_export_on_validation_images(version):
     assert stored["origin"].startswith("val images of folder:")
     assert stored["images"] == 9
     for name in ("serving_default", "serving_bytes"):
-        figures = stored["figures"][name]
+        differences = stored["figures"][name]
         assert stored["limits"][name] == {"largest_difference": 1e-4}
-        assert figures["largest_difference"] <= 1e-4
-        assert figures["label_agreement"] == 1
+        assert differences["largest_difference"] <= 1e-4
+        assert differences["label_agreement"] == 1
 
 
-def test_an_export_that_differs_from_the_model_does_not_appear(
+def test_an_export_that_differs_from_the_model_is_discarded(
     trained_run, tmp_path, capsys, monkeypatch
 ):
     fold = saved_model.folding.fold
@@ -141,13 +143,13 @@ def test_an_export_that_differs_from_the_model_does_not_appear(
     assert list((tmp_path / "m").iterdir()) == []
 
 
-def test_an_answer_that_is_no_number_is_a_difference():
+def test_nan_counts_as_a_difference():
     one = np.array([[0.5, 0.5]], np.float32)
     assert verification.compare(one, one)["largest_difference"] == 0
     assert verification.compare(one, one * np.nan)["largest_difference"] == 1
 
 
-def test_an_export_says_what_it_was_verified_on_without_the_data(trained_run, tmp_path, capsys):
+def test_without_the_data_an_export_is_verified_on_random_pixels(trained_run, tmp_path, capsys):
     run = tmp_path / "moved"
     run.mkdir()
     (run / "model.keras").write_bytes(trained_run.model.read_bytes())
@@ -170,9 +172,9 @@ def test_labels_replace_the_class_names(trained_run, tmp_path, capsys):
     assert command(f"--run={trained_run.path}", f"--out={out}", f"--labels={names}") == 0
     assert Predictor(str(out)).class_names == ("Katze", "Hund", "日本")
     images = np.zeros((1, 16, 16, 3), np.uint8)
-    answer = tf.saved_model.load(str(out / "1")).signatures["serving_default"](images=images)
-    index = int(answer["label_index"][0])
-    assert answer["label"][0].numpy().decode() == ("Katze", "Hund", "日本")[index]
+    found = tf.saved_model.load(str(out / "1")).signatures["serving_default"](images=images)
+    index = int(found["label_index"][0])
+    assert found["label"][0].numpy().decode() == ("Katze", "Hund", "日本")[index]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_the_temperature_of_extreme_logits_stays_in_its_range():
         assert np.isfinite(list(fitted.values())).all()
 
 
-def test_the_temperature_is_baked_into_the_probabilities(trained_run, tmp_path, capsys):
+def test_the_export_applies_the_temperature(trained_run, tmp_path, capsys):
     for number, temperature in enumerate(("auto", "2.5"), 1):
         flags = f"--run={trained_run.path}", f"--out={tmp_path / 'm'}"
         assert command(*flags, f"--temperature={temperature}") == 0
@@ -235,16 +237,16 @@ def test_the_temperature_is_baked_into_the_probabilities(trained_run, tmp_path, 
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "warm", ""])
-def test_no_temperature_is_status_2(capsys, value):
+def test_an_invalid_temperature_is_status_2(capsys, value):
     assert command("--run=x", f"--temperature={value}") == 2
     assert "must be auto, a number above 0, or a run directory" in capsys.readouterr().err
 
 
-def test_the_temperature_of_another_run_is_of_its_model_and_images(trained_run, tmp_path, capsys):
+def test_the_temperature_of_another_run_is_fitted_to_its_images(trained_run, tmp_path, capsys):
     other = Run(shutil.copytree(trained_run.path, tmp_path / "other"))
     model = models.load(other.model)
     kernel, bias = model.get_layer("logits").get_weights()
-    # One class is preferred too much, which only a high temperature mends.
+    # A large bias to one class, which only a high temperature corrects.
     model.get_layer("logits").set_weights([kernel, np.add(bias, [50, 0, 0])])
     model.save(other.model)
     own, theirs = (find_temperature(text, trained_run) for text in ("auto", str(other.path)))
@@ -259,16 +261,16 @@ def test_the_temperature_of_another_run_is_of_its_model_and_images(trained_run, 
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "words"),
+    ("flag", "value", "message"),
     [
-        ("epochs", 4, "was trained with --epochs=4 and .* its temperature would be another"),
+        ("epochs", 4, "was trained with --epochs=4 and .* their temperatures differ"),
         ("val_fraction", 0.0, "there is no validation split: the run was made with --val_fraction"),
         ("seed", 1, "the val images of .* have changed"),
         ("recipe", "x", None),
     ],
 )
 def test_the_temperature_of_a_run_of_other_flags_is_refused(
-    trained_run, tmp_path, capsys, flag, value, words
+    trained_run, tmp_path, capsys, flag, value, message
 ):
     other = Run(shutil.copytree(trained_run.path, tmp_path / "other"))
     config = other.read_config()
@@ -276,10 +278,10 @@ def test_the_temperature_of_a_run_of_other_flags_is_refused(
     other.config.write_text(json.dumps(config))
     out = tmp_path / "m"
     status = command(f"--run={trained_run.path}", f"--out={out}", f"--temperature={other.path}")
-    assert status == (1 if words else 0)
-    if words:
+    assert status == (1 if message else 0)
+    if message:
         (line,) = capsys.readouterr().err.splitlines()
-        assert re.search(words, line)
+        assert re.search(message, line)
         assert not out.exists()
 
 
@@ -288,7 +290,7 @@ def test_an_unknown_format_lists_the_formats(capsys):
     assert ", ".join(FORMATS) in capsys.readouterr().err
 
 
-def test_a_version_that_is_there_is_one_line(trained_run, capsys):
+def test_an_existing_version_is_one_line(trained_run, capsys):
     assert command(f"--run={trained_run.path}", "--version=1") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "this version is there already" in line
@@ -302,12 +304,14 @@ def test_half_precision_has_a_bound_of_its_own():
     assert verification.bound(model) == verification.HALF_BOUND
 
 
-def test_a_difference_is_measured_against_its_own_limit(tmp_path):
-    samples = verification.noise((8, 8))
-    rows = {"a": {"largest_difference": 0.01, "label_agreement": 1.0}}
-    verification.check(tmp_path, samples, rows, {"a": {"largest_difference": 0.02}})
-    assert "a: on 32 images of random pixels probabilities within 0.01" in verification.summary(
-        tmp_path
-    )
-    with pytest.raises(UserError, match=r"largest difference .* a .* 0\.01, more than 0\.005"):
-        verification.check(tmp_path, samples, rows, {"a": {"largest_difference": 0.005}})
+def test_each_difference_has_its_own_limit(tmp_path):
+    model = models.build("lenet5", (16, 16, 3), 3).deployable
+    classifiers = {"same": model, "other": lambda images: np.asarray(model(images)) * 0.9}
+    limits = {"other": {"mean_difference": 0.2}}
+    verification.verify(tmp_path, model, None, classifiers, limits)
+    first, second = verification.summary(tmp_path).splitlines()
+    assert "same: on 32 images of random pixels probabilities within 0 of the model's" in first
+    assert "other: " in second
+    limits = {"other": {"mean_difference": 0.01}}
+    with pytest.raises(UserError, match=r"mean difference .* other .*, more than 0\.01"):
+        verification.verify(tmp_path, model, None, classifiers, limits)

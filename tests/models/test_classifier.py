@@ -1,5 +1,6 @@
-"""The training step against NumPy: loss, smoothing, decay, averages, replicas and precision."""
+"""The Classifier: what its parts are given, and fit and evaluate as a whole."""
 
+import functools
 import itertools
 
 import keras
@@ -7,58 +8,31 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.data import Split, evaluation_batches, training_batches
-from keras_cifar.models import classifier, layers
+from keras_cifar.data import Split, evaluation_batches
+from keras_cifar.models import classifier
+from keras_cifar.models.training_step import TrainingStep
+from keras_cifar.models.weight_averaging import WeightAverages
 from tests.conftest import colour_images
-
-CLASSES = 3
-
-
-def tiny(norm: bool = True) -> classifier.Classifier:
-    keras.utils.set_random_seed(1)
-    images, x = classifier.image_input((8, 8, 3))
-    x = layers.conv_norm(x, 4, 3, name="conv") if norm else layers.conv(x, 4, 3, name="conv")
-    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
-    logits = keras.layers.Dense(CLASSES, name="logits")(x)
-    return classifier.Classifier.build_from(images, logits, "tiny")
+from tests.models.small import CLASSES, cross_entropies, examples, tiny, values
 
 
-def compiled(model=None, rate: float = 0.1, **kwargs) -> classifier.Classifier:
+def compiled(model=None, **options) -> classifier.Classifier:
     model = model or tiny()
-    model.compile(keras.optimizers.SGD(rate), jit_compile=False, **kwargs)
+    model.compile(keras.optimizers.SGD(0.1), **options)
     return model
 
 
-def examples(count: int = 10) -> tuple:
-    images, labels = colour_images(count, 8, CLASSES)
-    return images, np.eye(CLASSES, dtype=np.float32)[labels]
-
-
-def step(model, images, labels) -> dict:
+def fit(model, images, labels) -> dict:
     """One step on all of the images; what it reported."""
     history = model.fit(images, labels, batch_size=len(images), shuffle=False, verbose=0)
     return {name: values[0] for name, values in history.history.items()}
 
 
-def evaluate(model, *data, **kwargs) -> dict:
-    return model.evaluate(*data, verbose=0, return_dict=True, **kwargs)
+def evaluate(model, *data, **options) -> dict:
+    return model.evaluate(*data, verbose=0, return_dict=True, **options)
 
 
-def log_softmax(logits) -> np.ndarray:
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-
-def cross_entropy(labels, logits) -> float:
-    return float(-(labels * log_softmax(logits)).sum(axis=1).mean())
-
-
-def values(model) -> dict[str, np.ndarray]:
-    return {v.path: v.numpy() for v in model.weights}
-
-
-# ---- Loss and accuracy
+# ---- Training and evaluation
 
 
 @pytest.mark.parametrize("batch_size", [4, 10, 3])
@@ -70,11 +44,11 @@ def test_evaluation_is_the_mean_over_examples_also_with_a_partial_batch(batch_si
     labels[[1, 4, 9]] = np.roll(labels[[1, 4, 9]], 1, axis=1)
     got = evaluate(model, images, labels, batch_size=batch_size)
     assert got["accuracy"] == pytest.approx(0.7, abs=1e-7)
-    assert got["loss"] == pytest.approx(cross_entropy(labels, logits), rel=1e-5)
+    assert got["loss"] == pytest.approx(cross_entropies(labels, logits).mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, 8, 9, 11])
-def test_filling_of_the_last_batch_counts_nothing(count):
+@pytest.mark.parametrize("count", [1, 9])
+def test_padding_of_the_last_batch_counts_nothing(count):
     images, labels = colour_images(count, 8, CLASSES)
     model = compiled()
     expected = evaluate(model, images, np.eye(CLASSES, dtype=np.float32)[labels], batch_size=count)
@@ -84,199 +58,101 @@ def test_filling_of_the_last_batch_counts_nothing(count):
 
 def test_training_reports_the_cross_entropy_of_the_batch_before_the_step():
     model, (images, labels) = compiled(), examples()
-    labels = labels * 0.7 + labels[::-1] * 0.3
     logits = model.logits_model(images, training=True)
     accuracy = (logits.numpy().argmax(axis=1) == labels.argmax(axis=1)).mean()
-    model = compiled()
-    got = step(model, images, labels)
-    assert got["loss"] == pytest.approx(cross_entropy(labels, logits), rel=1e-5)
+    got = fit(compiled(), images, labels)
+    assert got["loss"] == pytest.approx(cross_entropies(labels, logits).mean(), rel=1e-5)
     assert got["accuracy"] == pytest.approx(accuracy, abs=1e-7)
 
 
-def test_step_is_gradient_descent_on_the_cross_entropy():
-    model, (images, labels) = compiled(rate=0.5), examples()
-    features = keras.Model(model.inputs[0], model.get_layer("features").output)
-    last = model.get_layer("logits")
-    inputs = features(images, training=True).numpy()
-    kernel, bias = last.kernel.numpy(), last.bias.numpy()
-    error = (np.exp(log_softmax(inputs @ kernel + bias)) - labels) / len(labels)
-    step(model, images, labels)
-    np.testing.assert_allclose(last.bias.numpy(), bias - 0.5 * error.sum(axis=0), atol=1e-6)
-    np.testing.assert_allclose(last.kernel.numpy(), kernel - 0.5 * inputs.T @ error, atol=1e-6)
-
-
-def test_extreme_logits_keep_a_finite_loss_and_a_gradient():
-    model, (images, _) = compiled(tiny(norm=False), rate=1e-3), examples()
-    last = model.get_layer("logits")
-    last.kernel.assign(last.kernel * 1e5)
-    logits = model.logits_model(images, training=True)
-    assert np.ptp(logits, axis=1).min() > 200  # a probability of float32 is 0 there
-    worst = np.eye(CLASSES, dtype=np.float32)[logits.numpy().argmin(axis=1)]
-    before = values(model)
-    assert step(model, images, worst)["loss"] == pytest.approx(
-        cross_entropy(worst, logits), rel=1e-5
+@functools.cache
+def stepped(ema: float = 0.0, **options) -> list[np.ndarray]:
+    """The weights after two steps of a TrainingStep by itself, and their averages."""
+    network, optimizer = tiny(), keras.optimizers.SGD(0.1)
+    optimizer.build(network.trainable_variables)
+    averages = WeightAverages(network.weights, ema)
+    step = TrainingStep(
+        network.logits_model, network.trainable_variables, optimizer, averages, **options
     )
-    for path, value in values(model).items():
-        assert np.isfinite(value).all()
-        assert not np.array_equal(value, before[path]), path
+    images, labels = examples(8)
+    for half in (slice(0, 4), slice(4, 8)):
+        step(images[half], labels[half])
+    return [v.numpy() for v in (*network.weights, *averages.variables)]
 
 
-def test_label_smoothing_spreads_the_targets_in_training_only():
-    model, (images, labels) = compiled(rate=1.0, label_smoothing=0.3), examples()
-    plain = evaluate(compiled(), images, labels)
-    assert evaluate(model, images, labels) == pytest.approx(plain, rel=1e-6)
-    logits = model.logits_model(images, training=True)
-    step(model, images, labels)
-    smooth = labels * 0.7 + 0.3 / CLASSES
-    expected = (smooth - np.exp(log_softmax(logits))).mean(axis=0)
-    np.testing.assert_allclose(model.get_layer("logits").bias.numpy(), expected, atol=1e-6)
+@pytest.mark.parametrize(
+    ("options", "of_step"),
+    [
+        ({"label_smoothing": 0.3}, {"label_smoothing": 0.3}),
+        ({"weight_decay": 0.2}, {"weight_decay": 0.2}),
+        ({"ema": 0.5}, {"ema": 0.5}),
+        ({"steps_per_execution": 2}, {}),
+        ({"jit_compile": True}, {}),
+        ({"run_eagerly": True}, {}),
+    ],
+    ids=str,
+)
+def test_fit_is_the_training_step_with_the_options_of_compile(options, of_step):
+    model = compiled(**options)
+    model.fit(*examples(8), batch_size=4, shuffle=False, verbose=0)
+    found = [v.numpy() for v in (*model.weights, *model.averages)]
+    for got, expected in zip(found, stepped(**of_step), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    if of_step:
+        expected = stepped()
+        same = [np.allclose(*pair, atol=1e-4) for pair in zip(found, expected, strict=False)]
+        assert len(found) > len(expected) or not all(same)
 
 
-def test_weight_decay_pulls_kernels_alone_and_is_not_in_the_reported_loss():
-    images, labels = examples()
-    before = values(tiny())
-    plain, decayed = compiled(), compiled(weight_decay=0.2)
-    reported = [step(model, images, labels) for model in (plain, decayed)]
-    assert reported[0] == reported[1]
-    without = values(plain)
-    for path, value in values(decayed).items():
-        pull = 0.1 * 0.2 * before[path] if path.endswith("kernel") else 0.0
-        np.testing.assert_allclose(value, without[path] - pull, atol=1e-6, err_msg=path)
-    assert sum(path.endswith("kernel") for path in before) == 2
+def test_accumulated_microbatches_are_the_step_of_their_batch():
+    models = [compiled(tiny(norm=False)), compiled(tiny(norm=False), accumulate_steps=5)]
+    found = [fit(model, *examples(10)) for model in models]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    for one, other in zip(*(values(model).values() for model in models), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-# ---- Averaged weights
-
-
-class Recording(keras.callbacks.Callback):
-    """The weights after each step."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps = []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.steps.append([w.numpy() for w in self.model.weights])
-
-
-def train(model, steps: int, batch_size: int = 8):
-    images, labels = colour_images(40, 8, CLASSES)
-    batches = training_batches(Split(images, labels), CLASSES, batch_size, "flip", seed=0)
-    recording = Recording()
-    model.fit(batches, steps_per_epoch=steps, shuffle=False, verbose=0, callbacks=[recording])
-    return recording.steps
-
-
-def test_averages_follow_the_weights_with_a_decay_that_grows_to_its_value():
-    model = compiled(ema=0.3)
-    expected = [w.numpy() for w in model.weights]
-    for count, weights in enumerate(train(model, 6), start=1):
-        decay = min(0.3, (1 + count) / (10 + count))
-        expected = [decay * e + (1 - decay) * w for e, w in zip(expected, weights, strict=True)]
-    for average, value in zip(model.averages, expected, strict=True):
-        np.testing.assert_allclose(average.numpy(), value, atol=1e-6)
-
-
-def test_averaged_puts_the_averages_in_place_for_its_body():
-    model = compiled(ema=0.9)
-    trained = train(model, 3)[-1]
-    images, _ = examples()
-    outside = model(images, training=False).numpy()
+def test_averages_are_used_in_the_body_of_averaged_and_are_no_weights():
+    model, (images, labels) = compiled(ema=0.9), examples()
+    assert len(model.weights) == len(model.averages) == len(tiny().weights)
+    fit(model, images, labels)
+    trained = model(images).numpy()
     with model.averaged():
-        for weight, average, old in zip(model.weights, model.averages, trained, strict=True):
+        for weight, average in zip(model.weights, model.averages, strict=True):
             np.testing.assert_array_equal(weight.numpy(), average.numpy())
-            assert not np.array_equal(weight.numpy(), old), weight.path
-        assert not np.array_equal(model(images, training=False), outside)
-    np.testing.assert_array_equal(model(images, training=False), outside)
+        assert not np.array_equal(model(images), trained)
+    np.testing.assert_array_equal(model(images), trained)
 
 
-def test_averaged_gives_the_trained_weights_back_after_an_error():
-    model = compiled(ema=0.9)
-    trained = train(model, 2)[-1]
-    with pytest.raises(ZeroDivisionError), model.averaged():
-        raise ZeroDivisionError
-    for weight, old in zip(model.weights, trained, strict=True):
-        np.testing.assert_array_equal(weight.numpy(), old)
-
-
-def test_averaged_changes_nothing_where_no_averages_are_kept():
-    model = compiled()
-    trained = train(model, 2)[-1]
-    assert model.averages == []
-    with model.averaged():
-        for weight, old in zip(model.weights, trained, strict=True):
-            np.testing.assert_array_equal(weight.numpy(), old)
-
-
-def test_averages_are_no_weights_of_the_model():
-    assert len(compiled(ema=0.9).weights) == len(compiled().weights)
-
-
-# ---- Statistics of batch normalization
-
-
-def conv_batches(model, batches) -> tuple:
+def test_statistics_are_recomputed_from_microbatches():
+    model, (images, _) = compiled(accumulate_steps=2), examples()
+    batches = [(tf.constant(part), None) for part in (images[:5], images[5:])]
+    model.recompute_statistics(iter(batches), 1)
     conv = keras.Model(model.inputs[0], model.get_layer("conv_conv").output)
-    outputs = [conv(images).numpy() for images in batches]
-    return [o.mean(axis=(0, 1, 2)) for o in outputs], [o.var(axis=(0, 1, 2)) for o in outputs]
+    means = [conv(part).numpy().mean((0, 1, 2)) for part, _ in batches]
+    expected = (0.9 * means[0] + means[1]) / 1.9
+    np.testing.assert_allclose(model.get_layer("conv_bn").moving_mean.numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_recalibrated_statistics_are_those_of_the_batches_alone(count):
+def test_stop_request_is_in_the_totals():
     model = compiled()
-    train(model, 2)
-    batches = [colour_images(6, 8, CLASSES, seed=seed)[0] for seed in range(count)]
-    weights = np.array([0.1 * 0.9 ** (count - 1 - i) for i in range(count)])
-    weights /= weights.sum()
-    means, variances = conv_batches(model, batches)
-    model.recompute_statistics(iter([(tf.constant(b), None) for b in batches]), count)
-    norm = model.get_layer("conv_bn")
-    np.testing.assert_allclose(norm.moving_mean.numpy(), weights @ means, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(norm.moving_variance.numpy(), weights @ variances, rtol=1e-4)
+    fit(model, *examples())
+    assert model.totals[4] == 0
+    model.request_stop()
+    fit(model, *examples())
+    assert model.totals[4] == 1
 
 
-def test_network_recalibrated_on_a_batch_sees_it_as_in_training():
-    model, (images, labels) = compiled(), examples()
-    train(model, 2)
-    expected = model.logits_model(images, training=True)
-    trained = {path: v for path, v in values(model).items() if "moving" not in path}
-    model.recompute_statistics(iter([(tf.constant(images), tf.constant(labels))]), 1)
-    np.testing.assert_allclose(model.logits_model(images, training=False), expected, atol=1e-5)
-    for path, value in trained.items():
-        np.testing.assert_array_equal(values(model)[path], value)
+def test_train_step_of_a_subclass_is_what_fit_runs():
+    class Doubling(classifier.Classifier):
+        def train_step(self, data):
+            return 2 * super().train_step(data)
 
-
-@pytest.mark.parametrize(("norm", "count"), [(True, 0), (False, 5)])
-def test_recalibration_of_nothing_takes_no_batch_and_changes_nothing(norm, count):
-    model = compiled(tiny(norm))
-    before = values(model)
-    model.recompute_statistics(iter(()), count)
-    for path, value in values(model).items():
-        np.testing.assert_array_equal(value, before[path])
-
-
-def test_recalibration_sees_the_network_without_dropout():
-    keras.utils.set_random_seed(0)
-    images, x = classifier.image_input((8, 8, 3))
-    x = keras.layers.Dropout(0.5, name="drop")(x)
-    x = layers.conv_norm(x, 4, 3, name="block")
-    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
-    logits = keras.layers.Dense(3, name="logits")(x)
-    model = classifier.Classifier.build_from(images, logits, "dropped")
-    model.compile("sgd")
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
-    seeds = model.get_layer("drop").seed_generator.state.numpy()
-    model.recompute_statistics(iter([(pixels, None)]), 1)
-    inner = keras.Model(model.inputs[0], model.get_layer("block_conv").output)
-    plain = inner(pixels, training=False).numpy()
-    layer = model.get_layer("block_bn")
-    np.testing.assert_allclose(layer.moving_mean.numpy(), plain.mean((0, 1, 2)), atol=1e-5)
-    np.testing.assert_allclose(layer.moving_variance.numpy(), plain.var((0, 1, 2)), rtol=1e-4)
-    # Training still drops, and goes on where it would have without.
-    assert model.get_layer("drop").rate == 0.5
-    np.testing.assert_array_equal(model.get_layer("drop").seed_generator.state.numpy(), seeds)
-    dropped = inner(pixels, training=True).numpy()
-    assert np.abs(dropped - plain).max() > 0.1
+    network = tiny()
+    images, logits = network.inputs[0], network.get_layer("logits").output
+    model = compiled(Doubling.build_from(images, logits, "doubling"))
+    fit(model, *examples(10))
+    assert model.totals[2] == 20
 
 
 # ---- Precision
@@ -296,7 +172,7 @@ def test_each_policy_trains_and_gives_probabilities_of_its_variables_type(policy
     model, (images, labels) = compiled(ema=0.5, weight_decay=1e-3), examples()
     assert model.get_layer("logits").compute_dtype == computed
     before = values(model)
-    loss = step(model, images, labels)["loss"]
+    loss = fit(model, images, labels)["loss"]
     assert loss == pytest.approx(np.log(CLASSES), rel=0.5)
     for path, value in values(model).items():
         assert value.dtype == output
@@ -308,26 +184,7 @@ def test_each_policy_trains_and_gives_probabilities_of_its_variables_type(policy
     np.testing.assert_allclose(np.sum(probabilities, axis=1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision_computes_the_loss_in_float32(policy):
-    keras.config.set_dtype_policy(policy)
-    model, (images, labels) = compiled(), examples()
-    logits = model.logits_model(images, training=False).numpy().astype(np.float64)
-    got = evaluate(model, images, labels, batch_size=10)["loss"]
-    assert got == pytest.approx(cross_entropy(labels, logits), rel=1e-5)
-
-
-def test_float16_step_with_a_gradient_that_overflows_changes_no_weight():
-    keras.config.set_dtype_policy("mixed_float16")
-    model, (images, labels) = compiled(), examples()
-    model.optimizer.build(model.trainable_variables)
-    model.optimizer.dynamic_scale.assign(2.0**120)
-    before = values(model)
-    step(model, images, labels)
-    for path, value in values(model).items():
-        if "moving" not in path:
-            np.testing.assert_array_equal(value, before[path])
-    assert float(model.optimizer.dynamic_scale.numpy()) < 2.0**120
+# ---- The network alone, and what is refused
 
 
 def test_deployable_shares_the_weights_and_has_no_training_step():
@@ -335,10 +192,18 @@ def test_deployable_shares_the_weights_and_has_no_training_step():
     network = model.deployable
     assert type(network) is not classifier.Classifier
     assert network.name == "tiny"
-    step(model, images, labels)
+    fit(model, images, labels)
     np.testing.assert_array_equal(network(images), model(images))
     for mine, other in itertools.zip_longest(network.weights, model.weights):
         assert mine is other
+
+
+def test_input_is_scaled_to_plus_minus_one():
+    images, scaled = classifier.image_input((1, 3, 3))
+    given = np.array([[[[0, 255, 51]] * 3]], np.uint8)
+    np.testing.assert_allclose(
+        keras.Model(images, scaled)(given)[0, 0, 0], (-1, 1, -0.6), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("call", ["fit", "evaluate"])
@@ -349,3 +214,9 @@ def test_model_that_was_compiled_outside_of_the_scope_is_refused(call):
             getattr(model, call)(*examples(), verbose=0)
         assert "\n" not in str(error.value)
     getattr(model, call)(*examples(), verbose=0)
+
+
+@pytest.mark.parametrize("call", ["train_on_batch", "test_on_batch"])
+def test_calls_on_one_batch_say_what_to_call_instead(call):
+    with pytest.raises(NotImplementedError, match=f"{call}: call (fit|evaluate) on the batch"):
+        getattr(compiled(), call)(*examples())

@@ -18,7 +18,7 @@ WIDTHS = (390, 1280)  # pixels of a telephone and of a screen
 def write(path, *class_names) -> str:
     """The address of a report of a run for each of `class_names`."""
     records, galleries = [], []
-    picture = gallery._url(np.full((32, 32, 3), 90, np.uint8))
+    image = gallery._url(np.full((32, 32, 3), 90, np.uint8))
     for number, names in enumerate(class_names):
         flags = {"data": f"folder:/{LONG}", "learning_rate": 0.1 + number}
         run = reports.write_run(path / f"{LONG}{number}", names, flags)
@@ -26,11 +26,11 @@ def write(path, *class_names) -> str:
         reports.disturb(run)
         found = record.load(run)
         mistakes = tuple(
-            m | {"top": [(names[0], 0.5)], "picture": picture, "overlay": picture}
-            for m in found.figures["mistakes"][:5]
+            m | {"top": [(names[0], 0.5)], "image": image, "overlay": image}
+            for m in found.metrics["mistakes"][:5]
         )
         records.append(found)
-        galleries.append(Gallery("", mistakes, {"jpeg": [picture] * 5}))
+        galleries.append(Gallery("", mistakes, {"jpeg": [image] * 5}))
     report.write(path / "report.html", records, galleries)
     return (path / "report.html").as_uri()
 

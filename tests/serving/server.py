@@ -15,8 +15,8 @@ class Server:
     """A started `python -m keras_cifar.serve`.
 
     Attributes:
-        process: of it.
-        url: that of the model.
+        process: the server's.
+        url: the model's.
         host, port: where it listens.
     """
 
@@ -32,25 +32,25 @@ class Server:
         parts = urllib.parse.urlsplit(self.url)
         self.host, self.port = parts.hostname, parts.port
 
-    def ask(self, method: str, path: str, body=None) -> tuple[int, object]:
-        """(status, the JSON of the answer or its text); a body that is no bytes is sent as JSON."""
+    def request(self, method: str, path: str, body=None) -> tuple[int, object]:
+        """(status, the JSON or text of the response); a body other than bytes is sent as JSON."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
         with contextlib.closing(connection):
             if body is not None and not isinstance(body, bytes):
                 body = json.dumps(body).encode()
             connection.request(method, path, body)
-            answer = connection.getresponse()
-            text = answer.read()
-            if answer.headers.get_content_type() == "application/json":
-                return answer.status, json.loads(text)
-            return answer.status, text.decode()
+            response = connection.getresponse()
+            text = response.read()
+            if response.headers.get_content_type() == "application/json":
+                return response.status, json.loads(text)
+            return response.status, text.decode()
 
     def predict(self, body) -> tuple[int, object]:
-        return self.ask("POST", "/v1/models/model:predict", body)
+        return self.request("POST", "/v1/models/model:predict", body)
 
     def metric(self, name: str) -> float:
         """The sum of a Prometheus metric over its labels."""
-        text = self.ask("GET", "/metrics")[1]
+        text = self.request("GET", "/metrics")[1]
         found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.M)
         assert found, name
         return sum(map(float, found))

@@ -24,8 +24,8 @@ def address(served_run) -> str:
 
 
 @pytest.fixture
-def picture(tmp_path):
-    """A picture of another size and proportion than the model takes, in a turned JPEG."""
+def image(tmp_path):
+    """An image of another size and aspect ratio than the model takes, in a rotated JPEG."""
     pixels = colour_images(3, 40, 3, seed=4)[0][2].repeat(2, axis=1)
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation
@@ -34,8 +34,8 @@ def picture(tmp_path):
     return path
 
 
-def test_the_page_asks_nobody_else(served_run):
-    status, page = served_run.ask("GET", "/")
+def test_the_page_uses_only_its_server(served_run):
+    status, page = served_run.request("GET", "/")
     assert status == 200
     assert page.startswith("<!doctype html>")
     assert "{{" not in page
@@ -45,25 +45,25 @@ def test_the_page_asks_nobody_else(served_run):
     assert 'name="viewport"' in page
 
 
-def test_what_the_page_calls_answers(served_run, picture, trained_run):
-    names = served_run.ask("GET", "/v1/models/model/metadata")[1]["metadata"]["class_names"]
+def test_the_requests_of_the_page_are_answered(served_run, image, trained_run):
+    names = served_run.request("GET", "/v1/models/model/metadata")[1]["metadata"]["class_names"]
     body = {
         "signature_name": "serving_bytes",
-        "inputs": [{"b64": base64.b64encode(picture.read_bytes()).decode()}],
+        "inputs": [{"b64": base64.b64encode(image.read_bytes()).decode()}],
     }
-    status, answer = served_run.predict(body)
+    status, response = served_run.predict(body)
     assert status == 200
-    assert len(answer["outputs"]["probabilities"][0]) == len(names) == 3
-    assert answer["outputs"]["label"][0] in names
+    assert len(response["outputs"]["probabilities"][0]) == len(names) == 3
+    assert response["outputs"]["label"][0] in names
 
 
 @pytest.fixture
 def page(browser, address):
-    """The page, whose requests are noted in `page.asked`, and which must not report an error."""
+    """The page, with its requests in `page.requests`; it must not report an error."""
     context = browser.new_context(viewport={"width": 360, "height": 640}, color_scheme="light")
     page = context.new_page()
-    page.asked, errors = [], []
-    page.on("request", lambda request: page.asked.append(request.url))
+    page.requests, errors = [], []
+    page.on("request", lambda request: page.requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.set_default_timeout(10_000)
     page.goto(address)
@@ -85,21 +85,21 @@ def shares(page) -> list[tuple[str, float]]:
     ]
 
 
-def test_a_chosen_picture_is_classified_as_locally(page, picture, address, trained_run, tmp_path):
-    page.set_input_files("#file", picture)
+def test_a_chosen_image_is_classified_as_locally(page, image, address, trained_run, tmp_path):
+    page.set_input_files("#file", image)
     found = shares(page)
     predictor = Predictor(str(trained_run.path))
-    expected = predictor.classify(load_image(picture, (16, 16))[np.newaxis])[0]
+    expected = predictor.classify(load_image(image, (16, 16))[np.newaxis])[0]
     assert [name for name, _ in found] == [predictor.class_names[i] for i in np.argsort(-expected)]
     np.testing.assert_allclose([s for _, s in found], 100 * np.sort(expected)[::-1], atol=0.2)
-    assert page.locator("#said").text_content() == f"It looks like: {found[0][0]}"
+    assert page.locator("#said").text_content() == f"Prediction: {found[0][0]}"
     assert page.locator("#shown").is_visible()
     widths = page.locator("#classes b").evaluate_all("bars => bars.map(b => b.offsetWidth)")
     whole = page.locator("#classes i").first.evaluate("track => track.offsetWidth")
     np.testing.assert_allclose(np.array(widths) / whole, [s / 100 for _, s in found], atol=0.01)
-    # On a telephone nothing is cut off, and nothing was asked of others.
+    # Nothing is cut off on a phone, and no other server got a request.
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert all(url.startswith((address, "blob:", "data:")) for url in page.asked)
+    assert all(url.startswith((address, "blob:", "data:")) for url in page.requests)
     shot = tmp_path / "page.png"
     page.screenshot(path=shot, full_page=True)
     if folder := os.environ.get("SCREENSHOTS"):
@@ -108,7 +108,7 @@ def test_a_chosen_picture_is_classified_as_locally(page, picture, address, train
     assert (0x1F, 0x6F, 0xEB) in colours  # a bar's
 
 
-def test_a_dropped_picture_is_classified(page, picture):
+def test_a_dropped_image_is_classified(page, image):
     page.evaluate(
         """data => {
             const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
@@ -117,12 +117,12 @@ def test_a_dropped_picture_is_classified(page, picture):
             const drop = new DragEvent("drop", {dataTransfer: transfer, bubbles: true});
             document.getElementById("drop").dispatchEvent(drop);
         }""",
-        base64.b64encode(picture.read_bytes()).decode(),
+        base64.b64encode(image.read_bytes()).decode(),
     )
     assert len(shares(page)) == 3
 
 
-def test_the_keyboard_alone_chooses_a_picture(page, picture):
+def test_an_image_is_chosen_by_keyboard(page, image):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
     assert (
@@ -130,30 +130,30 @@ def test_the_keyboard_alone_chooses_a_picture(page, picture):
     )
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
-    chooser.value.set_files(picture)
+    chooser.value.set_files(image)
     assert len(shares(page)) == 3
 
 
-def test_what_is_no_picture_is_said(page, tmp_path, picture):
-    page.set_input_files("#file", picture)
+def test_a_file_that_is_not_an_image_is_reported(page, tmp_path, image):
+    page.set_input_files("#file", image)
     shares(page)
-    (tmp_path / "x.png").write_bytes(b"no picture")
+    (tmp_path / "x.png").write_bytes(b"no image")
     page.set_input_files("#file", tmp_path / "x.png")
     page.wait_for_selector("#said.bad")
-    assert "not a picture" in page.locator("#said").text_content()
+    assert "not an image" in page.locator("#said").text_content()
     assert page.locator("#classes li").count() == 0
     assert not page.locator("#shown").is_visible()
 
 
-def test_a_server_that_is_gone_is_said(page, picture):
+def test_an_unreachable_server_is_reported(page, image):
     page.route("**/v1/**", lambda route: route.abort())
-    page.set_input_files("#file", picture)
+    page.set_input_files("#file", image)
     page.wait_for_selector("#said.bad")
     assert page.locator("#said").text_content() == "The server cannot be reached."
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_light_and_dark(page, scheme):
+def test_text_is_readable_in_light_and_dark(page, scheme):
     page.emulate_media(color_scheme=scheme)
     colours = page.evaluate(
         """() => ["backgroundColor", "color"].map(

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's JSON to tensors and back, and batches, without a server."""
+"""Conversion of TensorFlow Serving's JSON, and batching, without a server."""
 
 import asyncio
 import base64
@@ -33,21 +33,21 @@ def strings(request) -> list:
         {"inputs": {"images": [IMAGE, IMAGE]}},
     ],
 )
-def test_every_way_to_write_pixels(request_):
+def test_pixels_in_every_format(request_):
     array = pixels(request_)
     assert array.dtype == np.uint8
     assert array.tolist() == [IMAGE, IMAGE]
 
 
 @pytest.mark.parametrize("wrap", [lambda v: {"image_bytes": v}, lambda v: v])
-def test_every_way_to_write_bytes(wrap):
+def test_strings_in_every_format(wrap):
     some = {"b64": base64.b64encode(b"\xff\x00a").decode()}
     assert strings({"instances": [wrap(some), wrap("ä")]}) == [b"\xff\x00a", "ä".encode()]
     assert strings({"inputs": wrap([some, "ä"])}) == [b"\xff\x00a", "ä".encode()]
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "message"),
     [
         (b"", "not JSON"),
         (b"\xff", "not JSON"),
@@ -59,8 +59,8 @@ def test_every_way_to_write_bytes(wrap):
         (b'{"signature_name": 3, "inputs": [1]}', "signature_name"),
     ],
 )
-def test_what_is_no_request_is_refused(body, words):
-    with pytest.raises(rest.RequestError, match=words) as caught:
+def test_an_invalid_request_is_refused(body, message):
+    with pytest.raises(rest.RequestError, match=message) as caught:
         rest.parse(body)
     assert caught.value.status == 400
 
@@ -72,7 +72,7 @@ def changed(value):
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "message"),
     [
         ({"instances": 3}, "not a list"),
         ({"instances": {"images": IMAGE}}, "not a list"),
@@ -100,8 +100,8 @@ def changed(value):
         (changed([1]), r"\[N, 2, 2, 3\]"),
     ],
 )
-def test_what_is_no_such_tensor_is_refused(request_, words):
-    with pytest.raises(rest.RequestError, match=words):
+def test_a_tensor_of_another_shape_or_type_is_refused(request_, message):
+    with pytest.raises(rest.RequestError, match=message):
         pixels(request_)
 
 
@@ -109,12 +109,12 @@ def test_what_is_no_such_tensor_is_refused(request_, words):
     "value",
     [1, None, [], {"b64": "?"}, {"b64": "AAA"}, {"b64": 1}, {"b64": "AAAA", "x": 1}, "\ud800"],
 )
-def test_what_is_no_string_is_refused(value):
+def test_an_invalid_string_is_refused(value):
     with pytest.raises(rest.RequestError):
         strings({"instances": [{"b64": "AAAA"}, value]})
 
 
-def test_answers_are_in_the_requests_format():
+def test_responses_have_the_format_of_the_request():
     outputs = {
         "probabilities": np.array([[0.25, np.nan]], np.float32),
         "label": np.array(["ä".encode()], object),
@@ -122,22 +122,22 @@ def test_answers_are_in_the_requests_format():
     }
     row = {"probabilities": [0.25, None], "label": "ä", "some_bytes": {"b64": "/w=="}}
 
-    def answer(key, outputs):
+    def response(key, outputs):
         call = rest.Call("s", key == "instances", [])
-        return json.loads(rest.answer(call, outputs), parse_constant=lambda name: None)
+        return json.loads(rest.response(call, outputs), parse_constant=lambda name: None)
 
-    assert answer("instances", outputs) == {"predictions": [row]}
-    assert answer("inputs", outputs) == {"outputs": {name: [v] for name, v in row.items()}}
+    assert response("instances", outputs) == {"predictions": [row]}
+    assert response("inputs", outputs) == {"outputs": {name: [v] for name, v in row.items()}}
     one = {"features": np.array([[1.5]], np.float32)}
-    assert answer("instances", one) == {"predictions": [[1.5]]}
-    assert answer("inputs", one) == {"outputs": [[1.5]]}
+    assert response("instances", one) == {"predictions": [[1.5]]}
+    assert response("inputs", one) == {"outputs": [[1.5]]}
 
 
 # ---- Batches
 
 
 class Doubler:
-    """Computes 2 x, notes the batches, and can be held up."""
+    """Computes 2 x, records the batches, and can be blocked."""
 
     def __init__(self):
         self.batches = []
@@ -153,7 +153,7 @@ class Doubler:
 
 
 def with_batcher(body, size=4, wait=0.0):
-    """Runs `await body(batcher)` with a batcher that works."""
+    """Runs `await body(batcher)` with a running batcher."""
 
     async def main():
         batcher = Batcher(size, wait)
@@ -166,7 +166,7 @@ def with_batcher(body, size=4, wait=0.0):
     return asyncio.run(main())
 
 
-def test_what_comes_during_a_batch_is_computed_together():
+def test_requests_that_arrive_during_a_batch_are_computed_together():
     double = Doubler()
 
     async def body(batcher):
@@ -185,7 +185,7 @@ def test_what_comes_during_a_batch_is_computed_together():
     assert double.batches == [[0], [1, 2, 3, 4], [5, 6]]
 
 
-def test_only_what_the_same_function_computes_is_together():
+def test_only_requests_for_the_same_function_share_a_batch():
     one, other = Doubler(), Doubler()
 
     async def body(batcher):
@@ -206,7 +206,7 @@ def test_a_request_larger_than_a_batch_is_computed_whole():
     assert with_batcher(body) == list(range(0, 18, 2))
 
 
-def test_one_requests_fault_is_not_the_others():
+def test_one_bad_request_does_not_fail_the_others():
     double = Doubler()
 
     async def body(batcher):
@@ -218,7 +218,7 @@ def test_one_requests_fault_is_not_the_others():
     assert str(second) == "minus one"
 
 
-def test_a_batch_waits_for_what_is_on_its_way_but_not_for_ever():
+def test_a_batch_waits_for_arriving_requests_up_to_its_limit():
     double = Doubler()
 
     async def body(batcher):
@@ -236,7 +236,7 @@ def test_a_batch_waits_for_what_is_on_its_way_but_not_for_ever():
     assert double.batches == [[1, 2], [3]]
 
 
-def test_a_request_that_was_given_up_harms_nobody():
+def test_a_cancelled_request_does_not_fail_the_others():
     double = Doubler()
 
     async def body(batcher):

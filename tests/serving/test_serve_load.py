@@ -1,4 +1,4 @@
-"""A minute of real images and bad requests at the same time; needs CIFAR-10's pictures."""
+"""A minute of real images and bad requests at the same time; needs CIFAR-10's images."""
 
 import base64
 import concurrent.futures
@@ -29,20 +29,20 @@ PREDICT = "/v1/models/model:predict"
 CLIENTS = 16
 SECONDS = 60
 PATIENCE = 1  # seconds that the server waits for a body
-LARGEST = 50 * 2**20  # bytes of the request that is too large
+TOO_LARGE = 50 * 2**20  # bytes of the request that is too large
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[pathlib.Path]:
+def images() -> list[pathlib.Path]:
     """A thousand test images, a hundred a class."""
     root = pathlib.Path(os.environ["CIFAR10_FOLDER"]) / "test"
     return [path for folder in sorted(root.iterdir()) for path in sorted(folder.iterdir())[:100]]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, pictures) -> Run:
-    """A network that has learnt a little of 2,000 images: its probabilities are close together."""
-    data, source = tmp_path_factory.mktemp("data"), pictures[0].parents[2]
+def run(tmp_path_factory, images) -> Run:
+    """A briefly trained network: its probabilities are close together."""
+    data, source = tmp_path_factory.mktemp("data"), images[0].parents[2]
     for split, count in (("train", 200), ("test", 5)):
         for folder in sorted((source / split).iterdir()):
             (data / split / folder.name).mkdir(parents=True)
@@ -57,10 +57,10 @@ def run(tmp_path_factory, pictures) -> Run:
 
 
 @pytest.fixture(scope="module")
-def expected(run, pictures) -> list[str]:
+def expected(run, images) -> list[str]:
     """The labels by local prediction."""
     predictor = Predictor(str(run.path))
-    best = predictor.classify(np.stack([load_image(p, (32, 32)) for p in pictures])).argmax(1)
+    best = predictor.classify(np.stack([load_image(p, (32, 32)) for p in images])).argmax(1)
     return [predictor.class_names[index] for index in best]
 
 
@@ -71,18 +71,18 @@ def server(run):
 
 
 def label(server, path) -> str:
-    """The label of a picture, whose file is sent as it is."""
+    """The predicted label of an image file, which is sent unchanged."""
     encoded = {"b64": base64.b64encode(path.read_bytes()).decode()}
     request = {"signature_name": "serving_bytes", "instances": [encoded]}
-    status, answer = server.predict(request)
-    assert status == 200, answer
-    return answer["predictions"][0]["label"]
+    status, response = server.predict(request)
+    assert status == 200, response
+    return response["predictions"][0]["label"]
 
 
 @pytest.mark.cifar
-def test_a_thousand_real_images_have_the_labels_of_local_prediction(server, pictures, expected):
+def test_a_thousand_real_images_have_the_labels_of_local_prediction(server, images, expected):
     with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
-        found = list(pool.map(lambda path: label(server, path), pictures))
+        found = list(pool.map(lambda path: label(server, path), images))
     assert len(found) == 1000
     assert len(set(found)) > 3
     assert found == expected
@@ -91,8 +91,8 @@ def test_a_thousand_real_images_have_the_labels_of_local_prediction(server, pict
 
 
 def refused(server, body) -> None:
-    status, answer = server.predict(body)
-    assert (status, list(answer)) == (400, ["error"])
+    status, response = server.predict(body)
+    assert (status, list(response)) == (400, ["error"])
 
 
 def not_json(server) -> None:
@@ -115,10 +115,10 @@ def connect(server, length: int) -> socket.socket:
 
 
 def too_large(server) -> None:
-    with contextlib.closing(connect(server, LARGEST)) as connection:
+    with contextlib.closing(connect(server, TOO_LARGE)) as connection:
         # The server may close while this still sends.
         with contextlib.suppress(OSError):
-            for _ in range(LARGEST // 2**20):
+            for _ in range(TOO_LARGE // 2**20):
                 connection.sendall(bytes(2**20))
         with contextlib.suppress(ConnectionError):
             assert connection.recv(12) in (b"HTTP/1.1 413", b"")
@@ -137,7 +137,7 @@ def slow(server) -> None:
 
 def dropped(server) -> None:
     body = json.dumps({"instances": np.zeros((8, 32, 32, 3), int).tolist()}).encode()
-    for sent in (body[:-1], body):  # before the request is whole, and before the answer
+    for sent in (body[:-1], body):  # before the request is whole, and before the response
         connection = connect(server, len(body))
         connection.sendall(sent)
         connection.close()
@@ -145,17 +145,17 @@ def dropped(server) -> None:
 
 @pytest.mark.cifar
 @pytest.mark.slow
-def test_for_a_minute_bad_requests_fail_alone_and_memory_stays(server, pictures, expected):
+def test_for_a_minute_bad_requests_fail_alone_and_memory_stays(server, images, expected):
     kinds = (not_json, wrong_shape, not_an_image, too_large, slow, dropped)
     counts, memory = dict.fromkeys(["good", *(f.__name__ for f in kinds)], 0), []
-    turns, lock = itertools.cycle(range(len(pictures))), threading.Lock()
+    turns, lock = itertools.cycle(range(len(images))), threading.Lock()
     end = time.monotonic() + SECONDS
 
     def good() -> None:
         while time.monotonic() < end:
             with lock:
                 number = next(turns)
-            assert label(server, pictures[number]) == expected[number]
+            assert label(server, images[number]) == expected[number]
             with lock:
                 counts["good"] += 1
 

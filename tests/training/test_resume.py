@@ -1,4 +1,4 @@
-"""Stopping, going on, going back, beginning with other weights; one writer; full disks."""
+"""Stopping, resuming, rolling back, starting from other weights; one writer; full disks."""
 
 import contextlib
 import csv
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from keras_cifar.core.files import versions
 from keras_cifar.core.run_directory import Run
 from keras_cifar.models.classifier import Classifier
 from keras_cifar.training import checkpoint, recorder, signals, trainer, transfer
-from keras_cifar.training import plan as planning
+from keras_cifar.training.plan import prepare
 from tests.conftest import write_folder
 from tests.training.kills import TIMES, joined, saved_state, scalars
 
@@ -59,7 +60,7 @@ def whole(tmp_path_factory, image_folder) -> list:
 
 @contextlib.contextmanager
 def signalled(monkeypatch, method: str, count: int, number: int = signal.SIGTERM):
-    """Sends this process a signal in the so-manieth call of a method of the Recorder."""
+    """Sends this process a signal in the nth call of a method of the Recorder."""
     original, calls = getattr(recorder.Recorder, method), []
 
     def send(self, *arguments, **kwargs):
@@ -80,14 +81,13 @@ def signalled(monkeypatch, method: str, count: int, number: int = signal.SIGTERM
 @pytest.mark.parametrize(
     ("method", "count", "number", "place"),
     [
-        ("on_train_batch_end", 2, signal.SIGTERM, "step 2 of 5 in epoch 1 of 3"),
         ("on_train_batch_end", 8, signal.SIGINT, "step 3 of 5 in epoch 2 of 3"),
         ("on_train_batch_end", 10, signal.SIGTERM, "step 5 of 5 in epoch 2 of 3"),
         ("on_test_batch_end", 1, signal.SIGTERM, "step 5 of 5 in epoch 1 of 3"),
         ("_write_history", 3, signal.SIGTERM, "step 1 of 5 in epoch 3 of 3"),
     ],
 )
-def test_signal_saves_after_the_step_and_the_run_goes_on_to_the_same_end(
+def test_signal_saves_after_the_step_and_the_run_resumes_to_the_same_end(
     tmp_path, image_folder, monkeypatch, capsys, whole, method, count, number, place
 ):
     path = tmp_path / "run"
@@ -96,10 +96,10 @@ def test_signal_saves_after_the_step_and_the_run_goes_on_to_the_same_end(
     assert caught.value.status == 128 + number
     assert str(caught.value) == (
         f"stopped by {number.name}; {place} is saved in {path / 'checkpoint'}; the same command with "
-        f"--run_dir={path} goes on"
+        f"--run_dir={path} resumes"
     )
     run = train_to(path, image_folder)
-    assert f"going on after {place}\n" in capsys.readouterr().out
+    assert f"resuming from {place}\n" in capsys.readouterr().out
     assert results(run) == whole
 
 
@@ -109,7 +109,7 @@ def test_signal_before_training_ends_at_once(tmp_path, image_folder, monkeypatch
         time.sleep(60)
 
     monkeypatch.setattr(models, "build", build)
-    with pytest.raises(StoppedError, match="stopped by SIGTERM; what was saved stays"):
+    with pytest.raises(StoppedError, match="stopped by SIGTERM; saved files are intact"):
         train_to(tmp_path / "run", image_folder)
     assert not (tmp_path / "run").exists()
 
@@ -117,8 +117,8 @@ def test_signal_before_training_ends_at_once(tmp_path, image_folder, monkeypatch
 def test_second_signal_exits_at_once(monkeypatch):
     exits, before = [], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(os, "_exit", exits.append)
-    asked = signals.Interruption()
-    with pytest.raises(StoppedError), asked.heard(), asked.deferred():
+    asked = signals.StopSignals()
+    with pytest.raises(StoppedError), asked.handled(), asked.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         assert not exits
@@ -149,31 +149,43 @@ def test_command_exits_with_the_signals_status_and_one_line(tmp_path, image_fold
 # ---- When checkpoints are written
 
 
+def test_checkpoints_are_written_when_they_are_due(tmp_path, image_folder, monkeypatch):
+    found, original = [], checkpoint.save
+
+    def save(directory, model, progress, step):
+        found.append(step)
+        return original(directory, model, progress, step)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    flags = {"epochs": 2, "checkpoint_every": 3, "steps_per_execution": 2}
+    train_to(tmp_path / "run", image_folder, **flags)
+    assert found == [0, 4, 5, 7, 9, 10]
+
+
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
-        ({"checkpoint_every": 2}, [0, 2, 4, 5, 6, 8, 10, 10]),
-        ({"checkpoint_every": 3, "steps_per_execution": 2}, [0, 4, 5, 7, 9, 10]),
-        ({"checkpoint_seconds": 1e-9}, [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]),
-        ({"checkpoint_seconds": 0.0}, [0, 5, 10]),
-        ({}, [0, 5, 10]),
+        ({"checkpoint_every": 2}, [2, 4, 6, 8, 10]),
+        ({"checkpoint_seconds": 1e-9}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        ({"checkpoint_seconds": 0.0}, []),
+        ({}, []),
     ],
 )
-def test_checkpoints_are_written_when_they_are_due(
-    tmp_path, image_folder, monkeypatch, flags, steps
-):
-    found, original = [], checkpoint.save
+def test_checkpoints_are_due_by_steps_and_by_time(flags, steps):
+    """Steps of two epochs of five."""
+    due = []
+    for step in range(1, 11):
+        epoch, done = divmod(step - 1, 5)
+        plan = types.SimpleNamespace(config=TrainConfig.from_flags(**flags), steps_per_epoch=5)
+        now = types.SimpleNamespace(
+            plan=plan, epochs_done=epoch, _steps=done + 1, _saved_at=time.perf_counter()
+        )
+        if recorder.Recorder._checkpoint_is_due(now, before=done):
+            due.append(step)
+    assert due == steps
 
-    def save(directory, model, position, step):
-        found.append(step)
-        return original(directory, model, position, step)
 
-    monkeypatch.setattr(checkpoint, "save", save)
-    train_to(tmp_path / "run", image_folder, epochs=2, **flags)
-    assert found == steps
-
-
-def test_the_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_the_run_resumes_from_the_checkpoint_before_a_damaged_one(
     tmp_path, image_folder, monkeypatch, capsys, whole
 ):
     path = tmp_path / "run"
@@ -184,7 +196,7 @@ def test_the_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     run = train_to(path, image_folder)
     said = capsys.readouterr().out
     assert f"checkpoint {newest.name} is damaged" in said
-    assert "going on after epoch 1 of 3\n" in said
+    assert "resuming from epoch 1 of 3\n" in said
     assert results(run) == whole
 
 
@@ -193,14 +205,12 @@ def test_a_history_without_checkpoints_is_not_overwritten(tmp_path, image_folder
     before = run.model.read_bytes()
     for path in run.checkpoint.iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="has a history and no checkpoint"):
+    with pytest.raises(UserError, match="has a history but no checkpoint"):
         train_to(run.path, image_folder, epochs=1)
     assert run.model.read_bytes() == before
 
 
-def test_what_is_derived_from_the_history_is_mended_when_a_run_goes_on(
-    tmp_path, image_folder, whole
-):
+def test_files_derived_from_the_history_are_rewritten_on_resuming(tmp_path, image_folder, whole):
     run = train_to(tmp_path / "run", image_folder)
     run.history.write_text("epoch\n1\n")
     for path in run.tensorboard.rglob("events.*"):
@@ -232,7 +242,7 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path, image_folde
         assert f"{run.path} is in use: process {first.pid} on " in str(caught.value)
         assert not run.config.exists()
         first.kill()
-    # What it left is no obstacle.
+    # What it left does not matter.
     (run.path / f"{files.TEMPORARY}x").mkdir()
     train_to(run.path, image_folder, epochs=1)
     assert not (run.path / f"{files.TEMPORARY}x").exists()
@@ -267,13 +277,13 @@ def full_while(monkeypatch, full_disk, owner, name: str):
         yield
 
 
-def test_full_disk_between_epochs_is_said_and_training_goes_on(
+def test_full_disk_between_epochs_is_a_warning_and_training_continues(
     tmp_path, image_folder, monkeypatch, full_disk, capsys, whole
 ):
     with full_while(monkeypatch, full_disk, recorder.Recorder, "on_train_batch_end"):
         run = train_to(tmp_path / "run", image_folder, checkpoint_every=2)
     error = capsys.readouterr().err.splitlines()
-    assert error[0].startswith("no checkpoint at step 2 (File too large: ")
+    assert error[0].startswith("warning: no checkpoint at step 2 (File too large: ")
     assert len(error) == 7  # steps 2, 4, ... 14
     assert results(run) == whole
 
@@ -282,7 +292,7 @@ def test_full_disk_between_epochs_is_said_and_training_goes_on(
     ("owner", "name"),
     [
         (checkpoint, "save"),
-        (recorder.Recorder, "_epoch_metrics"),
+        (recorder.Recorder, "_validate"),
         (recorder.Scalars, "add"),
         (trainer.saved_model, "export"),
         pytest.param(recorder, "write_history", marks=pytest.mark.slow),
@@ -290,7 +300,7 @@ def test_full_disk_between_epochs_is_said_and_training_goes_on(
         pytest.param(trainer.evaluation, "evaluate", marks=pytest.mark.slow),
     ],
 )
-def test_full_disk_stops_the_run_and_what_was_saved_still_loads(
+def test_full_disk_stops_the_run_and_saved_files_still_load(
     tmp_path, image_folder, monkeypatch, full_disk, whole, owner, name
 ):
     path = tmp_path / "run"
@@ -356,7 +366,7 @@ def poisoned(monkeypatch, times: int):
 
 
 @pytest.mark.parametrize("flags", [{}, {"replicas": 2}], ids=["one device", "two replicas"])
-def test_rollback_goes_back_to_the_last_checkpoint_with_half_the_rate(
+def test_rollback_resumes_from_the_last_checkpoint_with_half_the_rate(
     tmp_path, image_folder, monkeypatch, capsys, flags
 ):
     rates = poisoned(monkeypatch, 2)
@@ -365,8 +375,11 @@ def test_rollback_goes_back_to_the_last_checkpoint_with_half_the_rate(
     assert rates == pytest.approx([1e-3, 5e-4])
     said = capsys.readouterr().out
     assert "the loss became nan at step 8 (epoch 2, learning rate 0.001, " in said
-    assert "; back to epoch 1 of 3 with 0.5 of the learning rate (1 of at most 3 times)" in said
-    assert "with 0.25 of the learning rate (2 of at most 3 times)" in said
+    assert (
+        "; rolled back to epoch 1 of 3 with 0.5 of the learning rate (1 of at most 3 rollbacks)"
+        in said
+    )
+    assert "with 0.25 of the learning rate (2 of at most 3 rollbacks)" in said
     _, position = saved_state(run.checkpoint)
     assert [row["epoch"] for row in position["history"]] == [1, 2, 3]
     assert [row["learning_rate"] for row in position["history"]] == pytest.approx(
@@ -379,7 +392,7 @@ def test_rollback_goes_back_to_the_last_checkpoint_with_half_the_rate(
 def test_rollback_survives_an_interruption(tmp_path, image_folder, monkeypatch):
     poisoned(monkeypatch, 1)
     flags = {"on_nan": "rollback", "lr_schedule": "constant"}
-    with signalled(monkeypatch, "_epoch_metrics", 3), pytest.raises(StoppedError):
+    with signalled(monkeypatch, "_validate", 3), pytest.raises(StoppedError):
         train_to(tmp_path / "run", image_folder, **flags)
     run = train_to(tmp_path / "run", image_folder, **flags)
     rates = [row["learning_rate"] for row in saved_state(run.checkpoint)[1]["history"]]
@@ -408,7 +421,7 @@ def test_gradient_that_is_not_finite_is_noticed_before_it_is_saved(
     assert saved_state(tmp_path / "run" / "checkpoint")[1]["steps"] == 0
 
 
-# ---- Beginning with other weights
+# ---- Starting from other weights
 
 
 @pytest.fixture(scope="module")
@@ -421,9 +434,9 @@ def layer_weights(model, name) -> bytes:
 
 
 def begun(path, folder, **flags):
-    """The model that a run begins with, and its plan."""
+    """The model that a run starts with, and its plan."""
     flags = FLAGS | {"ema": 0.0} | flags
-    plan = planning.prepare(TrainConfig.from_flags(data=f"folder:{folder}", **flags))
+    plan = prepare(TrainConfig.from_flags(data=f"folder:{folder}", **flags))
     return plan.model, plan
 
 
@@ -434,7 +447,7 @@ def test_init_from_takes_all_weights_of_the_same_classes(tmp_path, image_folder,
     old = models.load(trained.model)
     assert joined(model.get_weights()) == joined(old.get_weights())
     assert joined(x.numpy() for x in model.averages) == joined(old.get_weights())
-    assert f"begins    with the weights of {trained.model}" in plan.describe()
+    assert f"weights   the weights of {trained.model}" in plan.summary()
     assert "new" not in plan.origin
 
 
@@ -450,20 +463,22 @@ def test_init_from_has_a_new_head_for_other_classes(tmp_path, trained, classes):
     names = [layer.name for layer in old.layers if layer.weights and layer.name != "logits"]
     assert all(layer_weights(model, name) == layer_weights(old, name) for name in names)
     assert layer_weights(model, "logits") != layer_weights(old, "logits")
-    assert plan.origin.endswith("; new are logits")
+    assert plan.origin.endswith("; new layers: logits")
 
 
-def test_init_from_another_network_is_refused_in_words(tmp_path, image_folder, trained):
-    with pytest.raises(UserError, match="is of another network: it and resnet20 do not both have"):
+def test_init_from_another_network_is_refused(tmp_path, image_folder, trained):
+    with pytest.raises(
+        UserError, match="is another network: only one of it and resnet20 has the layer"
+    ):
         begun(tmp_path, image_folder, model="resnet20", init_from=str(trained.path))
-    with pytest.raises(UserError, match=r"does not fit: layer .* give the same --model and"):
+    with pytest.raises(UserError, match=r"does not fit: layer .* use the same --model and"):
         begun(tmp_path, image_folder, image_size=24, init_from=str(trained.path))
     with pytest.raises(UserError, match="does not exist"):
         begun(tmp_path, image_folder, init_from=str(tmp_path / "none"))
 
 
 def test_init_from_is_read_once_alone(tmp_path, image_folder, trained, monkeypatch):
-    """A run that goes on needs the old one no more, and takes nothing of it again."""
+    """A resumed run does not read the weights of --init_from again."""
     flags = {"init_from": str(tmp_path / "old.keras")}
     (tmp_path / "old.keras").write_bytes(trained.model.read_bytes())
     with signalled(monkeypatch, "on_train_batch_end", 4), pytest.raises(StoppedError):
@@ -493,9 +508,10 @@ def test_frozen_layers_stay_and_the_others_learn(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("none", "unknown layer in --freeze"), ("logits", "leaves no layer")]
+    ("name", "words"),
+    [("none", "unknown layer in --freeze"), ("logits", "leaves nothing to train")],
 )
-def test_freeze_of_what_is_not_there_or_all(tmp_path, image_folder, name, words):
+def test_freeze_of_an_unknown_layer_or_of_all(tmp_path, image_folder, name, words):
     with pytest.raises(UsageError, match=words):
         begun(tmp_path, image_folder, freeze=name)
 
@@ -510,4 +526,4 @@ def test_auxiliary_classifiers_are_new(tmp_path):
         x.name for x in model.layers
     }
     assert heads
-    assert set(line.partition("; new are ")[2].split(", ")) == heads
+    assert set(line.partition("; new layers: ")[2].split(", ")) == heads

@@ -110,7 +110,7 @@ def test_stopped_run_says_how_all_go_on(tmp_path, image_folder, monkeypatch):
     with pytest.raises(StoppedError) as caught:
         train.main(flags)
     assert str(caught.value).endswith(
-        f"is saved in {path}/seed_0/checkpoint; the same command with --run_dir={path} goes on"
+        f"is saved in {path}/seed_0/checkpoint; the same command with --run_dir={path} resumes"
     )
     train.main(flags)
     assert len(calls) == 5

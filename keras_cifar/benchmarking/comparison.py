@@ -1,0 +1,153 @@
+"""The training step, `fit`, the input pipeline and prediction, beside what other frameworks reach."""
+
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+from keras_cifar.benchmarking.contest import (
+    Contest,
+    columns,
+    package_environment,
+    print_table,
+    show,
+    spread,
+)
+from keras_cifar.benchmarking.options import BenchmarkOptions
+
+STEP, FIT, PIPELINE, PREDICT = "training step", "whole fit", "input pipeline", "prediction"
+GEMM = "matrix multiply, GFLOP/s"
+PLAIN, PLAIN_PREDICT = "plain Keras", "plain Keras, prediction"
+
+PREDICTED = 10_000  # images, as many as CIFAR-10's test split
+SLOWER = 0.95  # a rate below this share of another one is lower by more than chance
+ARITHMETIC = 0.6  # from this share of the matrix-multiply rate on, little but arithmetic is left
+
+
+def measure(options: BenchmarkOptions, flops: int) -> dict:
+    """Measures and prints this comparison.
+
+    Args:
+        options: of the command.
+        flops: additions and multiplications of a training step for each image.
+    """
+    with tempfile.TemporaryDirectory() as scratch, Contest(options) as contest:
+        export = pathlib.Path(scratch) / "export"
+        _add_ours(contest, export)
+        # Some machines name an older CPU to OpenBLAS, which halves its rate.
+        contest.add(GEMM, "gemm", {"OPENBLAS_CORETYPE": None})
+        if options.peers:
+            _add_peers(contest)
+        measured = contest.take_turns()
+        cold = cold_start(options.rounds, export)
+        shares = contest.add("profile", "ours", what="profile").turn().get("shares", {})
+    fraction = measured[STEP]["median"] * flops / 1e9 / measured[GEMM]["median"]
+    result = {
+        "figures": measured,
+        "cold_start": cold,
+        "flops_an_image": flops,
+        "fraction_of_matrix_multiply": fraction,
+        "shares": shares,
+        "bound": bound(measured, fraction, shares),
+    }
+    _print(options, result)
+    return result
+
+
+def _add_ours(contest: Contest, export: pathlib.Path) -> None:
+    step, options = contest.add(STEP, "ours", what="step"), contest.options
+    if step.error:
+        raise RuntimeError(step.error)
+    images = step.turn(counted=False)["rate"] * options.seconds
+    contest.add(FIT, "ours", what="fit", steps=max(3, round(images / options.batch_size)))
+    contest.add(PIPELINE, "ours", what="pipeline")
+    contest.add(PREDICT, "ours", what="predict", export=str(export), warm_up=1, count=PREDICTED)
+
+
+def _add_peers(contest: Contest) -> None:
+    contest.add(PLAIN, "plain_keras", what="step")
+    without = {"TF_ENABLE_ONEDNN_OPTS": "0"}
+    contest.add("plain Keras without oneDNN", "plain_keras", without, what="step")
+    for kind, compile in (("PyTorch eager", False), ("torch.compile", True)):
+        contest.add(kind, "pytorch", compile=compile, channels_last=False)
+        contest.add(f"{kind}, channels last", "pytorch", compile=compile, channels_last=True)
+    contest.add("PaddlePaddle", "paddlepaddle")
+    contest.add(PLAIN_PREDICT, "plain_keras", what="predict", warm_up=1, count=PREDICTED)
+
+
+def cold_start(rounds: int, export: pathlib.Path) -> dict:
+    """Seconds of `predict` for one image and of importing TensorFlow, each in a new process."""
+    import numpy as np
+    from PIL import Image
+
+    image = export.parent / "image.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(image)
+    commands = {
+        "predict": ["-m", "keras_cifar.predict", f"--model={export}", str(image)],
+        "import": ["-c", "import tensorflow"],
+    }
+    seconds = {name: [] for name in commands}
+    for number in range(rounds + 1):
+        show(f"cold start {number} of {rounds}")
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, *command],
+                env=package_environment(),
+                capture_output=True,
+                check=True,
+            )
+            if number:  # The first fills the disk's cache.
+                seconds[name].append(time.perf_counter() - start)
+    show("")
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+def bound(measured: dict, fraction: float, shares: dict) -> str:
+    """A sentence that says what limits the speed of training.
+
+    Args:
+        measured: the measurements of each contender.
+        fraction: of the matrix-multiply rate that the step reaches.
+        shares: of each kind of kernel in the time of a step, the largest first.
+    """
+    step, fit, pipe = (measured[name]["median"] for name in (STEP, FIT, PIPELINE))
+    if pipe < step:
+        return (
+            f"the input pipeline: it makes {pipe:,.0f} images a second, the step takes {step:,.0f}"
+        )
+    if fit < SLOWER * step:
+        return (
+            f"what surrounds the step: fit has {fit / step:.2f} of its rate, while the pipeline alone "
+            f"is {pipe / step:.0f} times faster; larger batches help"
+        )
+    kind, share = next(iter(shares.items()), ("unknown kernels", 0.0))
+    small = "memory and small kernels more than arithmetic"
+    return (
+        f"{'arithmetic' if fraction >= ARITHMETIC else small}: the step reaches {fraction:.2f} of the "
+        f"matrix-multiply rate, {share:.0%} of its kernels' time is {kind}"
+    )
+
+
+def _print(options: BenchmarkOptions, result: dict) -> None:
+    measured, cold = result["figures"], result["cold_start"]
+    flags = options.model, f"batches of {options.batch_size}", options.dtype_policy, options.data
+    print(", ".join(flags), end="\n\n")
+    print_table("images a second", "median", 34, measured)
+    for name, title in (("predict", "predict one image, s"), ("import", "import tensorflow, s")):
+        print(f"{title:<34}{columns(cold[name], 2)}")
+    print("\nratios of medians")
+    ours = (STEP, FIT, PIPELINE, PREDICT, GEMM)
+    pairs = [(FIT, STEP), (PIPELINE, STEP)]
+    for name in (name for name in measured if name not in ours):
+        pairs.append((PREDICT if name == PLAIN_PREDICT else STEP, name))
+    for mine, other in pairs:
+        ratio = measured[mine]["median"] / measured[other]["median"]
+        print(f"{ratio:>8.2f}  {mine} / {other}")
+    print(f"{result['fraction_of_matrix_multiply']:>8.2f}  training step / matrix multiply")
+    print(f"{cold['predict']['median'] - cold['import']['median']:>8.2f}  s more than the import")
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in result["shares"].items())
+    print(f"\ntime of the step's kernels: {shares}")
+    print(f"bound by {result['bound']}")

@@ -1,0 +1,140 @@
+"""Contenders in processes of their own that take turns, so that all share the same minutes."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+from keras_cifar.benchmarking.options import BenchmarkOptions
+from keras_cifar.core import environment
+
+WORKERS = pathlib.Path(__file__).parent
+WARM_UP = 3  # calls before the first that is timed
+
+
+class Worker:
+    """A contender: a script of this folder in a process of its own."""
+
+    def __init__(self, script: str, settings: dict, variables: dict[str, str | None]):
+        """Starts the process and waits until it is ready.
+
+        Args:
+            script: of WORKERS. "ours" gets the switches of `core.environment`, the peers do not.
+            variables: of the process's environment, to set or (None) to remove.
+        """
+        if script == "ours":
+            env, command = package_environment(), ["-m", f"keras_cifar.benchmarking.{script}"]
+        else:
+            env = {k: v for k, v in os.environ.items() if k not in environment.changed}
+            command = [str(WORKERS / f"{script}.py")]
+        env = {k: v for k, v in (env | variables).items() if v is not None}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  `close` closes it.
+        self._process = subprocess.Popen(
+            [sys.executable, *command, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=env,
+        )
+        self.turns = []
+        self.error = self._read().get("error")
+
+    def turn(self, counted: bool = True) -> dict:
+        """Lets the process work for one turn and returns what it reports."""
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        report = self._read()
+        self.error = report.get("error")
+        if counted and not self.error:
+            self.turns.append(report)
+        return report
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._errors.close()
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return {"error": f"failed: {lines[-1] if lines else 'without a message'}"}
+
+    @property
+    def measurements(self) -> dict[str, float]:
+        """Median, lowest and highest rate of the turns, and the peak memory in bytes."""
+        peak = max(turn["peak_memory"] for turn in self.turns)
+        return spread([turn["rate"] for turn in self.turns]) | {"peak_memory": peak}
+
+
+class Contest(contextlib.ExitStack):
+    """The contenders of one table."""
+
+    def __init__(self, options: BenchmarkOptions):
+        super().__init__()
+        self.options, self.workers = options, {}
+
+    def add(self, name: str, script: str, variables: dict | None = None, **settings) -> Worker:
+        """Starts a contender; one that cannot start is reported and left out."""
+        show(f"starting {name}")
+        common = dataclasses.asdict(self.options) | {"warm_up": WARM_UP}
+        worker = Worker(script, common | settings, variables or {})
+        self.callback(worker.close)
+        self.workers[name] = worker
+        if worker.error:
+            show(f"{name} {worker.error}\n")
+        return worker
+
+    def take_turns(self) -> dict[str, dict]:
+        """Runs all rounds and returns the measurements of each contender that did not fail."""
+        for number in range(self.options.rounds):
+            for name, worker in self.workers.items():
+                if not worker.error:
+                    show(f"round {number + 1} of {self.options.rounds}: {name}")
+                    worker.turn()
+                    if worker.error:
+                        show(f"{name} {worker.error}\n")
+        show("")
+        return {name: w.measurements for name, w in self.workers.items() if not w.error}
+
+
+def package_environment() -> dict[str, str]:
+    """The environment in which `-m keras_cifar...` finds this very package."""
+    paths = [str(WORKERS.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest of the rounds."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def columns(row: dict[str, float], digits: int = 0) -> str:
+    """A row's `spread` as three columns of a table."""
+    return "".join(f"{row[key]:>10,.{digits}f}" for key in ("median", "low", "high"))
+
+
+def print_table(first: str, second: str, width: int, measurements: dict[str, dict]) -> None:
+    """Prints a row for each contender; `first` and `second` head its name and its median."""
+    print(f"{first:<{width}}{second:>10}{'low':>10}{'high':>10}{'peak memory':>14}")
+    for name, row in measurements.items():
+        print(f"{name:<{width}}{columns(row)}{row['peak_memory'] / 2**20:>10,.0f} MiB")
+
+
+def show(progress: str) -> None:
+    """Shows progress on one line of a terminal; elsewhere only what ends with a line break."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{progress}", end="", file=sys.stderr, flush=True)
+    elif progress.endswith("\n"):
+        print(progress, end="", file=sys.stderr, flush=True)

@@ -1,0 +1,245 @@
+"""The training step: loss, gradients, all-reduce over the replicas, clipping, update."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import keras
+import tensorflow as tf
+
+from keras_cifar.models import layers
+from keras_cifar.models.weight_averaging import WeightAverages
+
+# The weight of each auxiliary classifier's loss: Szegedy et al. 2014, arXiv:1409.4842, section 5.
+AUXILIARY_WEIGHT = 0.3
+
+# Divides the losses before the weight of the whole batch is known, which then corrects it. Any
+# constant is right. A usual batch size keeps gradients in the range of half precision, and a power of
+# two keeps them exact.
+NOMINAL_BATCH = 128.0
+
+# The sums over a batch that a training step returns. Evaluation returns the first three. The weight
+# is the examples'.
+METRICS = ("loss", "correct predictions", "weight", "gradient norm", "stop requests")
+EVALUATION_METRICS = METRICS[:3]
+
+# The arguments of a Keras optimizer that clip gradients; at most one is set.
+CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
+
+
+@dataclasses.dataclass(eq=False)
+class TrainingStep:
+    """Computes the gradients of a batch and updates the variables.
+
+    Each replica calls it on its shard of the batch, or on one microbatch of the shard after another.
+    Loss, gradients and metrics are those of the whole batch, however unequal the shards are.
+
+    Attributes:
+        network: computes logits from images, or [logits, *auxiliary logits].
+        variables: the trainable variables.
+        optimizer: a built Keras optimizer.
+        averages: the averages of the weights, updated after each step.
+        dtype: of losses and metrics.
+        label_smoothing, weight_decay, accumulate_steps: as in `Classifier.compile`.
+    """
+
+    network: keras.Model
+    variables: Sequence
+    optimizer: keras.optimizers.Optimizer
+    averages: WeightAverages
+    dtype: str = "float32"
+    label_smoothing: float = 0.0
+    weight_decay: float = 0.0
+    accumulate_steps: int = 1
+
+    def __post_init__(self):
+        # A LossScaleOptimizer has the one that clips inside.
+        self._inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        self._clipping = {name: getattr(self._inner, name) for name in CLIPPING}
+        # Each replica reads and writes these for itself.
+        self._stop = tf.Variable(tf.zeros([], self.dtype), trainable=False)
+        self._sums = []
+        if self.accumulate_steps > 1:
+            zeros = [*(tf.zeros(v.shape, v.dtype) for v in self.variables), tf.zeros(4, self.dtype)]
+            self._sums = [tf.Variable(value, trainable=False) for value in zeros]
+
+    def request_stop(self) -> None:
+        """Counts this process's replicas as stop requests in the metrics of each further step."""
+        self._stop.assign(tf.ones_like(self._stop))
+
+    def run(self, strategy: tf.distribute.Strategy, iterator, train_step: Callable) -> tf.Tensor:
+        """Runs one step on all replicas.
+
+        Args:
+            iterator: yields (images, labels) of each replica's shard, or of each microbatch of it.
+            train_step: computes METRICS from the shard where there are no microbatches.
+
+        Returns:
+            float [5]: METRICS.
+        """
+        if self.accumulate_steps == 1:
+            metrics = strategy.run(train_step, args=(next(iterator),))
+        else:
+            microbatches = tf.constant(self.accumulate_steps)
+            _repeat(microbatches, lambda: strategy.run(self.accumulate, args=(next(iterator),)))
+            metrics = strategy.run(self.update_from_sums)
+        copies = strategy.experimental_local_results(metrics)
+        # All replicas' copies are computed, though they are equal: where one replica's graph lacks
+        # what only they use, TensorFlow simplifies it otherwise, and its weights differ in the last
+        # bit.
+        with tf.control_dependencies(copies[1:]):
+            return tf.identity(copies[0])
+
+    def __call__(self, images, labels) -> tf.Tensor:
+        """Trains one replica on its shard.
+
+        Returns:
+            float [5]: METRICS of the whole batch. The gradient's norm is before clipping.
+        """
+        alone = layers.replicas() == 1
+        gradients, metrics = self.gradients(images, labels, divide=alone)
+        return self.update(gradients, metrics, divided=alone)
+
+    def accumulate(self, data: tuple) -> None:
+        """Adds the gradients and metrics of one microbatch (images, labels) to the sums."""
+        gradients, metrics = self.gradients(*data)
+        for total, value in zip(self._sums, [*gradients, metrics], strict=True):
+            total.assign_add(value)
+
+    def update_from_sums(self) -> tf.Tensor:
+        """Updates the variables by what was accumulated; returns METRICS."""
+        *gradients, metrics = [tf.identity(total) for total in self._sums]
+        metrics = self.update(gradients, metrics)
+        for total in self._sums:
+            total.assign(tf.zeros_like(total))
+        return metrics
+
+    def gradients(self, images, labels, divide: bool = False) -> tuple[list, tf.Tensor]:
+        """Computes the gradients of this replica's examples.
+
+        Returns:
+            The gradients of the sum of losses, divided by the examples' weight (`divide`) or by
+            NOMINAL_BATCH, and float [4]: METRICS without the norm.
+        """
+        labels, smooth = tf.cast(labels, self.dtype), self.label_smoothing
+        # The sum of a label is its example's weight, 0 for padding. TensorFlow's gradient of the
+        # cross-entropy is right for labels of sum 1 alone.
+        weights = tf.reduce_sum(labels, axis=1)
+        targets = tf.math.divide_no_nan(labels, weights[:, None])
+        targets = targets * (1 - smooth) + smooth / labels.shape[-1] if smooth else targets
+        with tf.GradientTape() as tape:
+            logits, *auxiliary = compute_logits(self.network, images, training=True)
+            losses = cross_entropy(targets, logits)
+            for other in auxiliary:
+                losses += AUXILIARY_WEIGHT * cross_entropy(targets, other)
+            total = tf.reduce_sum(losses * tf.cast(weights, losses.dtype))
+            total /= tf.cast(tf.reduce_sum(weights), total.dtype) if divide else NOMINAL_BATCH
+            scaled = self.optimizer.scale_loss(total)
+        gradients = tape.gradient(
+            scaled,
+            [v.value for v in self.variables],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,  # layers.ConvBeforeNorm's bias
+        )
+        return gradients, tf.concat([evaluation_metrics(labels, logits), [self._stop]], 0)
+
+    def update(self, gradients: list, metrics, divided: bool = False) -> tf.Tensor:
+        """Sums gradients and metrics over the replicas, updates the variables; returns METRICS."""
+        variables, optimizer = self.variables, self.optimizer
+        if layers.replicas() > 1:
+            context = tf.distribute.get_replica_context()
+            *gradients, metrics = context.all_reduce("SUM", [*gradients, metrics])
+        if not divided:
+            factor = NOMINAL_BATCH / metrics[2]
+            gradients = [g * tf.cast(factor, g.dtype) for g in gradients]
+        if self.weight_decay:
+            decay = optimizer.scale_loss(tf.constant(self.weight_decay, self.dtype))
+            gradients = [
+                g + tf.cast(decay, g.dtype) * v.value if is_kernel(v) else g
+                for g, v in zip(gradients, variables, strict=True)
+            ]
+        norm = self._norm(gradients)
+        if layers.replicas() == 1:
+            optimizer.apply(gradients, variables)
+        elif hasattr(optimizer, "apply_reduced"):
+            optimizer.apply_reduced(self._clip(gradients), variables)
+        else:
+            # Keras sums the gradients of the replicas once more.
+            optimizer.apply([g / layers.replicas() for g in self._clip(gradients)], variables)
+        self.averages.update(optimizer.iterations.value)
+        return tf.stack([*tf.unstack(metrics[:3]), norm, metrics[3]])
+
+    def _norm(self, gradients: list) -> tf.Tensor:
+        """float []: the norm of all gradients together."""
+        squares = [tf.cast(tf.nn.l2_loss(g), self.dtype) for g in gradients]
+        scale = self.optimizer.scale_loss(tf.constant(1.0, self.dtype))
+        norm = tf.sqrt(2 * tf.add_n(squares)) / scale
+        if self._inner is self.optimizer:
+            return norm
+        # Loss scaling expects overflows in half precision and skips such a step.
+        return tf.where(tf.math.is_finite(norm), norm, 0)
+
+    def _clip(self, gradients: list) -> list:
+        """Clips the gradients of the whole batch as the optimizer was told to."""
+        # Under loss scaling the gradients are scaled, and so is the limit.
+        scale = self.optimizer.scale_loss(tf.constant(1.0, self.dtype))
+        each, together, value = (self._clipping[name] for name in CLIPPING)
+        dtypes = [g.dtype for g in gradients]
+        if together:
+            return tf.clip_by_global_norm(gradients, tf.cast(scale * together, dtypes[0]))[0]
+        limits = [tf.cast(scale * (each or value or 0.0), dtype) for dtype in dtypes]
+        if each:
+            return [tf.clip_by_norm(*pair) for pair in zip(gradients, limits, strict=True)]
+        if value:
+            return [tf.clip_by_value(g, -v, v) for g, v in zip(gradients, limits, strict=True)]
+        return gradients
+
+    @contextlib.contextmanager
+    def clipping_all_reduced(self, strategy: tf.distribute.Strategy) -> Iterator[None]:
+        """While the body traces, keeps the optimizer from clipping before the all-reduce.
+
+        Wrap it around all replicas and not inside them: they are threads.
+        """
+        if strategy.num_replicas_in_sync > 1:
+            for name in CLIPPING:
+                setattr(self._inner, name, None)
+        try:
+            yield
+        finally:
+            for name, limit in self._clipping.items():
+                setattr(self._inner, name, limit)
+
+
+def compute_logits(network: keras.Model, images, training: bool) -> list:
+    """[the main logits, those of each auxiliary classifier]."""
+    logits = network(images, training=training)
+    return logits if isinstance(logits, list) else [logits]
+
+
+def cross_entropy(targets, logits) -> tf.Tensor:
+    """float [B]: the cross-entropy of each example, in float32 or more under a mixed policy too."""
+    if logits.dtype in (tf.float16, tf.bfloat16):
+        logits = tf.cast(logits, tf.float32)
+    return tf.nn.softmax_cross_entropy_with_logits(tf.cast(targets, logits.dtype), logits)
+
+
+def evaluation_metrics(labels, logits) -> tf.Tensor:
+    """float [3]: EVALUATION_METRICS of a batch, in the labels' type."""
+    weights = tf.reduce_sum(labels, axis=1)
+    correct = tf.cast(tf.equal(tf.argmax(labels, 1), tf.argmax(logits, 1)), weights.dtype)
+    losses = tf.cast(cross_entropy(labels, logits), weights.dtype)
+    return tf.stack([tf.reduce_sum(x) for x in (losses, correct * weights, weights)])
+
+
+def is_kernel(variable) -> bool:
+    """Whether weight decay applies: to a matrix or a filter, not to a bias or a scale."""
+    return len(variable.shape) > 1
+
+
+def _repeat(count: tf.Tensor, body: Callable) -> None:
+    """Calls `body`, which is traced once, `count` times."""
+
+    def once(done):
+        body()
+        return (done + 1,)
+
+    tf.while_loop(lambda done: done < count, once, (0,), parallel_iterations=1)
