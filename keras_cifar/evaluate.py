@@ -27,20 +27,22 @@ class EvaluateOptions:
     )
     disturb: bool = option(
         False,
-        "instead: the accuracy when the images are turned, blurred, covered ... at five strengths; "
-        "60 times the work",
+        "evaluate under disturbances instead: rotation, blur, occlusion ..., each at five strengths; "
+        "takes 60 times as long",
         "Disturbances",
     )
-    disturb_seed: int = option(0, "of what is random in them", "Disturbances")
+    disturb_seed: int = option(0, "of everything random in the disturbances", "Disturbances")
     max_images: int | None = option(
-        None, "with --disturb: so many, evenly spread over the split (default: all)", "Disturbances"
+        None,
+        "with --disturb: this many images, spread over the split (default: all)",
+        "Disturbances",
     )
 
     def __post_init__(self):
         check(self.run, "--run=RUN is needed: the run directory")
         check(self.disturb_seed >= 0, f"--disturb_seed={self.disturb_seed} must be 0 or more")
         if self.max_images is not None:
-            check(self.disturb, "--max_images is for --disturb alone")
+            check(self.disturb, "--max_images needs --disturb")
             check(self.max_images > 0, f"--max_images={self.max_images} must be 1 or more")
 
 

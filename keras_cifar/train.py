@@ -17,13 +17,13 @@ def main(config: TrainConfig) -> None:
     if config.output.list_models:
         print(list_models())
         return
-    from keras_cifar.training import plan as planning
     from keras_cifar.training import trainer
+    from keras_cifar.training.plan import estimate
 
     if config.output.dry_run:
-        print(planning.estimate(config))
+        print(estimate(config))
         if config.fit.seeds:
-            print(f"seeds     {config.fit.seeds} such runs, one after another")
+            print(f"seeds     {config.fit.seeds} runs like this, one after another")
         print("nothing was trained (--dry_run)")
         return
     run = Run(config.output.run_dir or default_run_dir(config))
@@ -48,16 +48,16 @@ def main(config: TrainConfig) -> None:
     for name, path in files:
         print(f"{name:<10}{path}")
     if run.export.exists():
-        print(f"\nclassify pictures: python -m keras_cifar.predict --model {run.path} IMAGE ...")
+        print(f"\nclassify images: python -m keras_cifar.predict --model {run.path} IMAGE ...")
 
 
 def train_seeds(config: TrainConfig, run: Run) -> None:
-    """Trains with several seeds and says what came of it."""
+    """Trains with several seeds and prints the summary."""
     from keras_cifar.training import seeds
 
     summary = seeds.train(config, run)
     spread = "" if summary["std"] is None else f", standard deviation {summary['std']:.4f}"
-    print(f"test accuracy {summary['mean']:.4f} on average of {config.fit.seeds} seeds{spread}")
+    print(f"mean test accuracy {summary['mean']:.4f} of {config.fit.seeds} seeds{spread}")
     print(f"seeds     {run.seeds}")
     print(f"compare   python -m keras_cifar.compare {run.path} OTHER_RUN ...")
 

@@ -1,6 +1,6 @@
 # Sourced by the other scripts: creates the virtual environment with the package, and activates it.
 #
-#   source scripts/environment.sh [EXTRA]
+#   source scripts/environment.sh EXTRA      "" for none
 #
 # PYTHON: its interpreter (default python3). VENV: its folder (default .venv in the checkout).
 # When setup.py or constraints.txt change, the package is installed again.
@@ -8,7 +8,7 @@
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 _python=${PYTHON:-python3}
 _venv=${VENV:-$_root/.venv}
-_extra=${1:-}
+_extra=$1
 
 if ! "$_python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
   echo "Python 3.11 or 3.12 is needed; name one with PYTHON=/path/to/python" >&2

@@ -8,7 +8,7 @@
 # frog, horse, ship or truck. RUN_DIR: the run directory (default runs/quickstart-<time> in the clone).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-source "$root/scripts/environment.sh"
+source "$root/scripts/environment.sh" ""  # no extra; without an argument bash would pass the images
 run=${RUN_DIR:-$root/runs/quickstart-$(date +%Y%m%d-%H%M%S)}
 
 echo "== train"

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import sys
 import textwrap
-import types
 import typing
 from collections.abc import Callable
 
@@ -130,13 +129,13 @@ def _read(options_class: type, argv: list) -> tuple[dict, list]:
 
 
 def _define(field: dataclasses.Field, values: flags.FlagValues) -> None:
-    define = {
+    define: dict[type, Callable] = {
         str: flags.DEFINE_string,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         bool: flags.DEFINE_boolean,
-    }[_kind(field)]
-    define(field.name, field.default, "", flag_values=values)
+    }
+    define[_kind(field)](field.name, field.default, "", flag_values=values)
     for alias in field.metadata["aliases"]:
         flags.DEFINE_alias(alias, field.name, flag_values=values)
 
@@ -151,9 +150,8 @@ def _check_choice(field: dataclasses.Field, value) -> None:
 
 def _kind(field: dataclasses.Field) -> type:
     """The type of a field: `int` for `int` and for `int | None`."""
-    if isinstance(field.type, types.UnionType):
-        return next(t for t in typing.get_args(field.type) if t is not type(None))
-    return field.type
+    kinds = typing.get_args(field.type) or (field.type,)
+    return next(kind for kind in kinds if kind is not type(None))
 
 
 def usage(options_class: type, doc: str, command: str, arguments: str = "") -> str:

@@ -5,6 +5,7 @@ functions take their own part or plain values, never the whole. Standard library
 """
 
 import dataclasses
+import typing
 
 from keras_cifar.core.options import (
     FRACTION,
@@ -237,11 +238,7 @@ class DevicesConfig(Options):
         compared=False,
     )
     worker_index: int | None = option(
-        None,
-        "which of --workers this process is, from 0",
-        "Devices",
-        compared=False,
-        shared=False,
+        None, "which of --workers this process is, from 0", "Devices", compared=False, shared=False
     )
     startup_timeout: float = option(
         120.0,
@@ -312,11 +309,7 @@ class OutputConfig(Options):
         compared=False,
     )
     export: bool = option(
-        True,
-        "write RUN/export/1, a SavedModel, at the end",
-        "Output",
-        compared=False,
-        shared=False,
+        True, "write RUN/export/1, a SavedModel, at the end", "Output", compared=False, shared=False
     )
     recipe: str | None = option(
         None,
@@ -364,7 +357,8 @@ class TrainConfig:
         known = {field.name: field for field in fields(cls)}
         flags = {name: value for name, value in canonical(flags).items() if name in known}
         for name, value in flags.items():
-            kinds = float | int if known[name].type is float else known[name].type
+            kinds: typing.Any = known[name].type
+            kinds = float | int if kinds is float else kinds
             # To Python, a bool is an int.
             right = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
             check(right, f"--{name}={value!r} has the wrong type")

@@ -47,8 +47,16 @@ def option(
             rounding at most: where files are, when checkpoints are written, on which devices it runs.
         shared: whether all workers of a run must have the same value.
     """
-    metadata = {"help": help, "group": group, "choices": choices, "refused": refused or {}}
-    metadata |= {"limit": limit, "aliases": aliases, "compared": compared, "shared": shared}
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "refused": refused or {},
+        "limit": limit,
+        "aliases": aliases,
+        "compared": compared,
+        "shared": shared,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -72,7 +80,7 @@ class Options:
                 check(limit.holds(value), f"--{field.name}={value} must be {limit.text}")
 
 
-def fields(options_class: type) -> Iterator[dataclasses.Field]:
+def fields(options_class: typing.Any) -> Iterator[dataclasses.Field]:
     """The flags of a dataclass of options, or of the dataclasses that it is made of."""
     for field in dataclasses.fields(options_class):
         if dataclasses.is_dataclass(field.type):
@@ -81,7 +89,7 @@ def fields(options_class: type) -> Iterator[dataclasses.Field]:
             yield field
 
 
-def build(options_class: type, flags: dict) -> typing.Any:
+def build(options_class: typing.Any, flags: dict) -> typing.Any:
     """An instance of a dataclass of options, or of one that is made of them, from flat flags."""
     parts = [f for f in dataclasses.fields(options_class) if dataclasses.is_dataclass(f.type)]
     if not parts:

@@ -1,4 +1,4 @@
-"""The run directory: where everything of a run lies, and how files get there. Standard library only."""
+"""The run directory: the paths of its files, its lock and its config.json. Standard library only."""
 
 import contextlib
 import csv
@@ -16,24 +16,19 @@ from keras_cifar.core.config import TrainConfig, canonical
 from keras_cifar.core.errors import UsageError, UserError, check_directory, check_utf8, reason
 from keras_cifar.core.files import TEMPORARY, read
 
-MAX_CONFIG = 2**26  # bytes of config.json; a class name takes some 20, ImageNet-21k has 21,841
-
-
-MAX_HISTORY = 2**26  # bytes of history.csv; an epoch takes some 150
-
-
+MAX_CONFIG = 2**26  # bytes of config.json; a class name takes about 20, ImageNet-21k has 21,841
+MAX_HISTORY = 2**26  # bytes of history.csv; an epoch takes about 150
 MAX_METRICS = 2**28  # bytes of test.json; the confusion matrix of 5,000 classes has 100 MB
-
 
 LOCK = ".lock"
 
 
 class Run:
-    """The paths of a run directory; nothing is created until something is written.
+    """The paths of a run directory; it is created when something is written.
 
     Args:
         path: the directory.
-        restart: the --run_dir with which the command that trains here goes on; None is the same.
+        restart: the --run_dir of the command that resumes this run; None is `path`.
     """
 
     def __init__(self, path: str | pathlib.Path, restart: pathlib.Path | None = None):
@@ -51,9 +46,9 @@ class Run:
         self.seeds = self.path / "seeds.json"
 
     def read_metrics(self, split: str, data: str) -> dict | None:
-        """What was found on a split of `data`, as `evaluation` wrote it.
+        """The metrics of a split of `data`; None if it was not evaluated.
 
-        None where nothing was, or `evaluate --data` has put the metrics of other images there since.
+        None too if `evaluate --data` has replaced them with the metrics of other images.
 
         Raises:
             UserError: the file is damaged.
@@ -69,7 +64,7 @@ class Run:
         return metrics if metrics["data"] == data else None
 
     def read_history(self) -> list[dict[str, float]]:
-        """A dict an epoch, as history.csv has them; none before the first.
+        """The rows of history.csv, one for each epoch; empty before the first.
 
         Raises:
             UserError: the file is damaged.
@@ -86,7 +81,7 @@ class Run:
         return history
 
     def of_seed(self, seed: int) -> "Run":
-        """The run of a seed, in a directory of several."""
+        """The run of a seed below a directory of several."""
         return Run(self.path / f"seed_{seed}", restart=self.path)
 
     def evaluation(self, split: str) -> pathlib.Path:
@@ -94,26 +89,26 @@ class Run:
         return self.path / "eval" / f"{split}.json"
 
     def predictions(self, split: str) -> pathlib.Path:
-        """The file with the labels and probabilities that the metrics of a split are made of."""
+        """The file with the labels and probabilities of a split."""
         return self.path / "eval" / f"{split}.npz"
 
     def confusion(self, split: str) -> pathlib.Path:
-        """The picture of a split's confusion matrix."""
+        """The plot of the confusion matrix of a split."""
         return self.path / "eval" / f"{split}_confusion.png"
 
     def disturbances(self, split: str) -> pathlib.Path:
-        """The file with the metrics of a split's images under disturbances."""
+        """The file with the accuracy of a split under disturbances."""
         return self.path / "eval" / f"{split}_disturbances.json"
 
     def gallery(self, split: str) -> pathlib.Path:
-        """The picture of an image of a split under all disturbances."""
+        """The plot of an image of a split under all disturbances."""
         return self.path / "eval" / f"{split}_disturbances.png"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from training here; the lock ends with the process, however that ends.
+        """Locks the directory, so that no other process trains here; the lock ends with the process.
 
-        What a killed process was writing is removed.
+        Removes the temporary files of a killed process.
 
         Raises:
             UserError: another process trains here, or the directory cannot be written.
@@ -126,7 +121,7 @@ class Run:
                 file.seek(0)
                 raise UserError(
                     f"{self.path} is in use: {file.read().strip() or 'another process'} trains there; "
-                    "wait for its end or choose another --run_dir"
+                    "wait until it ends or choose another --run_dir"
                 ) from None
             except OSError:
                 pass  # The file system has no locks.
@@ -139,18 +134,18 @@ class Run:
             try:
                 yield
             finally:
-                if self.is_empty():  # A wrong flag or missing data leaves nothing.
+                if self.is_empty():  # after a wrong flag or missing data
                     shutil.rmtree(self.path, ignore_errors=True)
 
     def is_empty(self) -> bool:
-        """Whether nothing is there but what a process leaves that is killed at its start."""
+        """Whether the directory has no files but those of a process that was killed at its start."""
         if not self.path.is_dir():
             return not self.path.exists()
         names = [path.name for path in self.path.iterdir()]
         return all(name == LOCK or name.startswith(TEMPORARY) for name in names)
 
     def read_config(self) -> dict:
-        """The contents of config.json, its flags by their present names and with defaults for new ones.
+        """The contents of config.json; flags have their present names, new flags their defaults.
 
         Raises:
             UserError: there is no such run, or the file is damaged.
@@ -168,46 +163,48 @@ class Run:
 
 
 def default_run_dir(config: TrainConfig) -> str:
-    """A new directory's name below runs/."""
+    """The name of a new directory below runs/."""
     data = re.sub(r"\W+", "-", config.data.data.rstrip("/").rpartition("/")[2]).strip("-")
     return f"runs/{config.model.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def previous_config(config: TrainConfig, run: Run) -> dict | None:
-    """config.json of an earlier call on this run directory, None where there was none.
+    """The config.json of this run directory; None if it is new.
 
     Raises:
-        UsageError: its flags were others, or the directory holds something else.
+        UsageError: the run has other flags, or the directory has other files.
     """
     check_utf8("run_dir", run.path)
     if not run.config.exists():
         if not run.is_empty():
-            raise UsageError(f"--run_dir={run.path} exists and is no run directory; choose another")
+            raise UsageError(
+                f"--run_dir={run.path} exists and is not a run directory; choose another"
+            )
         return None
     previous = run.read_config()
     differences = config.differences(previous["flags"])
     if differences:
         raise UsageError(
-            f"{run.path} holds a run with other flags: {'; '.join(differences)}; "
+            f"{run.path} has a run with other flags: {'; '.join(differences)}; "
             "choose another --run_dir or the same flags"
         )
     return previous
 
 
 def _check_config(config: dict) -> None:
-    """Raises unless what is used of config.json has the types and ranges with which it was written."""
+    """Raises an exception unless the values of config.json have the types and ranges of ours."""
     flags = config["flags"]
     TrainConfig.from_json(flags)
     for name in ("data", "data_dir", "image_size", "val_fraction", "seed"):
         flags[name]
     names, shape = config["class_names"], config["image_shape"]
     if type(names) is not list or not names or any(type(name) is not str for name in names):
-        raise TypeError("class_names is no list of names")
-    # A model at 16,384 pixels takes more memory than there is, and larger sides no format has.
+        raise TypeError("class_names is not a list of names")
+    # A larger model does not fit into memory.
     if type(shape) is not list or len(shape) != 3 or shape[2] != 3:
         raise TypeError("image_shape is not [height, width, 3]")
     if any(type(side) is not int or not 0 < side <= 2**14 for side in shape):
         raise TypeError("image_shape is not [height, width, 3]")
     for split in config["splits"].values():
         if type(split["count"]) is not int or type(split["fingerprint"]) is not str:
-            raise TypeError("splits has no count and fingerprint of each")
+            raise TypeError("splits has no count and fingerprint")

@@ -34,7 +34,7 @@ MAX_MEMBERS = 1000
 
 # Operations in a pickle; each takes up to some 100 bytes of memory. CIFAR-100's train has 4 to 9 for
 # each of its 50,000 images.
-MAX_OPERATIONS = 1_000_000
+MAX_OPERATIONS = 600_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,13 +321,6 @@ def _unpickle(contents: bytes, *keys: bytes) -> list:
         Exception: of any class; the pickle is damaged, or does what no CIFAR file does.
     """
     stack, marks, memo = [], [], {}
-
-    def pop(operation):
-        start = len(stack) - _SIZES[operation] if operation in _SIZES else marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
     for number, (operation, argument, _) in enumerate(pickletools.genops(contents)):
         name = operation.name
         if number >= MAX_OPERATIONS:
@@ -345,18 +338,18 @@ def _unpickle(contents: bytes, *keys: bytes) -> list:
         elif name == "MARK":
             marks.append(len(stack))
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(pop(name)))
+            stack.append(tuple(_pop(name, stack, marks)))
         elif name in ("APPEND", "APPENDS"):
-            items = pop(name)
+            items = _pop(name, stack, marks)
             stack[-1].extend(items)
         elif name in ("SETITEM", "SETITEMS"):
-            items = pop(name)
+            items = _pop(name, stack, marks)
             if any(type(key) is not bytes for key in items[::2]):  # Hashing may overflow C's stack.
                 raise TypeError("a key is no text")
             stack[-1].update(zip(items[::2], items[1::2], strict=True))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            names = argument.replace(" ", ".") if argument else b".".join(pop(name)).decode()
-            stack.append(_Object(_known(names, _NAMES)))
+            names = argument or b" ".join(_pop(name, stack, marks)).decode()
+            stack.append(_Object(_known(names.replace(" ", "."), _NAMES)))
         elif name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
             _known(function.name, _FUNCTIONS)
@@ -372,6 +365,13 @@ def _unpickle(contents: bytes, *keys: bytes) -> list:
     if type(stack[-1]) is not dict or not stack[-1].keys() >= set(keys):
         raise TypeError(f"a dict with {' and '.join(key.decode() for key in keys)} was expected")
     return [stack[-1][key] for key in keys]
+
+
+def _pop(operation: str, stack: list, marks: list[int]) -> list:
+    start = len(stack) - _SIZES[operation] if operation in _SIZES else marks.pop()
+    items = stack[start:]
+    del stack[start:]
+    return items
 
 
 def _known(name: str, names: tuple[str, ...]) -> str:

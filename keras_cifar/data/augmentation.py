@@ -1,14 +1,14 @@
 """Stateless augmentation of batches, chosen by a string such as `crop(4)|flip|mixup(0.2)`.
 
-Each public function below that has `random` as its third parameter is an augmentation of its own
-name: (images, labels, random, *numbers) -> (images, labels), with images uint8 or float32
-[n, H, W, 3] in [0, 255], labels float32 [n, K] and `random` a `Random`. One that mixes examples has
-`partners` as its fourth parameter: (images, labels) of other examples of the batch, one for each. A
-new augmentation is one new function.
+Each public function below with `random` as its third parameter is the augmentation of that name:
+(images, labels, random, *numbers) -> (images, labels), with images uint8 or float32 [n, H, W, 3] in
+[0, 255], labels float32 [n, K] and `random` a `Random`. One that mixes examples has `partners` as its
+fourth parameter: (images, labels) of another example of the batch for each. A new augmentation is one
+new function.
 
-The n examples are all of a batch or some of it: what becomes of an example depends on the seed and
-on its position in the batch, and not on which others are computed with it, so that processes can
-share the work. For that, all chance comes from `random`.
+The n examples are all or some of a batch. Processes can share the work, because the result for an
+example depends only on the seed and its position in the batch. So all random numbers must come from
+`random`.
 """
 
 import functools
@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, unknown
 
-MAX_PADDING = 1024  # pixels, of `crop`; more would be a slip of the finger
+MAX_PADDING = 1024  # pixels, of `crop`; more is a typing error
 MAX_OPERATIONS = 14  # of `randaugment`: as many as there are
 
 Batch = tuple[tf.Tensor, tf.Tensor]
@@ -30,18 +30,16 @@ Read = Callable[[tf.Tensor | None], Batch]
 
 
 class Random:
-    """Random numbers of the examples at some positions of a batch; each call draws others.
+    """Random numbers for the examples at some positions of a batch. Each call draws new ones.
 
-    Those of an example are the same whichever positions are asked for. They are drawn, and what is
-    not exact is computed, for the whole batch: the last bit of a logarithm depends on where TensorFlow
-    cuts a tensor into vectors.
+    The numbers of an example do not depend on `positions`: they are drawn for the whole batch. So is
+    all inexact arithmetic, because the last bit of a logarithm depends on how TensorFlow vectorizes.
 
     Args:
         seed: int32 [2].
         batch: the number of examples in the whole batch.
         positions: int32 [n]; None is the whole batch.
-        alternating: bool [batch]: for each example, other in each pass over the data than in the one
-            before; None draws it.
+        alternating: bool [batch], inverted from one pass over the data to the next; None draws it.
     """
 
     def __init__(self, seed, batch, positions=None, alternating=None):
@@ -50,7 +48,7 @@ class Random:
         self._draws = 0
 
     def alternating(self):
-        """bool [n]: for each example, other than in the pass before."""
+        """bool [n]: for each example, the opposite of the pass before."""
         if self._alternating is None:
             return self.uniform() < 0.5
         return self._own(self._alternating)
@@ -63,8 +61,8 @@ class Random:
     def beta(self, alpha: float):
         """float32 [n] of the distribution Beta(alpha, alpha)."""
         _require(0 < alpha <= 1e6, "alpha must be above 0 and at most 1e6")
-        # It is the share of one of two gamma variates. With a small alpha both underflow, so they
-        # are drawn as logarithms: Gamma(a) is Gamma(a + 1) U^(1/a).
+        # A ratio of two gamma variates. With a small alpha both underflow, so they are drawn as
+        # logarithms: Gamma(a) is Gamma(a + 1) U^(1/a).
         shape = (2, self._batch)
         log_gamma = tf.math.log(tf.random.stateless_gamma(shape, self._next(), alpha + 1.0))
         uniform = tf.random.stateless_uniform(shape, self._next(), 1e-38, 1.0)
@@ -72,7 +70,7 @@ class Random:
         return self._own(tf.sigmoid(log_gamma[0] - log_gamma[1]))
 
     def permutation(self):
-        """int32 [n]: the positions that a permutation of the batch has in place of these."""
+        """int32 [n]: these positions of a random permutation of the batch."""
         order = tf.range(self._batch)
         return self._own(tf.random.experimental.stateless_shuffle(order, self._next()))
 
@@ -89,9 +87,9 @@ def parse(text: str) -> Callable[..., Batch]:
 
     Returns:
         (read: Read, batch: int, seed: int32 [2], positions: int32 [n] = None, alternating: bool
-        [batch] = None) -> (images uint8 [n, H, W, 3], labels float32 [n, K]): the examples at these
-        positions of a batch of that many, all of them by default, augmented. It reads these, and the
-        partners of those that are mixed. `alternating` is as of `Random`.
+        [batch] = None) -> (images uint8 [n, H, W, 3], labels float32 [n, K]): the augmented examples
+        at these positions of a batch, by default all. It reads these, and the partners of those that
+        are mixed. For `alternating` see `Random`.
 
     Raises:
         UsageError: an unknown name, or numbers out of range.
@@ -109,7 +107,7 @@ def parse(text: str) -> Callable[..., Batch]:
 
 
 def _parse_step(part: str, text: str) -> Callable[..., Batch]:
-    """One augmentation: (what is read before it, batch, seed, positions) -> what is read after."""
+    """One augmentation: (read, batch, seed, positions) -> augmented examples."""
     match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", part)
     if not match:
         raise UsageError(
@@ -124,7 +122,7 @@ def _parse_step(part: str, text: str) -> Callable[..., Batch]:
         if not all(map(math.isfinite, arguments)):
             raise ValueError("numbers must be finite")
         step = functools.partial(_step, choices[name], arguments)
-        # On a small batch, so that a wrong number is refused before training, and by name.
+        # Try it on a small batch, so that a wrong number is refused before training.
         first = [None] * (4 if _mixes(choices[name]) else 3)
         inspect.signature(choices[name]).bind(*first, *arguments)
         step(lambda _: (tf.zeros((2, 4, 4, 3), tf.uint8), tf.eye(2)), 2, tf.constant([0, 0]), None)
@@ -148,7 +146,8 @@ def _with_partners(read: Read, batch, partners, positions) -> tuple[Batch, Batch
         return everything, _rows(everything, partners)
     if 2 * positions.shape[0] < batch:
         both = read(tf.concat([positions, partners], axis=0))
-        return tuple(zip(*(tf.split(part, 2) for part in both), strict=True))
+        images, labels = (tf.split(part, 2) for part in both)
+        return (images[0], labels[0]), (images[1], labels[1])
     everything = read(None)
     return _rows(everything, positions), _rows(everything, partners)
 
@@ -206,8 +205,8 @@ def flip(images, labels, random):
 def altflip(images, labels, random):
     """Mirrors each image left to right in every second pass over the data.
 
-    So that two passes show both forms of each image, which chance would do for half of them. Which
-    images begin mirrored is drawn. Jordan 2024, arXiv:2404.00498, section 3.6.
+    So two passes show both forms of each image. Which images are mirrored first is random.
+    Jordan 2024, arXiv:2404.00498, section 3.6.
     """
     mirrored = random.alternating()[:, None, None, None]
     return tf.where(mirrored, tf.reverse(images, [2]), images), labels
@@ -278,7 +277,7 @@ def cutmix(images, labels, random, partners, alpha: float):
 
 
 def randaugment(images, labels, random, operations: float, magnitude: float):
-    """Applies `operations` of 14 transformations, chosen anew for each image, at one magnitude.
+    """Applies `operations` of 14 transformations, chosen at random for each image, at one magnitude.
 
     Cubuk et al. 2019, arXiv:1909.13719: the operations and ranges of its reference
     implementation, magnitude 0 to 10 (N=2, M=9 on ImageNet; N=3, M=4 and more on CIFAR-10);
@@ -309,7 +308,7 @@ def _one_randaugment(images, random, level):
 
     moved = _affine(
         images,
-        # Of the angle as it is, since those of a tensor are not exact: see `Random`.
+        # Exact values; those of a tensor are not: see `Random`.
         cos=tf.where(chosen(0) == 0.0, 1.0, math.cos(level * math.pi / 6)),
         sin=chosen(0) * math.sin(level * math.pi / 6),
         shear_x=chosen(1) * (level * 0.3),

@@ -1,6 +1,8 @@
-"""Split -> batches. The order is a function of (seed, step) alone, and the augmentation of an example
-of (seed, step, its position in the batch): the same seed gives the same batches whoever computes which
-part of them, and a run can go on at any step.
+"""Split -> batches.
+
+The order of the examples depends on (seed, step) alone, and an example's augmentation on (seed, step,
+its position in the batch). So the same seed gives the same batches, whichever process computes which
+part of them, and a run can resume at any step.
 """
 
 import weakref
@@ -18,17 +20,16 @@ from keras_cifar.distributed.sharding import ReplicaRange, bounds, endless
 def _reader(split: Split, classes: int) -> Callable[[tf.Tensor], augmentation.Batch]:
     """Examples int64 [n] of a split -> (images uint8 [n, H, W, 3], labels float32 [n, K]).
 
-    NumPy copies the images of each batch, so that those of a mapped file stay on the disk: a tensor
-    of all images would be a copy in memory. It does not hold Python's lock for that.
+    NumPy gathers the images of each batch, without holding Python's lock. A tensor of all images would
+    copy a memory-mapped file into memory.
     """
     labels = tf.constant(split.labels)
-    # TensorFlow never forgets a function. `read`, which the data set has, keeps the split.
+    # TensorFlow keeps `gather` forever. The split lives as long as `read`, which the data set keeps.
     reference = weakref.ref(split)
 
     def gather(examples):
         split = reference()
-        rows = examples if split.rows is None else split.rows.take(examples)
-        return split.stored.take(rows, axis=0)
+        return split.stored[examples if split.rows is None else split.rows[examples]]
 
     def read(examples):
         images = tf.numpy_function(gather, [examples], tf.uint8, stateful=False)
@@ -58,26 +59,25 @@ def training_batches(
     augment: str,
     seed: int,
     start_step: int = 0,
-    share: ReplicaRange | None = None,
+    replicas: ReplicaRange | None = None,
     microbatches: int = 1,
 ) -> tf.data.Dataset:
     """Endless batches of (images uint8 [B, H, W, 3], labels float32 [B, K]).
 
-    Each pass is a new permutation of all images, of which the remainder of less than a batch is
-    left out: another one each time.
+    Each pass is a new permutation of all images, without those that remain after its full batches.
 
     Args:
         start_step: the step of the run that the first batch is for.
-        share: the replicas to read for. The elements are then shards: for each microbatch of each
-            batch, for each of these replicas, the examples of it that `bounds` gives it. All replicas'
-            shards in order are the batch. A process reads and augments only its own, besides the
-            partners of what is mixed.
-        microbatches: into how many equal microbatches, one after another, each batch is split.
+        replicas: the replicas to read for. The elements are then shards: for each microbatch of each
+            batch, for each of these replicas, the examples that `bounds` gives it. The shards of all
+            replicas in order are the batch. Only these examples are read and augmented, and the
+            partners of those that are mixed.
+        microbatches: into how many equal microbatches each batch is split.
     """
     steps = steps_per_epoch(split, batch_size)
     read_examples = _reader(split, classes)
     transform = augmentation.parse(augment)
-    positions, sizes = _positions(batch_size, share, microbatches)
+    positions, sizes = _positions(batch_size, replicas, microbatches)
     order_seed, augment_seed = (seed, 0), (seed, 1)
     first = tf.constant(np.random.default_rng(seed).random(len(split)) < 0.5)
 
@@ -100,95 +100,95 @@ def training_batches(
     passes = tf.data.Dataset.range(start_step // steps, tf.int64.max)
     batches = passes.flat_map(one_pass).skip(start_step % steps).enumerate(start_step)
     batches = batches.map(batch, tf.data.AUTOTUNE, deterministic=True)
-    return _finished(endless(_in_pieces(batches, sizes)))
+    return _prefetched(endless(_split_batches(batches, sizes)))
 
 
 def evaluation_steps(split: Split, batch_size: int) -> int:
-    """The batches of `evaluation_batches` in one pass over a split: the last may be filled up."""
+    """The batches of `evaluation_batches` in one pass over a split; the last may be padded."""
     return -(-len(split) // batch_size)
 
 
 def evaluation_batches(
-    split: Split, classes: int, batch_size: int, share: ReplicaRange | None = None
+    split: Split, classes: int, batch_size: int, replicas: ReplicaRange | None = None
 ) -> tf.data.Dataset:
     """Every example once, in order, as (images uint8 [B, H, W, 3], labels float32 [B, K]).
 
-    All batches are full, so that any number of replicas can share them: the last is filled up with
+    All batches are full, so that any number of replicas can share them: the last is padded with
     images whose label is all zero, which `Classifier` does not count.
 
     Args:
-        share: the replicas to read for. The elements are then pieces, as in `training_batches`, and
-            begin again after those of `evaluation_steps` batches, without end.
+        replicas: the replicas to read for. The elements are then shards, as in `training_batches`, and
+            repeat without end after `evaluation_steps` batches.
     """
     read = _reader(split, classes)
-    positions, sizes = _positions(batch_size, share)
+    positions, sizes = _positions(batch_size, replicas)
 
     def batch(indices):
         if positions is not None:
             indices = tf.gather(indices, positions)
-        filling = indices >= len(split)
-        images, label = read(tf.where(filling, tf.zeros_like(indices), indices))
-        return images, tf.where(filling[:, None], 0.0, label)
+        padding = indices >= len(split)
+        images, label = read(tf.where(padding, tf.zeros_like(indices), indices))
+        return images, tf.where(padding[:, None], 0.0, label)
 
     count = evaluation_steps(split, batch_size) * batch_size
     indices = tf.data.Dataset.range(count).batch(batch_size, drop_remainder=True)
-    if share is None:
-        return _finished(indices.map(batch, tf.data.AUTOTUNE, deterministic=True))
+    if replicas is None:
+        return _prefetched(indices.map(batch, tf.data.AUTOTUNE, deterministic=True))
     batches = indices.repeat().map(batch, tf.data.AUTOTUNE, deterministic=True)
-    return _finished(endless(_in_pieces(batches, sizes)))
+    return _prefetched(endless(_split_batches(batches, sizes)))
 
 
 def _positions(
-    batch_size: int, share: ReplicaRange | None, microbatches: int = 1
+    batch_size: int, replicas: ReplicaRange | None, microbatches: int = 1
 ) -> tuple[tf.Tensor | None, list[int]]:
-    """(positions int32 [n] in a batch of a share's examples, sizes of the pieces that these make).
+    """(positions int32 [n] in a batch of these replicas' examples, sizes of their shards).
 
-    The positions are None where they are the whole batch.
+    The positions are None for a whole batch.
 
     Raises:
         UsageError: the microbatches would not be equal, or a shard empty.
     """
-    if share is None:
+    if replicas is None:
         return None, [batch_size]
     size = batch_size // microbatches
-    if batch_size % microbatches or size < share.total:
+    if batch_size % microbatches or size < replicas.total:
         raise UsageError(
             f"--batch_size={batch_size} cannot be split into {microbatches} equal microbatches with "
-            f"an image or more for each of {share.total} replicas"
+            f"an image or more for each of {replicas.total} replicas"
         )
-    limits = bounds(size, share.total)[share.first : share.first + share.count + 1]
+    limits = bounds(size, replicas.total)[replicas.first : replicas.first + replicas.count + 1]
     sizes = microbatches * np.diff(limits).tolist()
-    if share.count == share.total:
+    if replicas.count == replicas.total:
         return None, sizes
     starts = size * np.arange(microbatches)[:, None]
     positions = starts + np.arange(limits[0], limits[-1])
     return tf.constant(positions.ravel(), tf.int32), sizes
 
 
-def _in_pieces(batches: tf.data.Dataset, sizes: list[int]) -> tf.data.Dataset:
-    """Cuts each batch into pieces of these sizes, in order."""
+def _split_batches(batches: tf.data.Dataset, sizes: list[int]) -> tf.data.Dataset:
+    """Splits each batch into shards of these sizes, in order."""
     if len(sizes) == 1:
         return batches
     limits = tf.constant(np.cumsum([0, *sizes]))
 
-    def cut_equally(*batch):
+    def equal(*batch):
         shape = len(sizes), sizes[0]
-        stacked = (tf.reshape(part, (*shape, *part.shape[1:])) for part in batch)
+        stacked = (tf.reshape(tensor, (*shape, *tensor.shape[1:])) for tensor in batch)
         return tf.data.Dataset.from_tensor_slices(tuple(stacked))
 
-    def cut(*batch):
-        def piece(number):
-            return tuple(part[limits[number] : limits[number + 1]] for part in batch)
+    def unequal(*batch):
+        def shard(number):
+            return tuple(tensor[limits[number] : limits[number + 1]] for tensor in batch)
 
-        return tf.data.Dataset.range(len(sizes)).map(piece)
+        return tf.data.Dataset.range(len(sizes)).map(shard)
 
-    # Several times as fast, and with shapes that are known.
-    return batches.flat_map(cut_equally if len(set(sizes)) == 1 else cut)
+    # The first is several times as fast, and has static shapes.
+    return batches.flat_map(equal if len(set(sizes)) == 1 else unequal)
 
 
-def _finished(dataset: tf.data.Dataset) -> tf.data.Dataset:
+def _prefetched(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
-    # The tuning thread sleeps for up to a minute and misses, one time in three, that an iterator is
-    # to end: the end of an evaluation, and of the process, would wait for it. It made nothing faster.
+    # The autotune thread sleeps for up to a minute and misses, one time in three, that its iterator
+    # is deleted: the end of an evaluation, and of the process, waits for it. It made nothing faster.
     options.autotune.enabled = False
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)

@@ -158,10 +158,11 @@ def _open(path: pathlib.Path) -> Split | None:
             return None
         # Read-only: Linux refuses a writable mapping, even a private one, larger than the memory.
         images = np.load(path / "images.npy", mmap_mode="r").view(np.ndarray)
+        digests = np.load(path / "digests.npy")
         split = Split(
             images,
             np.load(path / "labels.npy"),
-            digests=np.load(path / "digests.npy"),
+            digests=digests,
             unreadable=tuple((range(len(images))[row], str(why)) for row, why in about["unusable"]),
         )
         if list(images.shape) != about["shape"] or images.dtype != np.uint8:
@@ -171,7 +172,7 @@ def _open(path: pathlib.Path) -> Split | None:
         if len(images) != len(split) or split.fingerprint != about["fingerprint"]:
             return None
         sample = np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)
-        intact = np.array_equal(pixel_digests(images, sample), split.digests[sample])
+        intact = np.array_equal(pixel_digests(images, sample), digests[sample])
         return split if intact else None
     except Exception:  # A damaged file can raise almost anything.
         return None

@@ -119,7 +119,8 @@ def _split_by_hash(classes: dict) -> tuple[dict, dict]:
         digest = hashlib.sha256(os.fsencode(_relative(path))).digest()
         return int.from_bytes(digest[:8], "big") % TEST_SHARE == 0
 
-    train, test = {}, {}
+    train: dict[str, list] = {}
+    test: dict[str, list] = {}
     for name, paths in classes.items():
         for path in paths:
             (test if is_test(path) else train).setdefault(name, []).append(path)
@@ -223,13 +224,13 @@ def _contents(path: str) -> bytes:
 def _read(source: _Files, size: tuple[int, int] | None, given: bool, cache: Cache) -> Split:
     """The images of a split, in the order of their files, decoded unless `cache` has them.
 
-    An entry has every file, the invalid ones black: it does not depend on what is done about these.
+    An entry has every file, the invalid ones black, so it does not depend on `bad_images`.
 
     Args:
         size: that all have, or are resized to if it was `given`; None is that of the first.
     """
     if not source.paths:  # Only a test split of too few files can be empty; `finish` says so.
-        return Split(np.empty((0, *size, 3), np.uint8), source.labels)
+        return Split(np.empty((0, *(size or (0, 0)), 3), np.uint8), source.labels)
     key = {
         "source": "folder",
         "files": source.key(),
@@ -304,7 +305,8 @@ def _announce(paths: list[str]) -> None:
 
 def _grouped(images: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
     """Lists of images in order, each of at most BLOCK bytes or one image."""
-    group, held = [], 0
+    group: list[np.ndarray] = []
+    held = 0
     for image in images:
         if group and held + image.nbytes > BLOCK:
             yield group

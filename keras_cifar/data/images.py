@@ -42,7 +42,7 @@ SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffi
 
 # Of an image. Pillow refuses more before it decodes any, also in images inside of others (ICO). The
 # largest camera sensor in use has 151 megapixels (Phase One IQ4).
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 MAX_FILE = 3 * MAX_PIXELS  # bytes
 
 # Passes over the pixels of the largest image; a smaller one may have more. A JPEG has one for each

@@ -9,8 +9,6 @@ import psutil
 
 from keras_cifar.core.errors import UserError
 
-ALIGNMENT = 64  # bytes, of TensorFlow's tensors
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
@@ -61,16 +59,16 @@ class Split:
         else:
             digests = self.digests if self.rows is None else self.digests[self.rows]
         digest = hashlib.sha256(repr(tuple(self.image_shape)).encode())
-        digest.update(np.ascontiguousarray(digests))
-        digest.update(np.ascontiguousarray(self.labels))
+        digest.update(np.ascontiguousarray(digests).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()[:16]
 
 
 def pixel_digests(images: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
     """uint8 [n, 16]: a hash of each image uint8 [H, W, 3], or of those in `rows`."""
-    rows = range(len(images)) if rows is None else rows
     joined = b"".join(
-        hashlib.blake2b(np.ascontiguousarray(images[row]), digest_size=16).digest() for row in rows
+        hashlib.blake2b(np.ascontiguousarray(images[row]).data, digest_size=16).digest()
+        for row in (range(len(images)) if rows is None else rows)
     )
     return np.frombuffer(joined, np.uint8).reshape(-1, 16)
 
@@ -155,9 +153,9 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
         if len(split) == 0:
             raise UserError(f"{splits.where} has no {name} images")
     known = np.unique(train.labels)
-    for name, split in (("val", val), ("test", test)):
-        if split is not None:
-            unknown = np.setdiff1d(split.labels, known)
+    for name, other in (("val", val), ("test", test)):
+        if other is not None:
+            unknown = np.setdiff1d(other.labels, known)
             if len(unknown):
                 raise UserError(
                     f"class {splits.class_names[unknown[0]]!r} of {splits.where} is in {name} "
@@ -200,7 +198,4 @@ def allocate(count: int, shape: tuple[int, int, int], where: str) -> np.ndarray:
             f"{where}: {count} images of {shape[0]} x {shape[1]} pixels need {needed / 1e9:.1f} GB "
             f"of memory and {available / 1e9:.1f} GB are free: choose a smaller --image_size"
         )
-    # NumPy aligns to 16 bytes; TensorFlow takes what is aligned to 64 without a copy.
-    memory = np.empty(needed + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + needed].reshape(count, *shape)
+    return np.empty((count, *shape), np.uint8)

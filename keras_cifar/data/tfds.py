@@ -34,16 +34,16 @@ OTHER_WAYS = (
 def load(
     argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
 ) -> Splits:
-    """Reads a TFDS data set, downloading and preparing it where `data_dir` has it not.
+    """Reads a TFDS data set, and downloads and prepares it if `data_dir` lacks it.
 
     Raises:
-        UsageError: no data set of that name, images of different sizes and no `image_size`, or
-            `bad_images` to be skipped.
+        UsageError: there is no data set of that name, its images differ in size and there is no
+            `image_size`, or bad images are to be skipped.
         UserError: it cannot be downloaded, or is not for image classification.
     """
     name = argument
     if bad_images.skip:
-        # What is wrong with one record of a prepared data set is wrong with its preparation.
+        # A bad record means that the preparation of the data set went wrong.
         raise UsageError("--on_bad_image=skip is for --data=folder:PATH, not for TFDS data sets")
     builder = _builder(name, data_dir)
     features = builder.info.features
@@ -95,19 +95,19 @@ def _builder(name: str, data_dir: str | None):
 
 
 def _check_features(data_dir: str, name: str) -> None:
-    """Refuses a prepared data set that names code: TFDS imports the modules of its features.json."""
+    """Refuses a prepared data set whose features.json names code that TFDS would import."""
     folder = pathlib.Path(data_dir).expanduser() / name.partition("/")[0]
     for path in sorted(folder.glob("**/features.json")):
         try:
             for module in _modules(json.loads(read(path, MAX_FEATURES))):
                 if not module.startswith("tensorflow_datasets."):
-                    raise ValueError(f"it names {module!r}, which is none of TFDS's features")
+                    raise ValueError(f"it names {module!r}, which is not a feature of TFDS")
         except Exception as error:  # A damaged file can raise almost anything.
-            raise UserError(f"{path} cannot be used: {reason(error)}") from None
+            raise UserError(f"{path} is invalid: {reason(error)}") from None
 
 
 def _modules(value: object) -> Iterator[str]:
-    """What a features.json names for TFDS to import, in both of its forms."""
+    """The modules that a features.json names, in both of its forms."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key in ("type", "pythonClassName", "python_class_name") and "." in str(item):
@@ -126,7 +126,7 @@ def _unknown(name: str) -> UsageError:
 
 
 def _prepare(builder, name: str) -> None:
-    """Downloads and prepares the data set unless that was done before."""
+    """Downloads and prepares the data set if necessary."""
     if builder.data_path.exists():
         return
     try:
@@ -138,7 +138,7 @@ def _prepare(builder, name: str) -> None:
 
 
 def _check_connection(builder) -> None:
-    """Raises OSError at once where the data set's first host cannot be reached."""
+    """Raises OSError if the data set's first host cannot be reached."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return
     with contextlib.suppress(StopIteration):
@@ -160,17 +160,14 @@ def _read(builder, split: str, size: tuple[int, int], where: str, cache: Cache) 
         "files": _files(info),
         "image_size": size,
     }
-    found = cache.find(cache_key)
-    if found is not None:
-        return found
 
     def fill(write):
+        unreadable = f"{where} cannot be read: {{}}; prepare it again"
         try:
             batches = _batches(builder, split, size)
-        except Exception as error:  # Each format has errors of its own for files that are missing.
-            raise UserError(f"{where} cannot be read: {reason(error)}; prepare it again") from None
-        labels = np.empty(info.num_examples, np.int64)
-        position = 0
+        except Exception as error:  # Each format has its own errors for files that are missing.
+            raise UserError(unreadable.format(reason(error))) from None
+        labels, position = np.empty(info.num_examples, np.int64), 0
         try:
             for pixels, batch_labels in batches.as_numpy_iterator():
                 stop = position + len(pixels)
@@ -179,21 +176,23 @@ def _read(builder, split: str, size: tuple[int, int], where: str, cache: Cache) 
                     write(position, pixels)
                 position = stop
         except tf.errors.OpError as error:
-            raise UserError(f"{where} cannot be read: {reason(error)}; prepare it again") from None
+            raise UserError(unreadable.format(reason(error))) from None
         if position != len(labels):
             raise UserError(
                 f"{where} has {position} images instead of {len(labels)}; prepare it again"
             )
         return labels
 
-    return cache.make(cache_key, (info.num_examples, *size, 3), where, fill)
+    return cache.find(cache_key) or cache.make(
+        cache_key, (info.num_examples, *size, 3), where, fill
+    )
 
 
 def _files(info) -> str:
     """A hash of the names, sizes, beginnings and ends of a split's files.
 
-    What was prepared is not changed afterwards, so this needs to see no more than another
-    preparation, and ImageNet is not read whole at each start.
+    Prepared files never change. The hash only has to tell preparations apart, without reading all of
+    ImageNet at each start.
     """
     digest = hashlib.sha256()
     for path in info.filepaths:
@@ -208,7 +207,7 @@ def _files(info) -> str:
 
 
 def _batches(builder, split: str, size: tuple[int, int]) -> tf.data.Dataset:
-    """(uint8 [n, H, W, 3], int64 [n]), decoded by us, so that training sees what serving will see."""
+    """(uint8 [n, H, W, 3], int64 [n]), decoded here, so that training sees what serving will see."""
     import tensorflow_datasets as tfds
 
     def decode(encoded, label):

@@ -51,7 +51,9 @@ def find_cluster(config: DevicesConfig, environ: Mapping[str, str] = os.environ)
     """
     if config.workers is not None:
         addresses = tuple(address.strip() for address in config.workers.split(","))
-        return Cluster(addresses, config.worker_index, "--workers and --worker_index")
+        index = config.worker_index
+        assert index is not None  # DevicesConfig checks it
+        return Cluster(addresses, index, "--workers and --worker_index")
     if environ.get("TF_CONFIG", "").strip():
         return _from_tf_config(environ["TF_CONFIG"])
     try:

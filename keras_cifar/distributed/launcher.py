@@ -1,6 +1,7 @@
 """Runs several worker processes on this machine: their output, their signals, their end."""
 
 import contextlib
+import io
 import os
 import queue
 import random
@@ -39,7 +40,7 @@ class EndedError(UserError):
 
 def free_ports(count: int) -> list[int]:
     """Different ports that nothing listens on; all stay bound until the last one is found."""
-    ports = []
+    ports: list[int] = []
     with contextlib.ExitStack() as stack:
         for port in random.sample(PORTS, len(PORTS)):
             if len(ports) == count:
@@ -64,7 +65,7 @@ def run_workers(
         OSError: the output cannot be written.
     """
     # Each thread puts None when it is done; what goes wrong, and signals, put the error to raise.
-    events = queue.SimpleQueue()  # unlike Queue, signal handlers may put into it
+    events: queue.SimpleQueue = queue.SimpleQueue()  # unlike Queue, signal handlers may put into it
     handlers = {
         signal.SIGINT: lambda *_: events.put(EndedError("interrupted", 130)),
         signal.SIGTERM: lambda *_: events.put(EndedError("terminated", 143)),
@@ -124,6 +125,7 @@ def _signal(workers: list[subprocess.Popen], number: int) -> None:
 def _wait(index: int, pid: int, events: queue.SimpleQueue) -> None:
     """Waits for the end of a worker but does not reap it, so that its id is not given away."""
     end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert end is not None  # without WNOHANG
     error = None
     if end.si_code != os.CLD_EXITED:
         names = {number.value: number.name for number in signal.Signals}
@@ -134,7 +136,9 @@ def _wait(index: int, pid: int, events: queue.SimpleQueue) -> None:
     events.put(error)
 
 
-def _copy(index: int, pipe: typing.BinaryIO, target: int, lock, events: queue.SimpleQueue) -> None:
+def _copy(
+    index: int, pipe: io.BufferedReader, target: int, lock, events: queue.SimpleQueue
+) -> None:
     """Writes each line of a worker's pipe to a file descriptor as soon as it is complete."""
     with pipe:
         try:
@@ -148,7 +152,7 @@ def _copy(index: int, pipe: typing.BinaryIO, target: int, lock, events: queue.Si
             events.put(error)
 
 
-def _lines(pipe: typing.BinaryIO) -> typing.Iterator[bytes]:
+def _lines(pipe: io.BufferedReader) -> typing.Iterator[bytes]:
     rest = b""
     while chunk := pipe.read1(1 << 16):
         *lines, rest = (rest + chunk).split(b"\n")

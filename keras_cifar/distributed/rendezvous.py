@@ -335,10 +335,12 @@ def listen(address: str, worker: int) -> socket.socket:
     Raises:
         UserError: the port cannot be used.
     """
-    both = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        options = both if socket.has_dualstack_ipv6() else {}
-        return socket.create_server(("", parse_address(address)[1]), **options)
+        return socket.create_server(
+            ("", parse_address(address)[1]), family=family, dualstack_ipv6=both
+        )
     except OSError as error:
-        why = os.strerror(error.errno)
+        why = os.strerror(error.errno or 0)
         raise UserError(f"worker {worker} cannot use {address}: {why}") from None

@@ -1,8 +1,6 @@
 """Splits each batch into a shard for every replica; decides which process reads which shard."""
 
-import contextlib
 import dataclasses
-import weakref
 from collections.abc import Callable, Iterator
 
 import tensorflow as tf
@@ -42,36 +40,7 @@ class ShardedBatches:
     steps: int | None
 
     def __iter__(self) -> Iterator:
-        iterator = iter(self.dataset)
-        _stop_reading_first(iterator)
-        return iterator
-
-
-def _stop_reading_first(iterator: Iterator) -> None:
-    """Has the thread that reads ahead for replicas end before what it reads is freed.
-
-    TensorFlow frees the data set first where no optimization has rewritten it, as `pipeline` has it:
-    a thread that was just then computing a batch reads freed memory, and the process dies (SIGSEGV).
-    To be initialized again, with no data, is the one way to end the thread by itself.
-    """
-    # This is private. Where TensorFlow has changed it the reading goes on as ever, and a test says so.
-    try:
-        for worker in getattr(iterator, "_iterators", ()):
-            reader = worker._iterator._multi_device_iterator_resource
-            # Called when Python is about to free the iterator, and still has it.
-            weakref.finalize(worker, _stop_reading, reader, worker._dataset.take(0))
-    except AttributeError:
-        pass
-
-
-def _stop_reading(reader: tf.Tensor, nothing: tf.data.Dataset) -> None:
-    # Python may be anywhere when it frees the iterator: tracing a function, on another device.
-    with contextlib.suppress(tf.errors.OpError), tf.init_scope(), tf.device(reader.device):
-        tf.raw_ops.MultiDeviceIteratorInit(
-            dataset=tf.data.experimental.to_variant(nothing),
-            multi_device_iterator=reader,
-            max_buffer_size=1,
-        )
+        return iter(self.dataset)
 
 
 def shard_batches(

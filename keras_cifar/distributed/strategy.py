@@ -132,7 +132,7 @@ class DistributedContext:
             )
             with self:
                 self.check_equal(facts or {})
-                self.strategy = _multiworker(spec, config.peer_timeout)
+                self.strategy = _multiworker(spec.cluster, spec.devices, config.peer_timeout)
 
     @property
     def is_chief(self) -> bool:
@@ -145,7 +145,7 @@ class DistributedContext:
         Raises:
             UserError: a value differs from the chief's.
         """
-        if self._rendezvous is None:
+        if self._rendezvous is None or self.spec.cluster is None:
             return
         everyone = self._rendezvous.all_gather(dict(facts))
         for index, theirs in enumerate(everyone):
@@ -199,7 +199,7 @@ class DistributedContext:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if error is None or self._rendezvous is None:
+        if error is None or self._rendezvous is None or self.spec.cluster is None:
             return
         if not isinstance(error, LOST_WORKER_ERRORS):
             self._rendezvous.abort(reason(error))
@@ -237,9 +237,10 @@ def _mirrored(spec: StrategySpec) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(list(spec.devices))
 
 
-def _multiworker(spec: StrategySpec, timeout: float) -> tf.distribute.Strategy:
-    cluster = spec.cluster
-    gpus = sum(device.startswith("GPU") for device in spec.devices)
+def _multiworker(
+    cluster: Cluster, devices: tuple[str, ...], timeout: float
+) -> tf.distribute.Strategy:
+    gpus = sum(device.startswith("GPU") for device in devices)
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
         task_type="worker",

@@ -3,13 +3,13 @@
 import numpy as np
 import sklearn.metrics
 
-# The smallest positive float32: what a probability that was rounded to zero counts as.
-TINY = float(np.finfo(np.float32).tiny)
+TINY = float(np.finfo(np.float32).tiny)  # replaces a probability that was rounded to zero
 
-# Intervals: of the middle 95 % of what so many resamples of the images give, always the same ones.
-LEVEL = 0.95
+LEVEL = 0.95  # of the intervals
 RESAMPLES = 1000
 RESAMPLED = 2**20  # images of resamples in memory at a time
+
+PER_CLASS = ("precision", "recall", "f1", "count")
 
 BINS = 15  # of confidence, as in Guo et al. 2017, arXiv:1706.04599
 MAX_CONFUSED = 20  # pairs of classes
@@ -34,7 +34,7 @@ def summarize(probabilities: np.ndarray, labels: np.ndarray, class_names: tuple[
     predicted = probabilities.argmax(axis=1)
     true = probabilities[np.arange(len(labels)), labels]
     better = (probabilities > true[:, None]).sum(axis=1)
-    precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(
+    per_class = sklearn.metrics.precision_recall_fscore_support(
         labels, predicted, labels=classes, zero_division=0
     )
     losses = -np.log(np.maximum(true.astype(np.float64), TINY))
@@ -53,13 +53,8 @@ def summarize(probabilities: np.ndarray, labels: np.ndarray, class_names: tuple[
         },
         "calibration": calibration_error(probabilities, labels),
         "per_class": {
-            name: {
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
-                "count": int(support[i]),
-            }
-            for i, name in enumerate(class_names)
+            name: dict(zip(PER_CLASS, row, strict=True))
+            for name, *row in zip(class_names, *(x.tolist() for x in per_class), strict=True)
         },
         "confusion": matrix.tolist(),
         "confused": _confused(matrix, class_names),
@@ -68,14 +63,14 @@ def summarize(probabilities: np.ndarray, labels: np.ndarray, class_names: tuple[
 
 
 def bootstrap(values: np.ndarray) -> list[float]:
-    """[low, high] of a mean: percentiles of the means of resamples of the images.
+    """The interval [low, high] of a mean: percentiles of the means of resamples of the images.
 
-    Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13. It says how much the
-    figure would change with other test images of the same kind. Where all values are equal, so are
-    those of every resample: of 20 right answers out of 20 the interval is [1, 1].
+    Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13. It estimates how much the
+    metric would change with other test images of the same kind. Equal values have no spread: 20 right
+    predictions out of 20 give [1, 1].
 
     Args:
-        values: float or bool [N], one an image; bool are resampled by their counts alone.
+        values: float or bool [N], one an image.
     """
     random, count = np.random.default_rng(0), len(values)
     if values.dtype == bool:
@@ -89,16 +84,17 @@ def bootstrap(values: np.ndarray) -> list[float]:
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> dict:
-    """How far the largest probability is from the accuracy: Guo et al. 2017, section 2.
+    """The expected calibration error, and the bins of a reliability diagram (Guo et al., section 2).
 
     Args:
         probabilities: float [N, K].
         labels: int [N].
 
     Returns:
-        {"expected_calibration_error": the mean over images of their bin's distance, "bins": [{"low",
-        "high", "count", "confidence", "accuracy"}, ...]}: a bin has the images whose largest
-        probability is above low and at most high, and the means of these; None where there are none.
+        {"expected_calibration_error", "bins": [{"low", "high", "count", "confidence", "accuracy"}]}. A
+        bin has the images whose largest probability is above low and at most high; its confidence and
+        accuracy are means over them, or None without images. The error is the mean over all images of
+        the distance between the two.
     """
     confidence = probabilities.max(axis=1).astype(np.float64)
     right = probabilities.argmax(axis=1) == labels
@@ -107,7 +103,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> dict:
     counts = np.bincount(places, minlength=BINS)
     confident, correct = (np.bincount(places, x, BINS) for x in (confidence, right))
     return {
-        # Of each bin, the size times the difference of the means is the difference of the sums.
+        # The size of a bin times the difference of its means is the difference of its sums.
         "expected_calibration_error": float(np.abs(confident - correct).sum() / len(labels)),
         "bins": [
             {

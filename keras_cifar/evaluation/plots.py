@@ -33,18 +33,13 @@ HEAT = LinearSegmentedColormap.from_list("heat", [f"{LINES[0]}00", LINES[0]])  #
 
 styled = matplotlib.rc_context(
     {
+        **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), TEXT),
+        **dict.fromkeys(("axes.edgecolor", "grid.color"), GRID),
+        **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
         "axes.prop_cycle": cycler(color=LINES),
         "axes.facecolor": "none",
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": TEXT,
         "axes.grid": True,
-        "grid.color": GRID,
-        "text.color": TEXT,
         "text.parse_math": False,  # A dollar sign in a name begins no formula.
-        "xtick.color": TEXT,
-        "ytick.color": TEXT,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
         "svg.fonttype": "none",
         "svg.hashsalt": "keras_cifar",
     }
@@ -103,14 +98,17 @@ def progress(runs: Sequence[tuple]) -> Figure:
             after E epochs. The band is a standard deviation on each side, time the mean of the seeds.
     """
     longest = max(seconds.mean(axis=0)[-1] for *_, seconds in runs)
-    scale, unit = (1, "seconds") if longest < 120 else (60, "minutes")
-    if longest > 7200:
-        scale, unit = 3600, "hours"
+    units = {"hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next((name for name, length in units.items() if longest >= 2 * length), "seconds")
     figure = Figure((10, 4), layout="constrained")
     for axes, label in zip(figure.subplots(1, 2, sharey=True), ("epoch", unit), strict=True):
         for name, what, values, seconds in runs:
             mean = values.mean(axis=0)
-            x = np.arange(1, len(mean) + 1) if label == "epoch" else seconds.mean(axis=0) / scale
+            x = (
+                np.arange(1, len(mean) + 1)
+                if label == "epoch"
+                else seconds.mean(axis=0) / units[unit]
+            )
             text = one_line(f"{name} ({what})")
             (line,) = axes.plot(x, mean, marker=_marker(mean), label=text)
             if len(values) > 1:

@@ -33,8 +33,8 @@ def metrics_table(metrics: dict) -> str:
 def disturbance_summary(record: dict) -> str:
     """The accuracy under all disturbances together, as `robustness.disturb` gives it."""
     return (
-        f"accuracy {record['clean_accuracy']:.4f} as they are, {record['mean_accuracy']:.4f} in the "
-        f"mean over disturbances and strengths, on {record['count']:,} images"
+        f"accuracy {record['clean_accuracy']:.4f} without disturbances, {record['mean_accuracy']:.4f} "
+        f"averaged over disturbances and strengths, on {record['count']:,} images"
     )
 
 
@@ -54,9 +54,9 @@ def disturbance_table(record: dict) -> str:
 def temperature_summary(fitted: dict) -> str:
     """A temperature and what it changes, as `temperature.fit_temperature` gives them."""
     return (
-        f"temperature {fitted['temperature']:.3f}: on {fitted['images']:,} validation images the loss "
-        f"goes from {fitted['loss_before']:.4f} to {fitted['loss_after']:.4f}, the calibration error "
-        f"from {fitted['ece_before']:.4f} to {fitted['ece_after']:.4f}"
+        f"temperature {fitted['temperature']:.3f}, fitted to {fitted['images']:,} validation images: "
+        f"loss {fitted['loss_before']:.4f} -> {fitted['loss_after']:.4f}, "
+        f"calibration error {fitted['ece_before']:.4f} -> {fitted['ece_after']:.4f}"
     )
 
 

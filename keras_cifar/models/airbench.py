@@ -2,19 +2,17 @@
 
 Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498, section 3 and its
 listing; after Page 2019, "How to train your ResNet". A frozen whitening convolution, then groups of
-two convolutions with pooling after the first, identity-like initial weights, normalization whose
-offsets alone are trained, the maximum over all places, and small logits. Outside of training an image
-and its mirror image are averaged (`layers.AddMirrored`), at twice the multiply-adds. At 32 x 32 with 10
-classes:
+two convolutions with pooling after the first, identity-like initial weights, normalization without
+scale, global max pooling, and small logits. Outside of training an image and its mirror image are
+averaged (`layers.AddMirrored`), at twice the multiply-adds. At 32 x 32 with 10 classes:
 
 | name | widths | trainable parameters | multiply-adds |
 |---|---|---|---|
 | airbench94 | 64, 256, 256 | 1,971,352 | 118.1 million |
 | airbench_small | 64, 128, 128 | 568,728 | 54.2 million |
 
-The small one, which is not in the paper, has learnt more after five minutes on two CPU cores.
-Other than in the paper GELU is its approximation by a sigmoid, and the whitening's bias is trained to
-the end.
+The small one, which is not in the paper, is more accurate after five minutes on two CPU cores. Unlike
+the paper's, GELU is approximated by a sigmoid, and the whitening's bias is trained to the end.
 """
 
 import functools
@@ -53,7 +51,7 @@ def airbench(
     """Builds the network.
 
     Args:
-        widths: filters of each group.
+        widths: number of filters in each group.
     """
     images, x = classifier.image_input(input_shape)
     x = layers.AddMirrored(name="mirrored")(x)

@@ -2,7 +2,7 @@
 
 Krizhevsky, Sutskever, Hinton 2012, "ImageNet Classification with Deep Convolutional Neural
 Networks", NIPS, section 3.5, with its local response normalisation, overlapping pooling, and the
-second, fourth and fifth convolution in two halves that do not see each other.
+second, fourth and fifth convolution in two groups of channels.
 
 | name | parameters at 224 x 224, 1,000 classes |
 |---|---|
@@ -23,11 +23,11 @@ DROPOUT = 0.5
 def halved_conv(x, filters: int, size: int, name: str):
     """A convolution in two groups of channels: the paper's two GPUs."""
     half = x.shape[-1] // 2
-    parts = [
-        layers.conv(part, filters // 2, size, name=f"{name}_{side}_conv")
-        for side, part in (("a", x[..., :half]), ("b", x[..., half:]))
+    halves = [
+        layers.conv(channels, filters // 2, size, name=f"{name}_{side}_conv")
+        for side, channels in (("a", x[..., :half]), ("b", x[..., half:]))
     ]
-    return keras.layers.Concatenate(name=f"{name}_concat")(parts)
+    return keras.layers.Concatenate(name=f"{name}_concat")(halves)
 
 
 def alexnet(

@@ -7,29 +7,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar.distributed.sharding import ShardedBatches
-from keras_cifar.models import layers, loop
+from keras_cifar.models import layers, loop, training_step
 from keras_cifar.models.precise_batch_norm import PreciseBatchNorm
-from keras_cifar.models.training_step import (
-    EVALUATION_METRICS,
-    METRICS,
-    TrainingStep,
-    compute_logits,
-    evaluation_metrics,
-)
+from keras_cifar.models.training_step import EVALUATION_METRICS, METRICS, TrainingStep
 from keras_cifar.models.weight_averaging import WeightAverages
 
 # Keras walks a functional model recursively, some levels a layer: 1,202 layers pass Python's 1,000.
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 20_000))
-
-_WRONG_UNDER_REPLICAS = (
-    keras.layers.BatchNormalization,
-    keras.layers.Dropout,
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.AlphaDropout,
-)
-_RIGHT = (layers.BatchNormalization, layers.Dropout)
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
@@ -98,7 +82,13 @@ class Classifier(keras.Model):
             ValueError: several replicas would compute it wrongly, or not at all.
         """
         self._strategy = strategy = self.distribute_strategy
-        self._check_for_replicas(jit_compile, kwargs.get("run_eagerly"))
+        if strategy.num_replicas_in_sync > 1:
+            created_here = strategy.extended.variable_created_in_scope
+            if not all(created_here(weight.value) for weight in self.weights):
+                raise ValueError("the model was built outside of the strategy's scope")
+            if jit_compile is True or kwargs.get("run_eagerly"):
+                raise ValueError("jit_compile and run_eagerly are for one device, not for replicas")
+            layers.check_for_replicas(self.logits_model)
         with strategy.scope():
             super().compile(
                 optimizer,
@@ -108,53 +98,16 @@ class Classifier(keras.Model):
             )
             if not self.optimizer.built:
                 self.optimizer.build(self.trainable_variables)
-            self._check_optimizer()
+            training_step.check_optimizer(self.optimizer, strategy)
             self._averages = WeightAverages(self.weights, ema)
             self.averages = self._averages.variables  # a checkpoint has them
-            self._step = TrainingStep(
-                self.logits_model,
-                self.trainable_variables,
-                self.optimizer,
-                self._averages,
-                self._loss_dtype,
-                label_smoothing,
-                weight_decay,
-                accumulate_steps,
-            )
-        self._precise_batch_norm = PreciseBatchNorm(
-            self.logits_model, self.layers, strategy, self.run_eagerly
-        )
+            network, variables = self.logits_model, self.trainable_variables
+            options = (self._loss_dtype, label_smoothing, weight_decay, accumulate_steps)
+            self._step = TrainingStep(network, variables, self.optimizer, self._averages, *options)
+        eager = self.run_eagerly
+        self._precise_batch_norm = PreciseBatchNorm(network, self.layers, strategy, eager)
         self.totals = np.zeros(len(METRICS))
         self.test_function = self._compiled(self._evaluate_steps)
-
-    def _check_for_replicas(self, jit_compile, run_eagerly) -> None:
-        if self._strategy.num_replicas_in_sync == 1:
-            return
-        created_here = self._strategy.extended.variable_created_in_scope
-        if not all(created_here(weight.value) for weight in self.weights):
-            raise ValueError("the model was built outside of the strategy's scope")
-        if jit_compile is True or run_eagerly:
-            raise ValueError("jit_compile and run_eagerly are for one device, not for replicas")
-        for layer in _all_layers(self.logits_model):
-            # Dropout's relatives would draw the same mask on each replica, and Keras's normalization
-            # would weigh replicas equally whose shards of a batch are unequal.
-            if isinstance(layer, _WRONG_UNDER_REPLICAS) and not isinstance(layer, _RIGHT):
-                raise ValueError(
-                    f"layer {layer.name!r}: keras.layers.{type(layer).__name__} is not right under "
-                    "several replicas; use those of keras_cifar.models.layers"
-                )
-
-    def _check_optimizer(self) -> None:
-        # Under loss scaling, the optimizer with these options is inside.
-        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        if inner.gradient_accumulation_steps:
-            raise ValueError("give accumulate_steps to compile, not to the optimizer")
-        if inner.use_ema:
-            raise ValueError("give ema to compile, not use_ema to the optimizer")
-        replicas = self._strategy.num_replicas_in_sync
-        created_here = self._strategy.extended.variable_created_in_scope
-        if replicas > 1 and not created_here(inner.iterations.value):
-            raise ValueError("the optimizer was made outside of the strategy's scope")
 
     # ---- Functions of TensorFlow
 
@@ -171,8 +124,8 @@ class Classifier(keras.Model):
     def test_step(self, data):
         """Keras's hook: float [3], EVALUATION_METRICS of one replica's (images, labels) alone."""
         images, labels = data
-        logits = compute_logits(self.logits_model, images, training=False)[0]
-        return evaluation_metrics(tf.cast(labels, self._loss_dtype), logits)
+        logits = training_step.compute_logits(self.logits_model, images, training=False)[0]
+        return training_step.evaluation_metrics(tf.cast(labels, self._loss_dtype), logits)
 
     def _train_steps(self, iterator, count):
         strategy, step = self.distribute_strategy, self.train_step
@@ -254,7 +207,7 @@ class Classifier(keras.Model):
             self,
             batches,
             validation,
-            self._callback_list(callbacks, verbose, epochs, batches.steps, history=True),
+            loop.callback_list(self, callbacks, verbose, batches.steps, epochs, add_history=True),
             epochs=epochs,
             initial_epoch=initial_epoch,
             initial_step=initial_step,
@@ -280,33 +233,15 @@ class Classifier(keras.Model):
             steps: batches; without it, one pass.
         """
         batches = self._batches(x, y, batch_size, steps)
-        logs = loop.evaluate(
-            self, batches, self._callback_list(callbacks, verbose, 1, batches.steps)
-        )
+        callbacks = loop.callback_list(self, callbacks, verbose, batches.steps)
+        logs = loop.evaluate(self, batches, callbacks)
         return logs if return_dict else list(logs.values())
 
-    def _batches(
-        self, x, y, batch_size, steps, microbatches=None, shuffle_seed=None
-    ) -> ShardedBatches:
+    def _batches(self, *arguments):
         # A model that was compiled in no scope adopts the scope in which it is called.
         if self.compiled and self.distribute_strategy is not self._strategy:
             raise ValueError("the model was compiled outside of the strategy's scope")
-        return loop.as_batches(
-            self.distribute_strategy, x, y, batch_size, steps, microbatches, shuffle_seed
-        )
-
-    def _callback_list(self, callbacks, verbose, epochs, steps, history: bool = False):
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            return callbacks
-        return keras.callbacks.CallbackList(
-            callbacks,
-            add_history=history,
-            add_progbar=verbose != 0,
-            verbose=1 if verbose == "auto" else verbose,
-            epochs=epochs,
-            steps=steps,
-            model=self,
-        )
+        return loop.as_batches(self.distribute_strategy, *arguments)
 
     def train_on_batch(self, *args, **kwargs):
         raise NotImplementedError("train_on_batch: call fit on the batch")
@@ -338,10 +273,3 @@ def image_input(input_shape: tuple[int, int, int]) -> tuple:
     """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same in [-1, 1]."""
     images = keras.Input(input_shape, dtype="uint8", name="images")
     return images, keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(images)
-
-
-def _all_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
-    for layer in model.layers:
-        yield layer
-        if isinstance(layer, keras.Model):
-            yield from _all_layers(layer)

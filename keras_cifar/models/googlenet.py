@@ -10,12 +10,11 @@ parameters at 224 x 224 with 1,000 classes:
 
 `googlenet_bn` normalises after each convolution and has no local response normalisation (Ioffe and
 Szegedy 2015, arXiv:1502.03167); its 5 x 5 convolutions remain. The auxiliary classifiers are trained
-with weight 0.3 and are no part of the deployed model.
+with weight 0.3 and are not deployed.
 
-On images of up to 64 pixels: the stem keeps its widths but its first convolution is 3 x 3 with
-stride 1 and its first pooling is left out, so that a 32 x 32 image has 16 x 16 at the first block
-(28 x 28 in the paper) and 4 x 4 at the last (7 x 7); the auxiliary classifiers' 5 x 5 average
-pooling shrinks with the image where it has fewer pixels.
+On images of up to 64 pixels, the first convolution of the stem is 3 x 3 with stride 1, and its first
+pooling is left out: at 32 x 32 the first block gets 16 x 16 (28 x 28 in the paper) and the last 4 x 4
+(7 x 7). The auxiliary classifiers' 5 x 5 average pooling shrinks to the image where that is smaller.
 """
 
 import functools

@@ -4,31 +4,31 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# The defaults of the chapter's framework and of PyTorch (whose momentum 0.1 is 1 - ours). Keras's
-# own, 0.99 and 1e-3, leave the moving statistics far behind in short runs: one pass of ResNet-32
-# over CIFAR-10 was 0.354 against 0.564 in test accuracy.
+# The defaults of PaddlePaddle and of PyTorch (whose momentum 0.1 is 1 - ours). With Keras's own, 0.99
+# and 1e-3, the moving statistics lag in short runs: after one pass over CIFAR-10, ResNet-32 had a
+# test accuracy of 0.354 instead of 0.564.
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-5
 
-# Added to the variances of patches' components, as a share of the pixels' variance, so that noise is
-# not made as large as what is seen: Jordan 2024, arXiv:2404.00498, whose pixels have a variance of 1.
+# Added to the variances of the patches' components, as a share of the pixels' variance, so that
+# whitening does not amplify noise: Jordan 2024, arXiv:2404.00498, whose pixels have a variance of 1.
 WHITENING_EPSILON = 5e-4
 
-# FusedBatchNormV3 takes these; Keras's own way computes in float32 for the halves, as the kernel does.
+# The types of FusedBatchNormV3. For half precision it computes in float32, as Keras does.
 FUSED_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Batch normalization (Ioffe and Szegedy 2015, arXiv:1502.03167), faster than Keras's and equal.
+    """Keras's BatchNormalization by a fused kernel (Ioffe and Szegedy 2015, arXiv:1502.03167).
 
-    Arguments, weights and results are those of Keras's layer; the defaults of `momentum` and
-    `epsilon` are the chapter's. Keras 3 computes moments and scaling as a dozen elementwise kernels.
-    Here one kernel does it where there is one: 4-D input with channels last, in FUSED_DTYPES, on one
-    replica. The moving variance is the biased one (divided by N, not by N - 1), as Keras's.
+    Arguments, weights and results are those of Keras's layer; `momentum` and `epsilon` have other
+    defaults. Keras 3 computes moments and scaling by a dozen elementwise kernels. This layer uses one
+    where it exists: for 4-D input with channels last, in FUSED_DTYPES, on one replica. The moving
+    variance is the biased one (divided by N, not by N - 1), as Keras's.
 
-    Under several replicas the statistics are always those of the whole batch, however unequal the
-    replicas' parts of it are; none may be empty.
+    Several replicas always use the statistics of the whole batch, however unequal their shards are;
+    none may be empty.
     """
 
     def __init__(self, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON, **kwargs):
@@ -73,24 +73,24 @@ class BatchNormalization(keras.layers.BatchNormalization):
         context = tf.distribute.get_replica_context()
         if mask is not None or replicas() == 1 or context is None:
             return super()._moments(inputs, mask)
-        # Chan et al. 1983: count, mean and mean square of each replica add up. One all-reduce takes
-        # them, in float64: in float32 the square of a large mean would drown the variance.
+        # Chan et al. 1983: one all-reduce sums the count, mean and mean square of the replicas, in
+        # float64, since in float32 the square of a large mean would drown the variance.
         mean, variance = tf.nn.moments(inputs, self._reduction_axes)
         dtype, mean, variance = mean.dtype, *(tf.cast(x, tf.float64) for x in (mean, variance))
         count = tf.cast(tf.size(inputs) // tf.shape(inputs)[self.axis], tf.float64)
-        parts = tf.concat([count * mean, count * (variance + mean**2), [count]], 0)
-        *sums, total = tf.split(context.all_reduce("SUM", parts), [*[mean.shape[0]] * 2, 1])
+        own = tf.concat([count * mean, count * (variance + mean**2), [count]], 0)
+        *sums, total = tf.split(context.all_reduce("SUM", own), [*[mean.shape[0]] * 2, 1])
         mean, square = (x / total for x in sums)
         return tf.cast(mean, dtype), tf.cast(tf.maximum(square - mean**2, 0.0), dtype)
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class Dropout(keras.layers.Dropout):
-    """Dropout (Srivastava et al. 2014, JMLR 15) that takes half of Keras's time on a CPU.
+    """Keras's Dropout in half the time on a CPU (Srivastava et al. 2014, JMLR 15).
 
-    Most of that time is drawing random numbers: here a number of 8 bits decides on an element, where
-    Keras draws 32. The threshold, 256 times the rate, is rounded up or down at random in each call,
-    so an element's chance to be dropped is the rate exactly. Each replica draws a mask of its own.
+    Most of the time goes into random numbers. This layer draws 8 bits an element, and Keras 32. Each
+    call rounds the threshold, 256 times the rate, up or down at random, so that the probability to
+    drop an element is exactly the rate. Each replica draws its own mask.
     """
 
     def call(self, inputs, training=False):
@@ -118,8 +118,28 @@ class Dropout(keras.layers.Dropout):
 
 
 def replicas() -> int:
-    """How many replicas compute here, in all processes: of the strategy whose scope this is."""
+    """The number of replicas, in all processes, of the strategy in whose scope this is called."""
     return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def check_for_replicas(model: keras.Model) -> None:
+    """Raises ValueError for a layer of Keras that several replicas would compute wrongly.
+
+    Relatives of dropout would draw the same mask on each replica, and normalization would weigh
+    unequal shards of a batch equally.
+    """
+    wrong = (
+        *(keras.layers.BatchNormalization, keras.layers.Dropout, keras.layers.AlphaDropout),
+        *(keras.layers.GaussianDropout, keras.layers.GaussianNoise),
+    )
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            check_for_replicas(layer)
+        elif isinstance(layer, wrong) and not isinstance(layer, (BatchNormalization, Dropout)):
+            raise ValueError(
+                f"layer {layer.name!r}: keras.layers.{type(layer).__name__} is not right under "
+                "several replicas; use those of keras_cifar.models.layers"
+            )
 
 
 def conv(
@@ -134,9 +154,9 @@ def conv(
     initializer="he_normal",
     layer=keras.layers.Conv2D,
 ):
-    """Convolution alone, with He et al.'s initial weights (2015, arXiv:1502.01852).
+    """Convolution with He et al.'s initial weights (2015, arXiv:1502.01852).
 
-    With a stride, "same" pads both sides alike, as the papers' frameworks do; Keras's own padding
+    With a stride, "same" pads both sides equally, as the papers' frameworks do; Keras's padding
     depends on the parity of the input.
     """
     if padding == "same" and stride > 1:
@@ -155,11 +175,10 @@ def conv(
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class ConvBeforeNorm(keras.layers.Conv2D):
-    """A convolution with a bias that batch normalization takes away again.
+    """A convolution whose bias gets no gradient, since batch normalization subtracts it again.
 
-    The bias is added but gets no gradient. The exact gradient is 0; the computed one would be
-    rounding noise, which Adam turns into steps as long as any other, and a tenth of the time of a
-    step of `vgg_bn_drop`.
+    The exact gradient is 0. A computed one is rounding noise, which Adam turns into steps of full
+    length, and takes a tenth of the time of a step of `vgg_bn_drop`.
     """
 
     def call(self, inputs):
@@ -168,9 +187,9 @@ class ConvBeforeNorm(keras.layers.Conv2D):
 
 
 def conv_norm(x, filters: int, size: int, stride: int = 1, *, name: str, relu=True, bias=False):
-    """Convolution -> BN -> ReLU (unless `relu` is off), the chapter's `conv_bn_layer`."""
-    # Before BN the size of the weights only sets how fast they turn: Glorot's, half the variance of
-    # He's, learn more in a first pass (0.60 against 0.56 in test accuracy with ResNet-32).
+    """Convolution -> BN -> ReLU (unless `relu` is off), the tutorial's `conv_bn_layer`."""
+    # Before BN the scale of the weights only sets how fast their direction changes. Glorot's, half
+    # the variance of He's, learns more in one pass (ResNet-32: 0.60 against 0.56 test accuracy).
     x = conv(
         x,
         filters,
@@ -202,7 +221,7 @@ class LocalResponseNormalization(keras.layers.Layer):
 
     Args:
         radius: channels on each side (the paper's n = 5 is radius 2).
-        bias, alpha, beta: the paper's k, alpha and beta; alpha is for each channel, not for the sum.
+        bias, alpha, beta: the paper's k, alpha and beta; alpha is per channel, not of the sum.
     """
 
     def __init__(self, radius=2, bias=2.0, alpha=1e-4, beta=0.75, **kwargs):
@@ -210,7 +229,7 @@ class LocalResponseNormalization(keras.layers.Layer):
         self.radius, self.bias, self.alpha, self.beta = radius, bias, alpha, beta
 
     def call(self, x):
-        # The op has kernels for half precision and float32 only.
+        # The op has no kernel for float64.
         y = tf.cast(x, tf.float32) if x.dtype == tf.float64 else x
         y = tf.nn.local_response_normalization(y, self.radius, self.bias, self.alpha, self.beta)
         return tf.cast(y, x.dtype)
@@ -218,19 +237,19 @@ class LocalResponseNormalization(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class Whitening(keras.layers.Conv2D):
-    """A convolution whose filters are not trained but made from images: patches come out white.
+    """A convolution that whitens patches; its filters are computed from images and not trained.
 
     The filters are the principal components of the patches, each scaled to a variance of 1, and
     their negatives, since a nonlinearity follows; the bias is trained. Page 2019, "How to train your
-    ResNet 8: bag of tricks"; Jordan 2024, arXiv:2404.00498, section 3.2. Until `adapt` was called the
-    filters are random.
+    ResNet 8: bag of tricks"; Jordan 2024, arXiv:2404.00498, section 3.2. Before `adapt` the filters
+    are random.
 
     Args:
-        size: of the square patches, in pixels.
+        size: side of the patches, in pixels.
     """
 
     def __init__(self, size=2, **kwargs):
-        # Of three channels, as many components as a patch has values.
+        # As many components as a patch of three channels has values.
         own = {"filters": 6 * size**2, "kernel_size": size}
         super().__init__(**own | {k: v for k, v in kwargs.items() if k not in own})
         self.size = size
@@ -240,17 +259,13 @@ class Whitening(keras.layers.Conv2D):
         self.kernel.trainable = False
 
     def adapt(self, inputs: np.ndarray) -> None:
-        """Makes the filters.
-
-        Args:
-            inputs: float [N, H, W, 3], what the layer would be given: some thousand images.
-        """
+        """Computes the filters from inputs of the layer, float [N, H, W, 3], some thousand images."""
         covariance, count = 0.0, 0
-        for image in inputs.astype(np.float64):  # one by one, since patches are many
+        for image in inputs.astype(np.float64):  # one by one, to save memory
             windows = np.lib.stride_tricks.sliding_window_view(
                 image, (self.size, self.size), (0, 1)
             )
-            # Rows, columns, channels, as the kernel has them.
+            # Rows, columns, channels, as in the kernel.
             patches = windows.transpose(0, 1, 3, 4, 2).reshape(-1, self.filters // 2)
             covariance, count = covariance + patches.T @ patches, count + len(patches)
         variances, components = np.linalg.eigh(covariance / count)
@@ -266,8 +281,8 @@ class Whitening(keras.layers.Conv2D):
 class SigmoidGelu(keras.layers.Layer):
     """x sigmoid(1.702 x), the approximation of GELU in Hendrycks and Gimpel 2016, arXiv:1606.08415.
 
-    A step of airbench94 takes a tenth less time on a CPU than with the exact form, and TensorFlow's
-    exact form cannot be exported to ONNX.
+    With it, a step of airbench94 takes a tenth less time on a CPU than with the exact form, which
+    TensorFlow cannot export to ONNX.
     """
 
     def call(self, inputs):
@@ -276,13 +291,13 @@ class SigmoidGelu(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class IdentityPlus(keras.initializers.Initializer):
-    """For convolutions: the first filters pass the input's channels on, the others are random.
+    """Initializes convolutions: the first filters copy the input's channels, the others are random.
 
-    The random ones are uniform with a variance of a third of 1 / fan-in, PyTorch's default, as in
+    The random filters are uniform with a variance of a third of 1 / fan-in, PyTorch's default, as in
     Jordan 2024, arXiv:2404.00498, section 3.3.
 
     Args:
-        seed: of the random ones; None takes it from `keras.utils.set_random_seed`.
+        seed: of the random filters; None follows `keras.utils.set_random_seed`.
     """
 
     def __init__(self, seed=None):
@@ -303,10 +318,10 @@ class IdentityPlus(keras.initializers.Initializer):
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class AddMirrored(keras.layers.Layer):
-    """Outside of training, [N, H, W, C] and behind it the same mirrored left to right: [2N, H, W, C].
+    """Outside of training, appends the images mirrored left to right: [N, ...] -> [2N, ...].
 
-    Everything up to `MeanOfMirrored` then computes an image and its mirror image. The answer is the
-    mean of both, which is more often right (Krizhevsky et al. 2012, section 4.1), at twice the work.
+    The layers up to `MeanOfMirrored` then compute an image and its mirror image. Their mean is more
+    accurate (Krizhevsky et al. 2012, section 4.1), at twice the work.
     """
 
     def call(self, inputs, training=False):
@@ -315,7 +330,7 @@ class AddMirrored(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class MeanOfMirrored(keras.layers.Layer):
-    """Outside of training, the mean of the halves of a batch of `AddMirrored`: [2N, D] -> [N, D]."""
+    """Outside of training, averages the two halves that `AddMirrored` made: [2N, D] -> [N, D]."""
 
     def call(self, inputs, training=False):
         return inputs if training else tf.add_n(tf.split(inputs, 2)) / 2

@@ -7,10 +7,9 @@ Proceedings of the IEEE, section II.B.
 |---|---|
 | lenet5 | 62,006 |
 
-61,706 on the paper's single grey channel. Departures that have become usual: every map of the third
-layer sees every map of the second, the subsampling has no trained coefficients, and the output is a
-softmax instead of Gaussian connections. Larger images are taken too, down to 16 pixels: the third
-convolution then sees what two poolings leave, in the paper 5 x 5.
+On the paper's single grey channel it would be 61,706. As has become usual, and unlike the paper, every
+map of the third layer sees every map of the second, the subsampling has no trained coefficients, and
+the output is a softmax. It takes images from 16 pixels on; the first dense layer adapts to their size.
 """
 
 import keras

@@ -140,13 +140,24 @@ def sum_steps(
     )[1]
 
 
+def callback_list(
+    model: keras.Model, callbacks, verbose, steps: int | None, epochs: int = 1, add_history=False
+) -> keras.callbacks.CallbackList:
+    """Makes Keras's list of callbacks, with a progress bar where `verbose` asks for one."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks
+    verbose = 1 if verbose == "auto" else verbose
+    options = {"verbose": verbose, "epochs": epochs, "steps": steps}
+    return keras.callbacks.CallbackList(callbacks, add_history, verbose != 0, model, **options)
+
+
 def as_batches(
     strategy: tf.distribute.Strategy,
     x,
     y,
     batch_size: int | None,
     steps: int | None,
-    microbatches: int | None,
+    microbatches: int | None = None,
     shuffle_seed: int | None = None,
 ) -> ShardedBatches:
     """Splits arrays or a data set into per-replica shards of batches.

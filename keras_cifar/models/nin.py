@@ -8,9 +8,9 @@ CIFAR-10 model.
 | nin | 966,986 |
 
 The last 1 x 1 convolution has a channel for each class, and its average over the image is the
-logit. The feature vector is the average of the 192 channels before it. The paper gives no pooling
-padding; here pooled sides are rounded up, as in the authors' framework. Works on images of any size
-from 8 pixels; larger ones only grow the maps.
+logit. The feature vector is the average of the 192 channels before it. The paper does not give the
+padding of the pooling; here pooled sides are rounded up, as in the authors' framework. Images may
+have any size from 8 pixels.
 """
 
 import keras

@@ -11,9 +11,9 @@ Trainable parameters at 224 x 224 with 1,000 classes (torchvision's):
 | resnet101 | 3, 4, 23, 3 | bottleneck | 44,549,160 |
 | resnet152 | 3, 8, 36, 3 | bottleneck | 60,192,808 |
 
-As torchvision, and other than the paper, a bottleneck's stride is on its 3 x 3 convolution. Images
-of up to 64 pixels get a 3 x 3 stem with stride 1 and no max pooling, so that the last stage still
-has an eighth of the resolution.
+As in torchvision, and unlike the paper, the stride of a bottleneck is on its 3 x 3 convolution. Images
+of up to 64 pixels get a 3 x 3 stem with stride 1 and no max pooling, so that the last stage has an
+eighth of the resolution.
 """
 
 import functools
@@ -52,14 +52,14 @@ def resnet(
 
     Args:
         block: (x, filters, stride, name) -> x, such as `bottleneck_block`.
-        blocks: how many in each of the four stages.
+        blocks: number of blocks in each of the four stages.
     """
     images, x = classifier.image_input(input_shape)
     if is_small(input_shape):
         x = layers.conv_norm(x, WIDTHS[0], 3, name="stem")
     else:
         x = layers.conv_norm(x, WIDTHS[0], 7, 2, name="stem")
-        # ReLU's output is never negative, so zeros pad a maximum as minus infinity would.
+        # ReLU's output is never negative, so zero padding does not change the maximum.
         x = keras.layers.ZeroPadding2D(1, name="stem_pool_pad")(x)
         x = layers.max_pool(x, 3, 2, name="stem_pool")
     for stage, (count, filters) in enumerate(zip(blocks, WIDTHS, strict=True)):

@@ -1,7 +1,7 @@
 """ResNets for small images: three stages of basic blocks, depth 6n + 2.
 
 He, Zhang, Ren, Sun 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385, section
-4.2; the chapter's `resnet_cifar10`. Trainable parameters at 32 x 32 with 10 classes:
+4.2; `resnet_cifar10` of the PaddlePaddle tutorial. Trainable parameters at 32 x 32 with 10 classes:
 
 | name | blocks a stage | parameters |
 |---|---|---|
@@ -12,9 +12,9 @@ He, Zhang, Ren, Sun 2015, "Deep Residual Learning for Image Recognition", arXiv:
 | resnet110 | 18 | 1,730,714 |
 | resnet1202 | 200 | 19,424,026 |
 
-As the chapter, and other than the paper's CIFAR networks, the shortcut is a 1 x 1 convolution with
-BN where the width changes (option B). The chapter gives the second convolution of a block a bias;
-the BN that follows takes any bias away again, so there is none here.
+As in the tutorial, and unlike the paper's CIFAR networks, the shortcut is a 1 x 1 convolution with BN
+where the width changes (option B). Unlike the tutorial's, the second convolution of a block has no
+bias, which the following BN would subtract again.
 """
 
 import functools
@@ -46,10 +46,10 @@ def resnet_cifar(
     """Builds the network.
 
     Args:
-        depth: of the layers with weights on the main path; 6n + 2.
+        depth: number of layers with weights on the main path, 6n + 2.
 
     Raises:
-        ValueError: the depth is not of that form.
+        ValueError: the depth is not 6n + 2.
     """
     blocks, rest = divmod(depth - 2, 6)
     if rest or blocks < 1:

@@ -209,6 +209,18 @@ class TrainingStep:
                 setattr(self._inner, name, limit)
 
 
+def check_optimizer(optimizer, strategy: tf.distribute.Strategy) -> None:
+    """Raises ValueError for an optimizer whose options a TrainingStep cannot use."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if inner.gradient_accumulation_steps:
+        raise ValueError("give accumulate_steps to compile, not to the optimizer")
+    if inner.use_ema:
+        raise ValueError("give ema to compile, not use_ema to the optimizer")
+    created_here = strategy.extended.variable_created_in_scope
+    if strategy.num_replicas_in_sync > 1 and not created_here(inner.iterations.value):
+        raise ValueError("the optimizer was made outside of the strategy's scope")
+
+
 def compute_logits(network: keras.Model, images, training: bool) -> list:
     """[the main logits, those of each auxiliary classifier]."""
     logits = network(images, training=training)

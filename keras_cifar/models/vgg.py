@@ -1,8 +1,8 @@
 """VGG: groups of 3 x 3 convolutions with max pooling between them.
 
 Simonyan, Zisserman 2014, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
-arXiv:1409.1556, table 1. Trainable parameters at 224 x 224 with 1,000 classes, and of the chapter's
-`vgg_bn_drop` at 32 x 32 with 10:
+arXiv:1409.1556, table 1. Trainable parameters at 224 x 224 with 1,000 classes, and of
+`vgg_bn_drop`, the network of the PaddlePaddle tutorial, at 32 x 32 with 10:
 
 | name | convolutions a group | parameters | with BN (`_bn`) |
 |---|---|---|---|
@@ -13,12 +13,10 @@ arXiv:1409.1556, table 1. Trainable parameters at 224 x 224 with 1,000 classes, 
 | vgg_bn_drop | 2, 2, 3, 3, 3 | 15,254,602 | |
 
 The `_bn` variants (Ioffe and Szegedy 2015, arXiv:1502.03167) normalise after each convolution, which
-keeps its bias, as torchvision's do. On small images the dense layers see what five poolings leave:
-one pixel of 512 channels at 32 x 32 instead of 7 x 7. The plain networks' initial weights are He
-et al.'s, with which they train without the paper's stepwise start.
-
-`vgg_bn_drop` has no published count: it is the chapter's network, whose convolutions and dense
-layers have biases.
+keeps its bias, as in torchvision. At 32 x 32, five poolings leave one pixel of 512 channels for the
+dense layers, instead of 7 x 7. With He et al.'s initial weights the plain networks train without the
+paper's stepwise start. `vgg_bn_drop`, which has no published count, has biases in all of its
+convolutions and dense layers.
 """
 
 import functools
@@ -35,7 +33,7 @@ GROUPS = {
     "vgg19": (2, 2, 4, 4, 4),
 }
 
-# The chapter's rates for vgg_bn_drop: after each convolution but the last of a group.
+# The tutorial's rates for vgg_bn_drop: after each convolution except the last of a group.
 FIRST_DROPOUT = 0.3  # in the first group
 DROPOUT = 0.4  # in the others
 HEAD_DROPOUT = 0.5
@@ -65,8 +63,8 @@ def vgg(
     """Builds a network of the paper.
 
     Args:
-        groups: how many convolutions in each of the five groups.
-        batch_norm: the `_bn` variant.
+        groups: number of convolutions in each of the five groups.
+        batch_norm: whether it is the `_bn` variant.
     """
     images, x = classifier.image_input(input_shape)
     for index, (count, filters) in enumerate(zip(groups, WIDTHS, strict=True)):
@@ -84,7 +82,7 @@ def vgg_bn_drop(
     num_classes: int = 10,
     name: str = "vgg_bn_drop",
 ) -> classifier.Classifier:
-    """Builds the chapter's network: 16 layers, BN and dropout in the groups, 512 units in the head."""
+    """Builds the tutorial's network: 16 layers, BN and dropout in the groups, a head of 512 units."""
     images, x = classifier.image_input(input_shape)
     for index, (count, filters) in enumerate(zip(GROUPS["vgg16"], WIDTHS, strict=True)):
         rate = FIRST_DROPOUT if index == 0 else DROPOUT
@@ -102,7 +100,7 @@ def vgg_bn_drop(
 
 _PAPER = "Simonyan and Zisserman 2014, arXiv:1409.1556"
 VARIANTS = {
-    "vgg_bn_drop": Variant(vgg_bn_drop, _PAPER + " (the chapter's)", 32, 10, min_size=32)
+    "vgg_bn_drop": Variant(vgg_bn_drop, _PAPER + " (PaddlePaddle tutorial)", 32, 10, min_size=32)
 } | {
     f"{name}{suffix}": Variant(
         functools.partial(vgg, groups, batch_norm), _PAPER, 224, 1000, min_size=32

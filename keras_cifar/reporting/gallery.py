@@ -35,11 +35,9 @@ def load(run: Run, record: Record, max_mistakes: int = MISTAKES, disturbed: bool
     if not record.metrics:
         return Gallery("the run is not evaluated")
     try:
-        spec = record.metrics["data"]
-        spec = None if spec == record.config["flags"]["data"] else spec
-        split = evaluator.load_data(record.config, record.split, DataSource(spec)).split(
-            record.split
-        )
+        spec, own = record.metrics["data"], record.config["flags"]["data"]
+        source = DataSource(None if spec == own else spec)
+        split = evaluator.load_data(record.config, record.split, source).split(record.split)
         return from_model(record, models.load(run.model), split, max_mistakes, disturbed)
     except UserError as error:
         return Gallery(str(error))

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from keras_cifar.core.config import FLAGS, SPLITS
 from keras_cifar.core.errors import UserError, one_line, reason
 from keras_cifar.core.files import read
 from keras_cifar.core.run_directory import Run
+from keras_cifar.evaluation.metrics import PER_CLASS
 
 MAX_FILE = 2**30  # bytes; the predictions of ImageNet's 50,000 images take 200 MB
 
@@ -21,11 +22,10 @@ MAX_FILE = 2**30  # bytes; the predictions of ImageNet's 50,000 images take 200 
 PLACES = ("run_dir", "dry_run", "list_models", "cache_dir", "workers", "worker_index")
 
 SCALARS = ("count", "loss", "accuracy", "top5_accuracy")  # of a split
-PER_CLASS = ("precision", "recall", "f1", "count")
-# Of the rows of lists in an evaluation; older versions did not write these lists.
+# The numbers in lists of an evaluation, which older versions did not write.
 ROWS = {
-    "confused": ("true", "predicted", "count"),
-    "mistakes": ("row", "true", "predicted", "probability", "true_probability"),
+    "confused": ("count",),
+    "mistakes": ("row", "probability", "true_probability"),
 }
 BIN = ("low", "high", "count", "confidence", "accuracy")
 
@@ -105,10 +105,7 @@ def load(run: Run) -> Record:
         UserError: it is not a run directory, or a file of it is damaged.
     """
     config = run.read_config()
-    try:
-        _check_config(config)
-    except Exception as error:  # A damaged file can raise almost anything.
-        raise UserError(f"{run.config} is damaged: {reason(error)}") from None
+    _read(run.config, lambda _: _check_config(config))
     evaluations = {}
     for name in reversed(SPLITS):
         metrics = _read(run.evaluation(name), _metrics)
@@ -124,7 +121,10 @@ def load(run: Run) -> Record:
         shape = (evaluations[split]["count"], len(config["class_names"]))
         if probabilities is not None and probabilities.shape != shape:
             raise UserError(f"{run.predictions(split)} does not belong to {run.evaluation(split)}")
-    history = [{k: _finite(v) for k, v in row.items()} for row in run.read_history()]
+    history = [
+        {name: value if math.isfinite(value) else None for name, value in row.items()}
+        for row in run.read_history()
+    ]
     name = run.path.resolve().name or str(run.path)
     return Record(name, config, history, evaluations, split, disturbances, probabilities)
 
@@ -133,12 +133,10 @@ def load_all(runs: list[Run]) -> list[Record]:
     """`load` of each; runs whose directories have the same name are named by their paths."""
     records = [load(run) for run in runs]
     names = [record.name for record in records]
-    return [
-        dataclasses.replace(record, name=str(run.path.resolve()))
-        if names.count(record.name) > 1
-        else record
-        for run, record in zip(runs, records, strict=True)
-    ]
+    for index, run in enumerate(runs):
+        if names.count(names[index]) > 1:
+            records[index] = dataclasses.replace(records[index], name=str(run.path.resolve()))
+    return records
 
 
 def _read(path: pathlib.Path, parse):
@@ -155,7 +153,7 @@ def _read(path: pathlib.Path, parse):
 
 
 def _check_config(config: dict) -> None:
-    config["flags"]["epochs"], config["flags"]["model"], config.get("versions", {}).items()
+    dict(config.get("versions", {}))
     names = ("parameter_count", "multiply_adds", "steps_per_epoch")
     _check_numbers([config.get(name) for name in names])
 
@@ -169,8 +167,11 @@ def _metrics(data: bytes) -> dict:
     for name in SCALARS[1:] if "intervals" in metrics else ():
         low, high = metrics["intervals"][name]
         _check_numbers([low, high])
-    for key, columns in ROWS.items():
-        _check_numbers([row[name] for row in metrics.get(key, ()) for name in columns], names)
+    for key, numbers in ROWS.items():
+        for row in metrics.get(key, ()):
+            _check_numbers(row[name] for name in numbers)
+            if not {row["true"], row["predicted"]} <= names:
+                raise ValueError(f"{key} has an unknown class")
     if not all(0 <= row["row"] < metrics["count"] for row in metrics.get("mistakes", ())):
         raise ValueError("a mistake has the number of no image")
     if "calibration" in metrics:
@@ -193,15 +194,11 @@ def _probabilities(data: bytes) -> np.ndarray:
         return arrays["probabilities"]
 
 
-def _check_numbers(values: Iterable, names: Collection[str] = ()) -> None:
-    """Raises unless each value is a number, None, or one of the names."""
+def _check_numbers(values: Iterable) -> None:
+    """Raises unless each value is a number or None."""
     for value in values:
-        if value is not None and not isinstance(value, int | float) and value not in names:
+        if value is not None and not isinstance(value, int | float):
             raise TypeError(f"{value!r} is no number")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _constant(name: str) -> None:

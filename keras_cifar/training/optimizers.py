@@ -11,12 +11,12 @@ from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.models.classifier import Classifier
 from keras_cifar.models.training_step import is_kernel
 
-# Smith and Topin 2017, arXiv:1708.07120, in the usual form: up in three tenths of the run from a
-# 25th of the peak, then down along a cosine.
+# Smith and Topin 2017, arXiv:1708.07120, in the usual form: linear from a 25th of the peak in three
+# tenths of the run, then down along a cosine.
 ONECYCLE_RISE = 0.3
 ONECYCLE_START = 1 / 25
 
-STEP_FACTOR = 0.1  # of each step; He et al. 2015 at half and three quarters of the run
+STEP_FACTOR = 0.1  # at each milestone; He et al. 2015 at half and three quarters of the run
 
 SCHEDULES = ("constant", "linear", "cosine", "step", "onecycle")
 
@@ -28,12 +28,12 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
     Args:
         kind: one of SCHEDULES.
         peak: the highest rate.
-        total_steps: of the run; `linear`, `cosine` and `onecycle` end at 0 there.
-        warmup_steps: of linear warm-up from 0; with `onecycle`, the rise's length, 0 is its default.
-        milestones: with `step`, the shares of the run after which the rate falls to a tenth.
+        total_steps: steps of the run; `linear`, `cosine` and `onecycle` reach 0 after them.
+        warmup_steps: steps of linear warm-up from 0; with `onecycle`, of its rise (0: the default).
+        milestones: with `step`, the fractions of the run after which the rate falls to a tenth.
 
     Attributes:
-        factor: a variable that all rates are multiplied by, 1 at first.
+        factor: a variable that scales all rates; initially 1.
     """
 
     def __init__(self, kind, peak, total_steps, warmup_steps=0, milestones=()):
@@ -46,7 +46,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         total, start, warmup = self.total_steps, 0.0, self.warmup_steps
         if self.kind == "onecycle":
             warmup, start = warmup or ONECYCLE_RISE * total, ONECYCLE_START
-        # With no start of its own, the first step already moves.
+        # The first step of a warm-up from 0 has a rate above 0.
         done = step if start else step + 1
         rising = start + (1 - start) * tf.minimum(done / warmup, 1.0) if warmup else 1.0
         if self.kind == "constant":
@@ -65,13 +65,10 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
 
 class _Replicated:
-    """What an optimizer needs for gradients that the replicas have added up already."""
+    """Applies gradients that were all-reduced already."""
 
     def apply_reduced(self, gradients, variables) -> None:
-        """`apply`, for gradients that are the same on every replica.
-
-        Keras's adds the replicas' gradients up, which would be once more.
-        """
+        """`apply` for gradients that are the same on every replica: Keras's `apply` would sum them."""
         if self.loss_scale_factor:
             gradients = [gradient / self.loss_scale_factor for gradient in gradients]
         self._apply_weight_decay(variables)
@@ -84,7 +81,7 @@ class _Replicated:
 
 
 class _OneKernel(_Replicated):
-    """Adam's update as one kernel a variable (ResourceApplyAdam); Keras's takes about 14."""
+    """Adam's update as one kernel per variable (ResourceApplyAdam); Keras's takes about 14."""
 
     def update_step(self, gradient, variable, learning_rate):
         if self.amsgrad or isinstance(gradient, tf.IndexedSlices):
@@ -110,21 +107,21 @@ class _OneKernel(_Replicated):
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class Adam(_OneKernel, keras.optimizers.Adam):
-    """keras.optimizers.Adam (Kingma and Ba 2014, arXiv:1412.6980), with fewer kernels a step."""
+    """keras.optimizers.Adam (Kingma and Ba 2014, arXiv:1412.6980), with fewer kernels per step."""
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class AdamW(_OneKernel, keras.optimizers.AdamW):
-    """keras.optimizers.AdamW (Loshchilov and Hutter 2017), with fewer kernels a step."""
+    """keras.optimizers.AdamW (Loshchilov and Hutter 2017), with fewer kernels per step."""
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class SGD(_Replicated, keras.optimizers.SGD):
-    """keras.optimizers.SGD, which under several replicas adds their gradients up only once.
+    """keras.optimizers.SGD with a learning rate of its own for biases.
 
     Args:
-        bias_rate: a factor of the learning rate of all that is no kernel.
-        *args, **kwargs: Keras's.
+        bias_rate: factor of the learning rate of all variables that are not kernels.
+        *args, **kwargs: of keras.optimizers.SGD.
     """
 
     def __init__(self, *args, bias_rate=1.0, **kwargs):
@@ -144,7 +141,7 @@ def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
     """(kind, milestones) of --lr_schedule, such as `step(0.5,0.75)`.
 
     Raises:
-        UsageError: an unknown schedule, or milestones that are no increasing shares.
+        UsageError: an unknown schedule, or milestones that are not increasing fractions.
     """
     match = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
     if not match or match[1] not in SCHEDULES:
@@ -159,7 +156,7 @@ def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
     ordered = all(a < b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
     if (kind == "step") != bool(milestones) or not ordered:
         raise UsageError(
-            f"--lr_schedule={text}: step takes increasing shares of the run between 0 and 1, as in "
+            f"--lr_schedule={text}: step takes increasing fractions of the run between 0 and 1, as in "
             "step(0.5,0.75); the others take none"
         )
     return kind, milestones

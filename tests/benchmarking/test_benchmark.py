@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from keras_cifar import benchmark, benchmarking, models
-from keras_cifar.benchmarking import comparison, contest, distribution, ours, turns
+from keras_cifar.benchmarking import comparison, contest, distribution, growth, ours, turns
 from keras_cifar.benchmarking.comparison import FIT, GEMM, PIPELINE, PREDICT, STEP
 from keras_cifar.benchmarking.contest import Contest
 from keras_cifar.benchmarking.options import BenchmarkOptions
@@ -162,6 +162,18 @@ def test_each_kind_of_work_is_measured(monkeypatch, tmp_path, capsys):
     rate = result["figures"][STEP]["median"]
     assert f"{rate / 2:>8.2f}  training step / PaddlePaddle" in printed
     assert "1.00  s more than the import" in printed
+
+
+def test_growth_is_measured_by_batch_size_and_images(monkeypatch, capsys):
+    monkeypatch.setattr(contest, "Worker", InProcess)
+    monkeypatch.setattr(growth, "GROWTH", {"batch_size": (8,), "images": (1_000,)})
+    options = BenchmarkOptions(model="lenet5", growth=True, rounds=1, seconds=0.1)
+    tables = benchmarking.measure(options)["growth"]
+    assert {what: list(table) for what, table in tables.items()} == {
+        "batch_size": ["8"],
+        "images": ["1,000"],
+    }
+    assert "batch_size    images/s" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from PIL import Image
 from keras_cifar import models
 from keras_cifar.core import cli
 from keras_cifar.core.config import DevicesConfig, TrainConfig
-from keras_cifar.core.errors import UserError
+from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import archive, augmentation
 from keras_cifar.data.images import load_image
@@ -148,11 +148,13 @@ def test_pickles():
     short = [sample.replace(max(sample.split(b"X"), key=len), b"") for sample in samples]
 
     def parse(contents):
-        value = archive._unpickle("the file", contents)
-        for key in (b"data", b"labels"):
-            if key in value:
-                with contextlib.suppress(Exception):  # `_batch` says that of all of them.
-                    archive._values(value[key])
+        try:
+            data, labels = archive._unpickle(contents, b"data", b"labels")
+        except Exception as error:  # `load` names the member.
+            raise UserError(reason(error)) from None
+        with contextlib.suppress(Exception):
+            archive._array(data)
+            archive._array(labels)
 
     run(2000, lambda chance: mutated(chance, samples + short), parse)
 

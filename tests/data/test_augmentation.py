@@ -59,7 +59,7 @@ def is_box(mask: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("text", [*EACH, "crop(4)|flip|cutout(8)|mixup(0.2)"])
-def test_same_seed_gives_the_same_and_another_seed_another(text):
+def test_result_depends_on_the_seed_alone(text):
     images = noise(16)
     first, again, other = (augment(text, images, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first[0], again[0])
@@ -74,11 +74,11 @@ def test_keeps_shape_and_types_and_changes_pixels(text):
     assert (got.dtype, got.shape) == (np.uint8, images.shape)
     assert (labels.dtype, labels.shape) == (np.float32, (16, 16))
     assert not np.array_equal(got, images)
+    assert ("mix" in text) != np.array_equal(labels, np.eye(16))
 
 
-@pytest.mark.parametrize("text", [t for t in EACH if not t.startswith(("mixup", "cutmix"))])
-def test_labels_stay_where_images_are_not_mixed(text):
-    np.testing.assert_array_equal(augment(text, noise(8))[1], np.eye(8))
+def test_every_augmentation_is_among_those_tested():
+    assert {text.split("(")[0] for text in EACH} == set(NAMES)
 
 
 @pytest.mark.parametrize("text", EACH)
@@ -127,17 +127,13 @@ def augment_some(text: str, positions: list[int] | None, count: int = 19) -> tup
 
 
 @pytest.mark.parametrize("text", [*EACH, *CHAINS])
-def test_an_example_becomes_the_same_whichever_others_are_computed_with_it(text):
+def test_example_does_not_depend_on_those_computed_with_it(text):
     images, labels, _ = augment_some(text, None)
     # The last of these, whose partners would be as many as the batch, has it read as a whole.
     for positions in ([18], [2, 3], [4, 0, 17], [5, 6, 7, 8, 9], list(range(7, 19))):
         some = augment_some(text, positions)
         np.testing.assert_array_equal(some[0], images[positions])
         np.testing.assert_array_equal(some[1], labels[positions])
-
-
-def test_every_augmentation_is_among_those_tested():
-    assert {text.split("(")[0] for text in EACH} == set(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +195,6 @@ def test_flip_mirrors_about_half_and_leaves_the_others():
     assert 160 <= mirrored.sum() <= 240
 
 
-def test_altflip_without_passes_is_flip():
-    images = noise(400)
-    got = augment("altflip", images)[0]
-    assert 160 <= (got == images[:, :, ::-1]).all(axis=(1, 2, 3)).sum() <= 240
-
-
 def test_flip_twice_draws_twice():
     images = noise(400)
     got = augment("flip|flip", images)[0]
@@ -257,12 +247,6 @@ def test_color_changes_contrast_and_saturation_within_the_strength():
     np.testing.assert_allclose(factors.min(axis=1), 0.8, atol=0.03)
     np.testing.assert_allclose(factors.max(axis=1), 1.2, atol=0.03)
     assert abs(np.corrcoef(factors)[0, 1]) < 0.2
-
-
-def test_color_clips_instead_of_wrapping_around():
-    images = np.full((200, 2, 2, 3), 250, np.uint8)
-    got = augment("color(1.0)", images)[0]
-    assert (got == 255).all(axis=(1, 2, 3)).sum() > 60
 
 
 # ---- Mixing
@@ -343,8 +327,8 @@ def pil(images: np.ndarray, function) -> np.ndarray:
     return np.stack([np.asarray(function(Image.fromarray(image))) for image in images])
 
 
-def pictures(height: int = 24, width: int = 20) -> np.ndarray:
-    """Noise, a dark and a bright picture of little contrast, a gradient, few levels, one level."""
+def photos(height: int = 24, width: int = 20) -> np.ndarray:
+    """Noise, a dark and a bright image of little contrast, a gradient, few levels, one level."""
     wide = noise(1, height, width)[0].astype(int)
     ramp = np.broadcast_to(np.arange(width)[None, :, None] * 9 + 20, wide.shape)
     few = wide // 100 * 90 + 10
@@ -362,7 +346,7 @@ def affine(matrix):
 @pytest.mark.parametrize("level", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("operation", [0, 1, 2], ids=["rotate", "shear_x", "shear_y"])
 def test_rotation_and_shear_move_pixels_as_pil(one_operation, operation, level, sign):
-    images = pictures()
+    images = photos()
     height, width = images.shape[1:3]
     shear = sign * level * 0.3
     reference = (
@@ -401,7 +385,7 @@ def test_translation_moves_by_a_share_of_a_third_of_the_side_and_fills_grey(
     ],
 )
 def test_enhancements_are_those_of_pil(one_operation, operation, enhance, tolerance, level, sign):
-    images = pictures()
+    images = photos()
     expected = pil(images, lambda image: enhance(image).enhance(1 + sign * 0.9 * level))
     got = one_operation(images, operation, level, sign).astype(int)
     assert np.abs(got - expected).max() <= tolerance
@@ -409,21 +393,21 @@ def test_enhancements_are_those_of_pil(one_operation, operation, enhance, tolera
 
 @pytest.mark.parametrize("magnitude", range(11))
 def test_posterize_is_that_of_pil(one_operation, magnitude):
-    images = pictures()
+    images = photos()
     expected = pil(images, lambda image: ImageOps.posterize(image, 8 - round(magnitude * 0.4)))
     np.testing.assert_array_equal(one_operation(images, 9, magnitude / 10), expected)
 
 
 @pytest.mark.parametrize("magnitude", range(11))
 def test_solarize_is_that_of_pil(one_operation, magnitude):
-    images = pictures()
+    images = photos()
     threshold = 256 - 25.6 * magnitude
     expected = pil(images, lambda image: ImageOps.solarize(image, threshold))
     np.testing.assert_array_equal(one_operation(images, 10, magnitude / 10), expected)
 
 
 def test_autocontrast_is_that_of_pil(one_operation):
-    images = pictures()
+    images = photos()
     got = one_operation(images, 11, 0.9).astype(int)
     assert np.abs(got - pil(images, ImageOps.autocontrast)).max() <= 1
     assert not np.array_equal(got[1], images[1])
@@ -431,18 +415,18 @@ def test_autocontrast_is_that_of_pil(one_operation):
 
 @pytest.mark.parametrize(("height", "width"), [(24, 20), (32, 32), (15, 17), (16, 16)])
 def test_equalize_is_that_of_pil(one_operation, height, width):
-    images = pictures(height, width)
+    images = photos(height, width)
     np.testing.assert_array_equal(one_operation(images, 12, 0.9), pil(images, ImageOps.equalize))
 
 
-def test_the_fourteenth_operation_is_the_identity(one_operation):
-    images = pictures()
+def test_fourteenth_operation_is_the_identity(one_operation):
+    images = photos()
     np.testing.assert_array_equal(one_operation(images, 13, 1.0), images)
 
 
 @pytest.mark.parametrize("operation", range(11))
 def test_magnitude_is_how_far_an_operation_goes(one_operation, operation):
-    images = pictures()
+    images = photos()
     changes = [
         np.abs(one_operation(images, operation, level).astype(int) - images).mean()
         for level in (0.0, 0.5, 1.0)
@@ -451,16 +435,8 @@ def test_magnitude_is_how_far_an_operation_goes(one_operation, operation):
     assert changes[0] < changes[1] < changes[2]
 
 
-@pytest.mark.parametrize("magnitude", range(11))
-def test_randaugment_runs_at_every_magnitude(magnitude):
-    images = noise(64)
-    got = augment(f"randaugment(2,{magnitude})", images)[0]
-    assert got.shape == images.shape
-    assert (got != images).any()
-
-
 def test_randaugment_draws_all_operations_and_adds_up_by_number():
-    images = np.broadcast_to(pictures()[1], (700, 24, 20, 3)).copy()
+    images = np.broadcast_to(photos()[1], (700, 24, 20, 3)).copy()
     once, twice = (augment(f"randaugment({n},9)", images)[0] for n in (1, 2))
     kinds, times = np.unique(once.reshape(700, -1), axis=0, return_counts=True)
     # Nine operations have a sign, which makes two kinds of each.
@@ -532,39 +508,20 @@ def test_wrong_number_of_arguments_names_the_step(step):
 
 
 @pytest.mark.parametrize(
-    "step",
+    ("name", "arguments"),
     [
-        "crop(0)",
-        "crop(-4)",
-        "crop(1.5)",
-        "crop(nan)",
-        "crop(inf)",
-        "crop(four)",
-        "crop(4,)",
-        "crop(1e10)",
-        "cutout(0)",
-        "cutout(-8)",
-        "cutout(2.5)",
-        "color(0)",
-        "color(-0.4)",
-        "color(1.1)",
-        "mixup(0)",
-        "mixup(-1)",
-        "mixup(nan)",
-        "mixup(inf)",
-        "cutmix(0)",
-        "cutmix(-0.1)",
-        "randaugment(0,9)",
-        "randaugment(-1,9)",
-        "randaugment(1.5,9)",
-        "randaugment(2,-1)",
-        "randaugment(2,10.5)",
-        "randaugment(2,nan)",
+        ("crop", ["0", "-4", "1.5", "nan", "inf", "four", "4,", "1e10"]),
+        ("cutout", ["0", "-8", "2.5"]),
+        ("color", ["0", "-0.4", "1.1"]),
+        ("mixup", ["0", "-1", "nan", "inf"]),
+        ("cutmix", ["0", "-0.1"]),
+        ("randaugment", ["0,9", "-1,9", "1.5,9", "2,-1", "2,10.5", "2,nan"]),
     ],
 )
-def test_number_out_of_range_names_the_step(step):
-    message = refused(f"flip|{step}")
-    assert f"--augment='flip|{step}': {step}: " in message
+def test_number_out_of_range_names_the_step(name, arguments):
+    for numbers in arguments:
+        step = f"{name}({numbers})"
+        assert f"--augment='flip|{step}': {step}: " in refused(f"flip|{step}")
 
 
 @pytest.mark.parametrize(

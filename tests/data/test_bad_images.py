@@ -1,7 +1,6 @@
-"""--on_bad_image=skip through training, going on and evaluating."""
+"""--on_bad_image=skip through training, resuming and evaluating."""
 
 import csv
-import dataclasses
 import os
 
 import pytest
@@ -19,7 +18,7 @@ EMPTY = "the file is empty"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(configuration, run, the bad files) of a finished run that left out two pictures."""
+    """(configuration, run, the bad files) of a finished run that left out two images."""
     root = tmp_path_factory.mktemp("bad")
     write_folder(root / "images", {"train": 48, "test": 24}, side=12)
     bad = [
@@ -48,7 +47,7 @@ def table(run: Run) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_the_run_has_a_list_of_what_was_skipped(trained):
+def test_run_has_a_list_of_what_was_skipped(trained):
     _, run, (first, second) = trained
     assert table(run) == [
         ["split", "file", "reason"],
@@ -58,48 +57,48 @@ def test_the_run_has_a_list_of_what_was_skipped(trained):
     assert run.read_config()["splits"]["test"]["count"] == 24
 
 
-def test_going_on_has_the_same_images_and_the_same_list(trained, capsys):
+def test_resuming_has_the_same_images_and_the_same_list(trained, capsys):
     flags, run, _ = trained
     before = table(run)
     run.skipped.unlink()
-    trainer.train(dataclasses.replace(flags, max_bad_share=0.5), run)
+    trainer.train(flags.replace(max_bad_share=0.5), run)
     assert table(run) == before
-    assert "skipped   2 pictures that cannot be used" in capsys.readouterr().err
+    assert "skipped   2 images that cannot be read" in capsys.readouterr().err
 
 
-def test_going_on_with_the_other_flag_is_refused(trained):
+def test_resuming_with_the_other_flag_is_refused(trained):
     flags, run, _ = trained
     with pytest.raises(UsageError, match="--on_bad_image was 'skip', is 'error'"):
-        trainer.train(dataclasses.replace(flags, on_bad_image="error"), run)
+        trainer.train(flags.replace(on_bad_image="error"), run)
 
 
-def test_a_new_run_without_skip_fails_before_it_begins(trained, tmp_path):
+def test_new_run_without_skip_fails_before_it_begins(trained, tmp_path):
     flags, _, (first, _) = trained
-    with pytest.raises(UserError, match="cannot be used: the file is empty") as error:
-        trainer.train(dataclasses.replace(flags, on_bad_image="error"), Run(tmp_path / "new"))
+    with pytest.raises(UserError, match="cannot be read: the file is empty") as error:
+        trainer.train(flags.replace(on_bad_image="error"), Run(tmp_path / "new"))
     assert "\\n.png" in str(error.value)
     assert first.name not in str(error.value)  # Its name is two lines.
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_with_more_than_the_share_fails_before_it_begins(trained, tmp_path):
-    flags = dataclasses.replace(trained[0], max_bad_share=0.01)
+def test_run_with_more_than_the_share_fails_before_it_begins(trained, tmp_path):
+    flags = trained[0].replace(max_bad_share=0.01)
     with pytest.raises(UserError, match=r"more than --max_bad_share=0\.01"):
         trainer.train(flags, Run(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_evaluating_leaves_out_the_same(trained, split):
+def test_evaluation_skips_the_same(trained, split):
     _, run, _ = trained
     metrics = evaluator.evaluate_run(run, split)
     assert metrics["count"] == run.read_config()["splits"][split]["count"]
 
 
-def test_of_other_data_every_picture_counts(trained):
+def test_of_other_data_every_image_counts(trained):
     flags, run, _ = trained
-    with pytest.raises(UserError, match="cannot be used"):
-        evaluator.evaluate_run(run, "test", evaluator.DataSource(flags.data))
+    with pytest.raises(UserError, match="cannot be read"):
+        evaluator.evaluate_run(run, "test", evaluator.DataSource(flags.data.data))
 
 
 def test_evaluating_makes_no_directory_that_a_configuration_names(trained, tmp_path):
@@ -116,9 +115,9 @@ def test_evaluating_makes_no_directory_that_a_configuration_names(trained, tmp_p
     assert not elsewhere.exists()
 
 
-def test_a_run_directory_that_is_no_text_is_refused_before_it_begins(trained, tmp_path):
+def test_run_directory_that_is_no_text_is_refused_before_it_begins(trained, tmp_path):
     path = tmp_path / os.fsdecode(b"\xff")
-    with pytest.raises(UsageError, match="names are UTF-8"):
+    with pytest.raises(UsageError, match="UTF-8 paths only"):
         trainer.train(trained[0], Run(path))
     assert not path.exists()
 
@@ -128,5 +127,5 @@ def test_tfds_takes_no_skip(tmp_path):
         data.load("cifar10", str(tmp_path), bad_images=data.BadImages(True, 0.5))
 
 
-def test_data_without_files_of_pictures_has_none_to_skip():
+def test_data_without_files_of_images_has_none_to_skip():
     assert not data.load("digits", bad_images=data.BadImages(True, 0.5)).skipped

@@ -1,4 +1,4 @@
-"""Batches: what a pass holds, in which order, where a run goes on, and what evaluation sees."""
+"""Batches: what a pass holds, in which order, at which step a run resumes, and what evaluation sees."""
 
 import gc
 import itertools
@@ -17,7 +17,6 @@ from keras_cifar.data import (
     steps_per_epoch,
     training_batches,
 )
-from keras_cifar.data.splits import allocate
 from keras_cifar.distributed import sharding
 from keras_cifar.distributed.sharding import ReplicaRange, bounds
 
@@ -60,7 +59,7 @@ def assert_same_batches(got: list, expected: list) -> None:
 @pytest.mark.parametrize(
     ("count", "batch_size"), [(12, 4), (14, 4), (15, 4), (7, 7), (13, 7), (5, 1)]
 )
-def test_a_pass_holds_each_example_at_most_once_and_drops_only_the_remainder(count, batch_size):
+def test_pass_holds_each_example_at_most_once_and_drops_only_the_remainder(count, batch_size):
     split = numbered(count)
     steps = steps_per_epoch(split, batch_size)
     assert steps == count // batch_size
@@ -179,7 +178,7 @@ def test_evaluation_holds_every_example_once_in_order(count, batch_size):
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9])
-def test_evaluation_fills_the_last_batch_with_labels_of_zero(count):
+def test_evaluation_pads_the_last_batch_with_labels_of_zero(count):
     dataset = evaluation_batches(numbered(count), 3, 4)
     assert dataset.element_spec == (
         tf.TensorSpec((4, 4, 4, 3), tf.uint8),
@@ -197,24 +196,24 @@ def test_evaluation_is_the_same_again():
     assert_same_batches(take(dataset, 9), take(dataset, 9))
 
 
-# ---- Shares
+# ---- Shards
 
-# (replicas in all, replicas of each process, parts) of a batch of 16.
+# (replicas in all, replicas of each process, microbatches) of a batch of 16.
 LAYOUTS = [(2, 1, 1), (3, 1, 1), (3, 3, 1), (4, 2, 1), (2, 1, 2), (3, 1, 2), (4, 2, 2), (16, 8, 1)]
 
 
-def shares(total: int, count: int) -> list[ReplicaRange]:
+def ranges(total: int, count: int) -> list[ReplicaRange]:
     return [ReplicaRange(first, count, total) for first in range(0, total, count)]
 
 
-def put_together(streams: list, sizes: list[int], steps: int) -> list:
-    """The batches of which each process has its pieces; `sizes` are those of all in a part."""
+def joined(streams: list, sizes: list[int], steps: int) -> list:
+    """The batches whose shards the processes read; `sizes` are those of all shards of a microbatch."""
     count, parts = len(sizes) // len(streams), []
     for number in range(steps):
         rounds = (stream[number * count : (number + 1) * count] for stream in streams)
-        pieces = [piece for one_round in rounds for piece in one_round]
-        assert [len(images) for images, _ in pieces] == sizes
-        parts.append([np.concatenate(arrays) for arrays in zip(*pieces, strict=True)])
+        shards = [shard for one_round in rounds for shard in one_round]
+        assert [len(images) for images, _ in shards] == sizes
+        parts.append([np.concatenate(arrays) for arrays in zip(*shards, strict=True)])
     return parts
 
 
@@ -222,34 +221,37 @@ def halves(batches: list) -> list:
     return [(x[half], y[half]) for x, y in batches for half in (slice(8), slice(8, 16))]
 
 
-@pytest.mark.parametrize(("total", "count", "parts"), LAYOUTS)
-def test_shares_of_training_are_the_batches_of_one_process(total, count, parts):
+@pytest.mark.parametrize(("total", "count", "microbatches"), LAYOUTS)
+def test_training_shards_are_the_batches_of_one_process(total, count, microbatches):
     split, steps = numbered(50), 5  # three steps a pass
     arguments = (split, 3, 16, "flip|mixup(0.2)|crop(2)", 5, 7)
     expected = take(training_batches(*arguments), steps)
     streams = [
-        take(training_batches(*arguments, share=share, microbatches=parts), steps * parts * count)
-        for share in shares(total, count)
+        take(
+            training_batches(*arguments, replicas=replicas, microbatches=microbatches),
+            steps * microbatches * count,
+        )
+        for replicas in ranges(total, count)
     ]
-    got = put_together(streams, np.diff(bounds(16 // parts, total)).tolist(), steps * parts)
-    assert_same_batches(got, expected if parts == 1 else halves(expected))
+    got = joined(streams, np.diff(bounds(16 // microbatches, total)).tolist(), steps * microbatches)
+    assert_same_batches(got, expected if microbatches == 1 else halves(expected))
 
 
-@pytest.mark.parametrize(("total", "count", "parts"), [t for t in LAYOUTS if t[2] == 1])
-def test_shares_of_evaluation_are_the_batches_of_one_process_again_and_again(total, count, parts):
+@pytest.mark.parametrize(("total", "count", "microbatches"), [t for t in LAYOUTS if t[2] == 1])
+def test_evaluation_shards_are_the_batches_of_one_process_and_repeat(total, count, microbatches):
     split = numbered(37)
     expected = take(evaluation_batches(split, 3, 16), 9)
     assert evaluation_steps(split, 16) == len(expected) == 3
     streams = [
-        take(evaluation_batches(split, 3, 16, share), 2 * 3 * count)
-        for share in shares(total, count)
+        take(evaluation_batches(split, 3, 16, replicas), 2 * 3 * count)
+        for replicas in ranges(total, count)
     ]
-    got = put_together(streams, np.diff(bounds(16, total)).tolist(), 6)
+    got = joined(streams, np.diff(bounds(16, total)).tolist(), 6)
     assert_same_batches(got, expected * 2)
 
 
 @pytest.mark.parametrize(
-    ("share", "parts", "size"),
+    ("replicas", "microbatches", "size"),
     [
         (ReplicaRange(0, 1, 1), 1, 16),
         (ReplicaRange(1, 1, 2), 1, 8),
@@ -258,31 +260,36 @@ def test_shares_of_evaluation_are_the_batches_of_one_process_again_and_again(tot
         (ReplicaRange(0, 2, 3), 2, None),
     ],
 )
-def test_shares_have_static_shapes_where_their_pieces_are_equal(share, parts, size):
+def test_equal_shards_have_static_shapes(replicas, microbatches, size):
     spec = tf.TensorSpec((size, 4, 4, 3), tf.uint8), tf.TensorSpec((size, 3), tf.float32)
-    batches = training_batches(numbered(20), 3, 16, AUGMENT, 0, share=share, microbatches=parts)
+    batches = training_batches(
+        numbered(20), 3, 16, AUGMENT, 0, replicas=replicas, microbatches=microbatches
+    )
     assert batches.element_spec == spec
-    if parts == 1:
-        assert evaluation_batches(numbered(20), 3, 16, share).element_spec == spec
+    if microbatches == 1:
+        assert evaluation_batches(numbered(20), 3, 16, replicas).element_spec == spec
 
 
-def test_what_does_not_end_says_so():
-    split, share = numbered(20), ReplicaRange(0, 2, 3)
+def test_endless_data_sets_say_so():
+    split, replicas = numbered(20), ReplicaRange(0, 2, 3)
     assert training_batches(split, 3, 4, "", 0).cardinality() == INFINITE
-    assert training_batches(split, 3, 4, "", 0, share=share).cardinality() == INFINITE
-    assert evaluation_batches(split, 3, 4, share).cardinality() == INFINITE
+    assert training_batches(split, 3, 4, "", 0, replicas=replicas).cardinality() == INFINITE
+    assert evaluation_batches(split, 3, 4, replicas).cardinality() == INFINITE
 
 
-def test_a_process_reads_only_its_share():
-    split, share, steps = numbered(48), ReplicaRange(1, 1, 2), 3
-    own = order(split, 2 * steps, 16, share=share, microbatches=2)
+def test_process_reads_only_its_own_examples():
+    split, replicas, steps = numbered(48), ReplicaRange(1, 1, 2), 3
+    own = order(split, 2 * steps, 16, replicas=replicas, microbatches=2)
     theirs = set(order(split, steps, 16)) - set(own)
     assert len(theirs) == 24
     rows = np.arange(48)
     rows[list(theirs)] = 10**6  # A gather of it is an error.
     spoilt = Split(split.stored, split.labels, rows)
     streams = [
-        take(training_batches(s, 3, 16, "crop(2)|flip", 0, share=share, microbatches=2), 2 * steps)
+        take(
+            training_batches(s, 3, 16, "crop(2)|flip", 0, replicas=replicas, microbatches=2),
+            2 * steps,
+        )
         for s in (spoilt, split)
     ]
     assert_same_batches(*streams)
@@ -291,18 +298,18 @@ def test_a_process_reads_only_its_share():
 
     rows = np.where(np.arange(48) % 16 < 8, 10**6, np.arange(48))
     spoilt = Split(split.stored, split.labels, rows)
-    streams = [take(evaluation_batches(s, 3, 16, share), 4) for s in (spoilt, split)]
+    streams = [take(evaluation_batches(s, 3, 16, replicas), 4) for s in (spoilt, split)]
     assert_same_batches(*streams)
     with pytest.raises(tf.errors.OpError):
         take(evaluation_batches(spoilt, 3, 16), 1)
 
 
-def test_replicas_of_a_strategy_get_their_pieces():
+def test_replicas_of_a_strategy_get_their_shards():
     split, strategy = numbered(11), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     arguments = (split, 3, 5, AUGMENT, 0)
     batches = iter(
         sharding.shard_batches(
-            strategy, lambda share: training_batches(*arguments, share=share), steps=None
+            strategy, lambda replicas: training_batches(*arguments, replicas=replicas), steps=None
         )
     )
     for images, labels in take(training_batches(*arguments), 4):
@@ -311,39 +318,34 @@ def test_replicas_of_a_strategy_get_their_pieces():
         assert_same_batches([[np.concatenate(part) for part in got]], [(images, labels)])
 
 
-@pytest.mark.parametrize(("batch_size", "parts", "total"), [(16, 3, 1), (16, 4, 5), (2, 1, 3)])
-def test_a_batch_too_small_to_share_is_refused_in_one_line(batch_size, parts, total):
-    share = ReplicaRange(0, 1, total)
+@pytest.mark.parametrize(
+    ("batch_size", "microbatches", "total"), [(16, 3, 1), (16, 4, 5), (2, 1, 3)]
+)
+def test_batch_too_small_to_split_is_refused_in_one_line(batch_size, microbatches, total):
+    replicas = ReplicaRange(0, 1, total)
     with pytest.raises(UsageError, match=f"--batch_size={batch_size} .* {total} replicas") as error:
-        training_batches(numbered(20), 3, batch_size, "", 0, share=share, microbatches=parts)
+        training_batches(
+            numbered(20), 3, batch_size, "", 0, replicas=replicas, microbatches=microbatches
+        )
     assert "\n" not in str(error.value)
-    if parts == 1:
+    if microbatches == 1:
         with pytest.raises(UsageError, match="--batch_size"):
-            evaluation_batches(numbered(20), 3, batch_size, share)
+            evaluation_batches(numbered(20), 3, batch_size, replicas)
 
 
 # ---- Where the images are
 
 
-def aligned(array: np.ndarray) -> np.ndarray:
-    copy = allocate(len(array), array.shape[1:], "x")
-    copy[:] = array
-    return copy
+def test_images_are_read_when_a_batch_is_computed():
+    """There is no copy of all of them: a memory-mapped file stays on the disk."""
+    split = Split(numbered(9).images, np.zeros(9, np.int64))
+    batches = evaluation_batches(split, 3, 9)
+    split.stored[4] = 77
+    np.testing.assert_array_equal(take(batches, 2)[0][0], split.images)
 
 
-@pytest.mark.parametrize("writeable", [True, False])
-def test_tensors_share_the_memory_of_aligned_images(writeable):
-    memory = aligned(numbered(9).images)
-    images = memory[:]
-    images.flags.writeable = writeable
-    batches = evaluation_batches(Split(images, np.zeros(9, np.int64)), 3, 9)
-    memory[4] = 77
-    (batch,) = take(batches, 2)
-    np.testing.assert_array_equal(batch[0], images)
-
-
-def test_the_memory_lives_as_long_as_its_batches():
-    split = Split(aligned(numbered(9).images), np.zeros(9, np.int64))
+def test_memory_lives_as_long_as_its_batches():
+    split = Split(numbered(9).images, np.zeros(9, np.int64))
     reference, expected = weakref.ref(split.stored), split.images.copy()
     batches = evaluation_batches(split, 3, 9)
     del split
@@ -354,35 +356,17 @@ def test_the_memory_lives_as_long_as_its_batches():
     assert reference() is None
 
 
-def unaligned(array):
-    memory = np.empty(array.size + 65, np.uint8)
-    start = -memory.ctypes.data % 64 + 1
-    copy = memory[start : start + array.size].reshape(array.shape)
-    copy[:] = array
-    return copy
-
-
-def read_only(array):
-    array = aligned(array)
-    array.flags.writeable = False
-    return array
-
-
-def other_layout(array):
-    return aligned(np.concatenate([array, array], axis=2))[:, :, : array.shape[2]]
-
-
-@pytest.mark.parametrize("arrange", [aligned, unaligned, read_only, other_layout])
-def test_images_may_lie_in_memory_as_they_like(arrange):
+def test_images_may_be_read_only_and_have_any_strides():
     split = numbered(9)
-    other = Split(arrange(split.images), split.labels)
+    images = np.concatenate([split.images] * 2, axis=2)[:, :, :4]
+    images.flags.writeable = False
     assert_same_batches(
-        take(training_batches(other, 3, 4, AUGMENT, seed=0), 5),
+        take(training_batches(Split(images, split.labels), 3, 4, AUGMENT, seed=0), 5),
         take(training_batches(split, 3, 4, AUGMENT, seed=0), 5),
     )
 
 
-def test_a_part_of_a_split_is_trained_and_evaluated_on_as_if_it_were_all():
+def test_rows_of_a_split_give_the_batches_of_a_copy():
     whole = numbered(20)
     rows = np.array([17, 3, 4, 11, 0, 9, 2])
     part, copy = whole.take(rows), Split(whole.images[rows], whole.labels[rows])

@@ -32,7 +32,7 @@ def splits_of(train, test, val=None) -> Splits:
 @pytest.mark.parametrize(
     "spec", ["", ":", "zip:x.zip", "folders:x", "splits:x", "cache:x", "tfds:cifar10"]
 )
-def test_an_unknown_source_lists_the_choices(spec):
+def test_unknown_source_lists_the_choices(spec):
     with pytest.raises(UsageError) as caught:
         data.load(spec)
     message = str(caught.value)
@@ -42,7 +42,7 @@ def test_an_unknown_source_lists_the_choices(spec):
 
 
 @pytest.mark.parametrize("spec", ["folder", "folder:", "archive", "archive:"])
-def test_a_source_without_its_path_says_how_to_write_it(spec, image_folder, monkeypatch):
+def test_source_without_its_path_says_how_to_write_it(spec, image_folder, monkeypatch):
     monkeypatch.chdir(image_folder)  # An empty path must not mean the current directory.
     with pytest.raises(UsageError, match=f"{spec.rstrip(':')}:PATH"):
         data.load(spec)
@@ -136,13 +136,13 @@ def test_without_val_fraction_nothing_is_held_out():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
-def test_a_validation_split_of_the_source_is_kept(fraction):
+def test_validation_split_of_the_source_is_kept(fraction):
     dataset = finish(splits_of([0, 1, 2], [0], val=[1, 1]), fraction, seed=0)
     assert len(dataset.val) == 2
     assert len(dataset.train) == 3
 
 
-def test_a_share_that_holds_out_nothing_is_refused():
+def test_share_that_holds_out_nothing_is_refused():
     with pytest.raises(UserError, match=r"--val_fraction=0\.01 .* holds out no image"):
         finish(splits_of([0, 1, 2], [0]), 0.01, seed=0)
 
@@ -151,14 +151,14 @@ def test_a_share_that_holds_out_nothing_is_refused():
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_a_class_that_cannot_be_learnt_is_named(split):
+def test_class_that_cannot_be_learnt_is_named(split):
     labels = {"val": [0], "test": [0], split: [0, 2]}
     with pytest.raises(UserError, match=f"'frog' .* is in {split} but not in train"):
         finish(splits_of([0, 1], labels["test"], val=labels["val"]), 0.1, seed=0)
 
 
 @pytest.mark.parametrize(("train", "test", "word"), [([], [0], "training"), ([0], [], "test")])
-def test_an_empty_split_is_refused(train, test, word):
+def test_empty_split_is_refused(train, test, word):
     with pytest.raises(UserError, match=f"the place has no {word} images"):
         finish(splits_of(train, test), 0.1, seed=0)
 
@@ -223,10 +223,8 @@ def test_fingerprint_does_not_depend_on_the_memory_layout():
 
 
 def test_what_does_not_fit_in_memory_is_refused():
-    with pytest.raises(
-        UserError, match=r"my pictures: .* 300000000\.0 GB .* --image_size"
-    ) as caught:
-        splits.allocate(10**9, (10_000, 10_000, 3), "my pictures")
+    with pytest.raises(UserError, match=r"my images: .* 300000000\.0 GB .* --image_size") as caught:
+        splits.allocate(10**9, (10_000, 10_000, 3), "my images")
     assert "\n" not in str(caught.value)
 
 

@@ -31,7 +31,7 @@ def refusal(root: pathlib.Path, **options) -> str:
 
 
 def write_flat(root: pathlib.Path, count: int, start: int = 0) -> None:
-    """`root/<class>/NNN.png`, each picture of one colour that tells which it is."""
+    """`root/<class>/NNN.png`, each image of one colour that tells which it is."""
     for index in range(start, start + count):
         folder = root / f"class_{index % 2}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,11 +39,11 @@ def write_flat(root: pathlib.Path, count: int, start: int = 0) -> None:
 
 
 def members(split) -> set[int]:
-    """Which of the pictures of `write_flat` are in a split."""
+    """Which of the images of `write_flat` are in a split."""
     return {int(value) for value in split.images[:, 0, 0, 0]}
 
 
-def picture(path: pathlib.Path, side: int = 8) -> pathlib.Path:
+def write_image(path: pathlib.Path, side: int = 8) -> pathlib.Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(1).integers(0, 256, (side, side, 3), np.uint8)
     Image.fromarray(noise).save(path)
@@ -67,29 +67,16 @@ def test_train_and_test_come_back_exact(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid"])
-def test_a_validation_folder_is_the_validation_split(tmp_path, name):
+def test_validation_folder_is_the_validation_split(tmp_path, name):
     write_folder(tmp_path, {"train": 12, "test": 6, name: 9})
     dataset = load(tmp_path)
     assert [len(dataset.train), len(dataset.val), len(dataset.test)] == [12, 9, 6]
 
 
-def test_without_a_validation_folder_a_share_of_train_is(tmp_path):
-    write_folder(tmp_path, {"train": 30, "test": 6})
-    dataset = load(tmp_path, val_fraction=0.2)
-    assert [len(dataset.train), len(dataset.val), len(dataset.test)] == [24, 6, 6]
-
-
-def test_train_without_test_is_split_by_hash(tmp_path):
-    write_flat(tmp_path / "train", 60)
-    dataset = load(tmp_path, val_fraction=0)
-    assert 0 < len(dataset.test) < 20
-    assert members(dataset.train) | members(dataset.test) == set(range(60))
-
-
 def test_classes_are_sorted_by_name(tmp_path):
     for split in ("train", "test"):
         for name in ("zebra", "Ant", "ape", "été"):
-            picture(tmp_path / split / name / "a.png")
+            write_image(tmp_path / split / name / "a.png")
     assert load(tmp_path, val_fraction=0).class_names == ("Ant", "ape", "zebra", "été")
 
 
@@ -109,21 +96,21 @@ def test_hidden_files_and_other_suffixes_are_no_images(tmp_path):
 @pytest.mark.parametrize("name", ["a.PNG", "a.Jpg", "a.jpeg", "a.bmp", "a.gif", "a.webp", "a.tif"])
 def test_formats_and_upper_case_suffixes_are_read(tmp_path, name):
     for split in ("train", "test"):
-        picture(tmp_path / split / "x" / name)
+        write_image(tmp_path / split / "x" / name)
     dataset = load(tmp_path, val_fraction=0)
     assert dataset.train.images.shape == (1, 8, 8, 3)
 
 
-def test_a_folder_may_be_below_home(tmp_path, monkeypatch):
-    write_folder(tmp_path / "pictures", {"train": 12, "test": 6})
+def test_folder_may_be_below_home(tmp_path, monkeypatch):
+    write_folder(tmp_path / "a:b", {"train": 12, "test": 6})
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(data.load("folder:~/pictures", val_fraction=0).train) == 12
+    assert len(data.load("folder:~/a:b", val_fraction=0).train) == 12
 
 
 # ---- The split by hash
 
 
-def test_a_flat_folder_is_split_into_disjoint_parts(tmp_path):
+def test_flat_folder_is_split_into_disjoint_parts(tmp_path):
     write_flat(tmp_path, 100)
     dataset = load(tmp_path, val_fraction=0)
     train, test = members(dataset.train), members(dataset.test)
@@ -144,17 +131,17 @@ def test_adding_files_moves_none_between_train_and_test(tmp_path):
     assert members(after.test) & old == members(before.test)
 
 
-def test_the_split_by_hash_does_not_depend_on_seed_or_place(tmp_path):
+def test_split_by_hash_does_not_depend_on_seed_or_place(tmp_path):
     write_flat(tmp_path / "a", 60)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     first, second = load(tmp_path / "a", seed=0), load(tmp_path / "b", seed=1)
     assert first.test.fingerprint == second.test.fingerprint
 
 
-def test_one_picture_is_too_few_in_one_line(tmp_path):
+def test_one_image_is_too_few_in_one_line(tmp_path):
     # Whichever split the hash chooses, the other is empty.
     for index in range(20):
-        picture(tmp_path / str(index) / "x" / f"{index}.png")
+        write_image(tmp_path / str(index) / "x" / f"{index}.png")
         assert "has no" in refusal(tmp_path / str(index))
 
 
@@ -163,7 +150,7 @@ def test_one_picture_is_too_few_in_one_line(tmp_path):
 
 def test_images_of_different_sizes_need_image_size(tmp_path):
     write_folder(tmp_path, {"train": 12, "test": 6})
-    odd = picture(tmp_path / "train" / "class_1" / "odd.png", side=20)
+    odd = write_image(tmp_path / "train" / "class_1" / "odd.png", side=20)
     message = refusal(tmp_path)
     assert str(odd) in message
     assert "20 x 20" in message
@@ -179,23 +166,23 @@ def test_image_size_resizes_all(tmp_path):
     assert dataset.test.images.shape[1:] == (5, 5, 3)
 
 
-def test_pictures_that_are_not_square_keep_their_shape(tmp_path):
+def test_images_that_are_not_square_keep_their_shape(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split / "x").mkdir(parents=True)
         Image.new("RGB", (7, 5)).save(tmp_path / split / "x" / "a.png")
     assert load(tmp_path, val_fraction=0).image_shape == (5, 7, 3)
 
 
-# ---- Damaged pictures
+# ---- Damaged images
 
 
 def truncated(path):
-    picture(path, side=64)
+    write_image(path, side=64)
     path.write_bytes(path.read_bytes()[:-200])
 
 
 def text(path):
-    path.write_text("not a picture")
+    path.write_text("not an image")
 
 
 def empty(path):
@@ -203,7 +190,7 @@ def empty(path):
 
 
 def corrupt(path):
-    picture(path, side=64)
+    write_image(path, side=64)
     contents = bytearray(path.read_bytes())
     contents[len(contents) // 2 :] = bytes(len(contents) - len(contents) // 2)
     path.write_bytes(contents)
@@ -231,23 +218,16 @@ def dangling_link(path):
     ],
 )
 @pytest.mark.parametrize("image_size", [None, 8])
-def test_a_bad_picture_is_refused_with_its_name(tmp_path, damage, name, why, image_size):
+def test_bad_image_is_refused_with_its_name(tmp_path, damage, name, why, image_size):
     write_folder(tmp_path, {"train": 12, "test": 6})
     bad = tmp_path / "train" / "class_2" / name
     damage(bad)
     message = refusal(tmp_path, image_size=image_size)
-    assert message.startswith(f"{bad} cannot be used: ")
-    assert why in message.removeprefix(f"{bad} cannot be used: ").partition(";")[0]
+    assert message.startswith(f"{bad} cannot be read: ")
+    assert why in message.removeprefix(f"{bad} cannot be read: ").partition(";")[0]
 
 
-def test_a_bad_picture_that_comes_first_is_refused_with_its_name(tmp_path):
-    write_folder(tmp_path, {"train": 12, "test": 6})
-    bad = tmp_path / "train" / "class_0" / "000.png"
-    empty(bad)
-    assert f"{bad} cannot be used: the file is empty" in refusal(tmp_path)
-
-
-# ---- Pictures that are left out
+# ---- Skipped images
 
 
 SKIP = data.BadImages(skip=True, max_share=0.25)
@@ -266,7 +246,7 @@ def bomb(path):
 
 
 def damaged_folder(root: pathlib.Path) -> dict[str, str]:
-    """A folder of 48 and 12 pictures of which five are bad: file -> the words of the reason."""
+    """A folder of 48 and 12 images of which five are bad: file -> the words of the reason."""
     write_folder(root, {"train": 48, "test": 12})
     reasons = {
         # The first of all files decides the size, so it must be another one's.
@@ -287,7 +267,7 @@ def skipped(dataset) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("image_size", [None, 8])
-def test_skip_leaves_out_what_cannot_be_used_and_says_why(tmp_path, image_size, capsys):
+def test_skip_leaves_out_invalid_images_and_says_why(tmp_path, image_size, capsys):
     reasons = damaged_folder(tmp_path)
     dataset = load(tmp_path, image_size=image_size, bad_images=SKIP, val_fraction=0.2)
     assert list(skipped(dataset)) == list(reasons)
@@ -295,7 +275,7 @@ def test_skip_leaves_out_what_cannot_be_used_and_says_why(tmp_path, image_size, 
         assert reasons[path] in why
     assert [s.split for s in dataset.skipped] == ["train"] * 4 + ["test"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"skipped   5 pictures that cannot be used: {dataset.skipped[0].file}: ")
+    assert line.startswith(f"skipped   5 images that cannot be read: {dataset.skipped[0].file}: ")
     assert line.endswith("; ...")
     # The same as without these files.
     for path in reasons:
@@ -308,7 +288,7 @@ def test_skip_leaves_out_what_cannot_be_used_and_says_why(tmp_path, image_size, 
         np.testing.assert_array_equal(dataset.split(split).labels, without.split(split).labels)
 
 
-def test_a_second_start_skips_the_same_and_decodes_nothing(tmp_path, monkeypatch):
+def test_second_start_skips_the_same_and_decodes_nothing(tmp_path, monkeypatch):
     damaged_folder(tmp_path)
     first = load(tmp_path, bad_images=SKIP)
     monkeypatch.setattr("keras_cifar.data.folder.load_image", None)
@@ -317,19 +297,19 @@ def test_a_second_start_skips_the_same_and_decodes_nothing(tmp_path, monkeypatch
     assert second.describe() == first.describe()
 
 
-def test_what_was_skipped_once_is_an_error_again_without_skip(tmp_path):
+def test_skipped_image_is_an_error_without_skip(tmp_path):
     reasons = damaged_folder(tmp_path)
     bad = next(iter(reasons))
     for path in list(reasons)[1:]:
         os.unlink(path)
     before = refusal(tmp_path)
-    assert before.startswith(f"{bad} cannot be used: not an image")
+    assert before.startswith(f"{bad} cannot be read: not an image")
     assert "--on_bad_image=skip" in before
     assert len(load(tmp_path, bad_images=SKIP).skipped) == 1
     assert refusal(tmp_path) == before
 
 
-def test_what_became_readable_is_read(tmp_path):
+def test_repaired_images_are_read(tmp_path):
     reasons = damaged_folder(tmp_path)
     assert len(load(tmp_path, bad_images=SKIP).skipped) == 5
     for path in reasons:
@@ -338,48 +318,48 @@ def test_what_became_readable_is_read(tmp_path):
     assert set(skipped(load(tmp_path, bad_images=SKIP)).values()) == {"the file is empty"}
     for path in reasons:
         os.unlink(path)
-        picture(pathlib.Path(path), side=16)
+        write_image(pathlib.Path(path), side=16)
     dataset = load(tmp_path, bad_images=SKIP, val_fraction=0)
     assert not dataset.skipped
     assert [len(dataset.train), len(dataset.test)] == [50, 13]
 
 
 @pytest.mark.parametrize("image_size", [None, 8])
-def test_more_than_the_share_stops_all_the_same(tmp_path, image_size):
+def test_more_than_the_share_stops_nevertheless(tmp_path, image_size):
     write_folder(tmp_path, {"train": 30, "test": 6})
     for index in range(3):
         empty(tmp_path / "train" / "class_1" / f"bad{index}.png")
     enough, less = data.BadImages(True, 0.1), data.BadImages(True, 0.09)
     for _ in range(2):  # Decoded, and found in the cache.
         message = refusal(tmp_path, bad_images=less, image_size=image_size)
-        assert "more than --max_bad_share=0.09 of its 33 pictures" in message
+        assert "more than --max_bad_share=0.09 of its 33 images" in message
         assert f"{tmp_path / 'train/class_1/bad'}" in message
         assert "the file is empty" in message
         assert len(load(tmp_path, bad_images=enough, image_size=image_size).skipped) == 3
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_class_of_which_nothing_is_left_is_an_error(tmp_path, split):
+def test_class_without_an_image_left_is_an_error(tmp_path, split):
     write_folder(tmp_path, {"train": 30, "test": 30})
     for path in (tmp_path / split / "class_1").iterdir():
         empty(path)
     message = refusal(tmp_path, bad_images=data.BadImages(True, 0.5))
-    assert f"class 'class_1' of {tmp_path} {split} has no picture" in message
+    assert f"class 'class_1' of {tmp_path} {split} has no image" in message
 
 
-def test_a_picture_of_another_size_is_not_skipped(tmp_path):
+def test_image_of_another_size_is_not_skipped(tmp_path):
     """It is not bad: the flags are."""
     write_folder(tmp_path, {"train": 30, "test": 6})
-    picture(tmp_path / "train" / "class_1" / "odd.png", side=20)
+    write_image(tmp_path / "train" / "class_1" / "odd.png", side=20)
     assert "--image_size" in refusal(tmp_path, bad_images=SKIP)
 
 
 @pytest.mark.parametrize("damage", [bomb, pipe, circle])
-def test_a_bomb_a_pipe_and_a_circle_are_refused(tmp_path, damage):
+def test_bomb_a_pipe_and_a_circle_are_refused(tmp_path, damage):
     write_folder(tmp_path, {"train": 12, "test": 6})
     bad = tmp_path / "train" / "class_2" / "bad.png"
     damage(bad)
-    assert refusal(tmp_path).startswith(f"{bad} cannot be used: ")
+    assert refusal(tmp_path).startswith(f"{bad} cannot be read: ")
 
 
 def test_names_that_are_no_line_of_text_are_read_and_named(tmp_path):
@@ -387,7 +367,7 @@ def test_names_that_are_no_line_of_text_are_read_and_named(tmp_path):
     write_folder(tmp_path, {"train": 30, "test": 6})
     names = ["two\nlines", "\x1b[31m", "a 'b' \"c\"", "日本語", os.fsdecode(b"caf\xe9")]
     for name in names:
-        picture(tmp_path / "train" / "class_1" / f"{name} good.png", side=16)
+        write_image(tmp_path / "train" / "class_1" / f"{name} good.png", side=16)
         empty(tmp_path / "train" / "class_1" / f"{name} bad.png")
     dataset = load(tmp_path, bad_images=SKIP, val_fraction=0)
     assert len(dataset.train) == 35
@@ -400,24 +380,24 @@ def test_names_that_are_no_line_of_text_are_read_and_named(tmp_path):
 # ---- Damaged folders
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_missing_folder_is_named(tmp_path):
     assert f"{tmp_path / 'none'} does not exist" in refusal(tmp_path / "none")
 
 
-def test_a_file_in_place_of_the_folder_is_named(tmp_path):
-    file = picture(tmp_path / "a.png")
+def test_file_in_place_of_the_folder_is_named(tmp_path):
+    file = write_image(tmp_path / "a.png")
     assert f"{file} is not a directory" in refusal(file)
 
 
-def test_a_folder_without_class_folders_says_what_is_expected(tmp_path):
-    picture(tmp_path / "a.png")
+def test_folder_without_class_folders_says_what_is_expected(tmp_path):
+    write_image(tmp_path / "a.png")
     message = refusal(tmp_path)
     assert f"{tmp_path} has no class folders" in message
     assert "train/<class>/*" in message
 
 
 @pytest.mark.parametrize("contents", [[], ["notes.txt", ".hidden.png"]])
-def test_a_class_folder_without_images_is_named(tmp_path, contents):
+def test_class_folder_without_images_is_named(tmp_path, contents):
     write_folder(tmp_path, {"train": 12, "test": 6})
     folder = tmp_path / "train" / "class_9"
     folder.mkdir()
@@ -427,44 +407,29 @@ def test_a_class_folder_without_images_is_named(tmp_path, contents):
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_a_class_that_train_lacks_is_named(tmp_path, split):
+def test_class_that_train_lacks_is_named(tmp_path, split):
     write_folder(tmp_path, {"train": 12, "test": 6, "val": 6})
-    picture(tmp_path / split / "wolf" / "a.png", side=16)
+    write_image(tmp_path / split / "wolf" / "a.png", side=16)
     message = refusal(tmp_path)
     assert "'wolf'" in message
     assert str(tmp_path / split) in message
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_a_split_folder_without_train_is_refused(tmp_path, split):
+def test_split_folder_without_train_is_refused(tmp_path, split):
     write_folder(tmp_path, {split: 6})
     assert "no train folder" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "tab\t", "nul\x7f"])
-def test_a_class_name_that_is_not_printable_is_refused(tmp_path, name):
+def test_class_name_that_is_not_printable_is_refused(tmp_path, name):
     for split in ("train", "test"):
-        picture(tmp_path / split / name / "a.png")
+        write_image(tmp_path / split / name / "a.png")
     assert "printable" in refusal(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("which", [".", "train", "train/class_1"])
-def test_a_locked_folder_is_named(tmp_path, which):
-    root = tmp_path / "root"
-    write_folder(root, {"train": 12, "test": 6})
-    locked = root / which
-    locked.chmod(0)
-    try:
-        message = refusal(root)
-    finally:
-        locked.chmod(0o755)
-    assert str(locked) in message
-    assert "Permission denied" in message
-
-
-@pytest.mark.parametrize("which", [".", "train", "train/class_1"])
-def test_a_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch):
+def test_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch):
     write_folder(tmp_path, {"train": 12, "test": 6})
     locked = tmp_path / which
     scandir = os.scandir
@@ -480,33 +445,13 @@ def test_a_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch)
     assert "Permission denied" in message
 
 
-def test_an_unreadable_picture_is_named(tmp_path, monkeypatch):
-    write_folder(tmp_path, {"train": 12, "test": 6})
-    locked = tmp_path / "train" / "class_1" / "001.png"
-    real = os.open
-
-    def refuse(path, *args, **options):
-        if str(path) == str(locked):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *args, **options)
-
-    monkeypatch.setattr(os, "open", refuse)
-    assert f"{locked} cannot be used: Permission denied" in refusal(tmp_path)
-
-
-def test_a_folder_name_with_a_colon_is_a_path(tmp_path):
-    root = tmp_path / "a:b"
-    write_folder(root, {"train": 12, "test": 6})
-    assert len(load(root, val_fraction=0).train) == 12
-
-
-def test_an_image_size_that_does_not_fit_is_refused(tmp_path):
+def test_image_size_that_does_not_fit_is_refused(tmp_path):
     write_folder(tmp_path, {"train": 12, "test": 6})
     message = refusal(tmp_path, image_size=10**6)
     assert "--image_size" in message
 
 
-def test_pictures_of_many_sizes_are_resized_as_one_by_one(tmp_path, monkeypatch):
+def test_images_of_many_sizes_are_resized_as_each_alone(tmp_path, monkeypatch):
     """Together where they have one size, in their own order, a few megabytes at a time."""
     random = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 2)):

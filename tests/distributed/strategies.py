@@ -358,79 +358,7 @@ ROUNDING = {
 }
 
 
-# ---- What is refused, and single layers
-
-
-def refusals(config: TrainConfig, context: strategy.DistributedContext) -> dict:
-    """The message of each error, "" where there is none."""
-    keras.config.set_dtype_policy("float32")
-    strategy, data = context.strategy, examples(8)
-    batches = tf.data.Dataset.from_tensor_slices(data).batch(4)
-
-    def compiled(model=None, optimizer=None, **kwargs):
-        with strategy.scope():
-            model = model or tiny()
-            model.compile(optimizer or keras.optimizers.SGD(), **kwargs)
-        return model
-
-    def with_layer(layer):
-        images, x = classifier.image_input((8, 8, 3))
-        logits = keras.layers.Dense(3)(layer()(keras.layers.Flatten()(x)))
-        return classifier.Classifier.build_from(images, logits, "other")
-
-    def in_scope(make):
-        with strategy.scope():
-            return make()
-
-    def nested():
-        inside = keras.Sequential([keras.layers.Dense(4), keras.layers.BatchNormalization()])
-        return compiled(in_scope(lambda: with_layer(lambda: inside)))
-
-    def outside():
-        model, optimizer = tiny(), keras.optimizers.SGD()
-        return compiled(model, optimizer)
-
-    actions = {
-        "model outside": outside,
-        "optimizer outside": lambda o=keras.optimizers.SGD: compiled(optimizer=o()),
-        "built optimizer outside": built_outside(compiled),
-        "jit_compile": lambda: compiled(jit_compile=True),
-        "run_eagerly": lambda: compiled(run_eagerly=True),
-        "accumulating optimizer": lambda: compiled(
-            optimizer=in_scope(lambda: keras.optimizers.SGD(gradient_accumulation_steps=2))
-        ),
-        "averaging optimizer": lambda: compiled(
-            optimizer=in_scope(lambda: keras.optimizers.SGD(use_ema=True))
-        ),
-        "unknown length": lambda: compiled().fit(batches.filter(lambda *_: True), verbose=0),
-        "nested": nested,
-    }
-    kinds = {
-        "BatchNormalization": keras.layers.BatchNormalization,
-        "Dropout": lambda: keras.layers.Dropout(0.5),
-        "AlphaDropout": lambda: keras.layers.AlphaDropout(0.5),
-        "GaussianDropout": lambda: keras.layers.GaussianDropout(0.5),
-        "GaussianNoise": lambda: keras.layers.GaussianNoise(0.5),
-    }
-    for kind, make in kinds.items():
-        actions[kind] = lambda make=make: compiled(in_scope(lambda: with_layer(make)))
-    found = {}
-    for name, action in actions.items():
-        try:
-            action()
-            found[f"refused|{name}"] = np.array("")
-        except Exception as error:
-            found[f"refused|{name}"] = np.array(f"{type(error).__name__}: {error}")
-    return found
-
-
-def built_outside(compiled):
-    def action():
-        optimizer = keras.optimizers.SGD()
-        optimizer.build([keras.Variable(np.zeros(3))])
-        compiled(optimizer=optimizer)
-
-    return action
+# ---- Single layers
 
 
 def run_split(context, function, *arrays) -> list[list[np.ndarray]]:
@@ -520,7 +448,7 @@ CASES = (
     {name: functools.partial(train, run) for name, run in (RUNS | LARGE).items()}
     | {name: functools.partial(fit, case) for name, case in FITS.items()}
     | ROUNDING
-    | {"refusals": refusals, "masks": masks, "normalization": normalization, "outside": outside}
+    | {"masks": masks, "normalization": normalization, "outside": outside}
 )
 
 

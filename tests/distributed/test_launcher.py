@@ -398,8 +398,8 @@ def test_workers_train_as_one_cluster_into_one_run_directory(commands):
         assert config.devices.strategy == "multiworker"
         assert config.model.model == "nin"
         assert not config.output.export
-        assert config.output.run_dir == parsed[0].run_dir
-        assert config.devices.workers == parsed[0].workers
+        assert config.output.run_dir == parsed[0].output.run_dir
+        assert config.devices.workers == parsed[0].devices.workers
     assert re.fullmatch(r"runs/nin-digits-[\d-]+", parsed[0].output.run_dir)
     hosts, ports = zip(
         *(each.split(":") for each in parsed[0].devices.workers.split(",")), strict=True

@@ -1,16 +1,18 @@
 """The strategy and cluster of each request. The tests' TensorFlow has two virtual CPU devices."""
 
 import json
+import re
 
 import pytest
 import tensorflow as tf
 
 from keras_cifar.core.config import DevicesConfig
-from keras_cifar.core.errors import UsageError
+from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.distributed import strategy
 from keras_cifar.distributed.cluster import Cluster
 from keras_cifar.distributed.rendezvous import PORTS
 from keras_cifar.distributed.strategy import DistributedContext, StrategySpec
+from tests.distributed.test_rendezvous import free_addresses, in_threads
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +247,38 @@ def test_malformed_clusters_are_refused_in_one_line(gpus, environ, flags, tf_con
     assert "\n" not in str(error.value)
 
 
-# ---- Lost workers
+# ---- Different and lost workers
+
+
+def start_workers(monkeypatch, *facts: dict, then=lambda context: None) -> list[str]:
+    """Starts a worker with each of the facts, without TensorFlow's servers; their errors."""
+    monkeypatch.setattr(strategy, "_multiworker", lambda spec, timeout: None)
+    addresses = free_addresses(len(facts))
+
+    def start(index):
+        config = DevicesConfig(workers=",".join(addresses), worker_index=index)
+        with DistributedContext(strategy.choose(config), config, facts[index]) as context:
+            then(context)
+            context.check_equal({})
+
+    errors = in_threads(*(lambda i=i: start(i) for i in range(len(facts))))
+    return [re.sub(r"127\.0\.0\.1:\d+", "ADDRESS", str(error)) for error in errors]
+
+
+def test_workers_that_differ_are_named(monkeypatch):
+    mine, other = {"--epochs": 1, "keras": "3.0"}, {"--epochs": 2, "keras": "3.0"}
+    assert start_workers(monkeypatch, mine, mine) == ["None", "None"]
+    line = "worker 1 (ADDRESS) differs: --epochs is 2 there and 1 at worker 0"
+    assert start_workers(monkeypatch, mine, other, mine) == [line] * 3
+
+
+def test_the_reason_of_a_worker_that_fails_is_shown_by_all(monkeypatch):
+    def fail(context):
+        if not context.is_chief:
+            raise UserError("no space left")
+
+    found = start_workers(monkeypatch, {}, {}, then=fail)
+    assert found == ["worker 1 (ADDRESS) ended: no space left", "no space left"]
 
 
 def test_the_time_that_tensorflows_servers_look_for_each_other_is_limited(monkeypatch):

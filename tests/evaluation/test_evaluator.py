@@ -150,7 +150,7 @@ def test_evaluate_disturb_prints_a_table_and_keeps_the_metrics(trained_run, caps
             row["accuracy"], abs=1e-4
         )
         assert lines[name][7].rstrip(",") == f"{row['strengths'][0]:g}"
-    assert f"{record['mean_accuracy']:.4f} in the mean" in output
+    assert f"{record['mean_accuracy']:.4f} averaged" in output
     for path in (trained_run.disturbances("test"), trained_run.gallery("test")):
         assert str(path) in output
         assert path.exists()

@@ -1,4 +1,4 @@
-"""Grad-CAM finds what a network looks at, and predict --explain shows it."""
+"""Grad-CAM finds the regions that decide, and predict --explain shows them."""
 
 import json
 
@@ -41,7 +41,7 @@ def squares() -> np.ndarray:
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_the_heat_is_where_the_decision_is(squares, mirrored):
+def test_the_heat_covers_what_decides(squares, mirrored):
     heat = grad_cam.GradCam(colour_network(mirrored)).heat(squares, np.array([0, 1]))
     assert heat.shape == (2, SIDE, SIDE)
     assert heat.dtype == np.float32
@@ -110,22 +110,22 @@ def command(*argv) -> int:
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Files of the same name in two folders, one of an odd name, and one that is no picture."""
+def files(tmp_path):
+    """Files of the same name in two folders, one of an odd name, and one that is no image."""
     paths = [tmp_path / "a" / "x.png", tmp_path / "b" / "x.png", tmp_path / "b" / "..x y\n<é>.png"]
     for path, pixels in zip(paths, colour_images(3, 16, 3)[0], strict=True):
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(path)
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     return [str(path) for path in (paths[0], tmp_path / "bad.png", *paths[1:])]
 
 
-def test_predict_writes_an_overlay_for_each_picture(trained_run, pictures, tmp_path, capsys):
-    assert command(f"--model={trained_run.path}", "--format=json", *pictures) == 1
+def test_predict_writes_an_overlay_for_each_image(trained_run, files, tmp_path, capsys):
+    assert command(f"--model={trained_run.path}", "--format=json", *files) == 1
     plain = capsys.readouterr().out
     out = tmp_path / "new" / "overlays"
     flags = (f"--model={trained_run.path}", "--format=json", f"--explain={out}")
-    assert command(*flags, *pictures) == 1
+    assert command(*flags, *files) == 1
     captured = capsys.readouterr()
     assert captured.out == plain
     assert f"overlays  {out}\n" in captured.err
@@ -134,7 +134,7 @@ def test_predict_writes_an_overlay_for_each_picture(trained_run, pictures, tmp_p
     model = models.load(trained_run.model)
     with Image.open(out / names[1]) as written:
         shown = np.asarray(written)
-    pixels = np.asarray(Image.open(pictures[2]))[np.newaxis]
+    pixels = np.asarray(Image.open(files[2]))[np.newaxis]
     best = np.array([json.loads(plain)[2]["top"][0]["index"]])
     expected = grad_cam.overlay(pixels, grad_cam.GradCam(model).heat(pixels, best))[0]
     assert shown.shape == (224, 224, 3)
@@ -142,7 +142,7 @@ def test_predict_writes_an_overlay_for_each_picture(trained_run, pictures, tmp_p
 
 
 @pytest.mark.parametrize("source", ["export", "url", "other classes"])
-def test_what_cannot_be_explained_is_one_line(source, trained_run, pictures, tmp_path, capsys):
+def test_what_cannot_be_explained_is_one_line(source, trained_run, files, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     (run / "export").symlink_to(trained_run.export)
@@ -152,7 +152,7 @@ def test_what_cannot_be_explained_is_one_line(source, trained_run, pictures, tmp
     if source == "other classes":
         lenet5.lenet5((16, 16, 3), num_classes=4).deployable.save(run / "model.keras")
     out = tmp_path / "overlays"
-    assert command(f"--model={model}", f"--explain={out}", pictures[0]) in (1, 2)
+    assert command(f"--model={model}", f"--explain={out}", files[0]) in (1, 2)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.data import Split, evaluation_batches
 from keras_cifar.models import classifier
 from keras_cifar.models.training_step import TrainingStep
 from keras_cifar.models.weight_averaging import WeightAverages
-from tests.conftest import colour_images
 from tests.models.small import CLASSES, cross_entropies, examples, tiny, values
 
 
@@ -45,15 +43,6 @@ def test_evaluation_is_the_mean_over_examples_also_with_a_partial_batch(batch_si
     got = evaluate(model, images, labels, batch_size=batch_size)
     assert got["accuracy"] == pytest.approx(0.7, abs=1e-7)
     assert got["loss"] == pytest.approx(cross_entropies(labels, logits).mean(), rel=1e-5)
-
-
-@pytest.mark.parametrize("count", [1, 9])
-def test_padding_of_the_last_batch_counts_nothing(count):
-    images, labels = colour_images(count, 8, CLASSES)
-    model = compiled()
-    expected = evaluate(model, images, np.eye(CLASSES, dtype=np.float32)[labels], batch_size=count)
-    got = evaluate(model, evaluation_batches(Split(images, labels), CLASSES, 4))
-    assert got == pytest.approx(expected, rel=1e-6)
 
 
 def test_training_reports_the_cross_entropy_of_the_batch_before_the_step():

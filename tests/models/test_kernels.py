@@ -20,12 +20,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 from keras_cifar.training import optimizers
-from keras_cifar.core.config import OptimizerConfig
 from keras_cifar.models import resnet_cifar
 
 model = resnet_cifar.resnet_cifar(20, (8, 8, 3), 3)
-config = OptimizerConfig(optimizer="adam")
-optimizers.compile_model(model, config, optimizers.schedule(config, 10, 2), jit_compile=False)
+model.compile(optimizers.Adam(1e-3))
 images = tf.zeros((4, 8, 8, 3), tf.uint8)
 labels = tf.constant(np.eye(3, dtype=np.float32)[[0, 1, 2, 0]])
 step = tf.function(model.train_step, autograph=False)

@@ -92,6 +92,8 @@ def test_batch_norm_equals_keras_in_outputs_gradients_and_statistics(case, train
     ours, theirs = norms(**arguments)
     got, expected = (results(layer, shape, offset, training) for layer in (ours, theirs))
     assert_same(got, expected, tolerance)
+    described = [[(v.name, v.dtype, v.trainable) for v in x.weights] for x in (ours, theirs)]
+    assert described[0] == described[1]
     found = kernels(ours, (None, *shape[1:]), ours.compute_dtype, training)
     assert ("FusedBatchNormV3" in found) == fused
     assert not (fused and "SquaredDifference" in found)
@@ -113,25 +115,6 @@ def test_batch_norm_compiled_by_xla_equals_keras(training):
     assert_same(got, results(theirs, MAPS, 2, training), 3e-5)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_second_derivatives_of_batch_norm_equal_keras(training):
-    found = []
-    for layer in norms():
-        random = np.random.default_rng(0)
-        x = tf.constant(random.normal(0, 1, MAPS), tf.float32)
-        layer.build(MAPS)
-        layer.gamma.assign(random.uniform(0.5, 2, 8))
-        with tf.GradientTape() as outer:
-            outer.watch(x)
-            with tf.GradientTape() as inner:
-                inner.watch(x)
-                target = tf.reduce_sum(layer(x, training=training) ** 3)
-            size = tf.reduce_sum(inner.gradient(target, x) ** 2)
-        found.append(outer.gradient(size, [x, layer.gamma.value]))
-    for mine, other in zip(*found, strict=True):
-        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
-
-
 def test_batch_norm_takes_batches_of_any_size_in_one_graph():
     ours, theirs = norms()
     call = tf.function(
@@ -145,20 +128,6 @@ def test_batch_norm_takes_batches_of_any_size_in_one_graph():
         np.testing.assert_allclose(call(x), theirs(x, training=True), atol=1e-5)
     for mine, other in zip(ours.weights, theirs.weights, strict=True):
         np.testing.assert_allclose(mine.numpy(), other.numpy(), atol=1e-6)
-
-
-def test_batch_norm_has_the_weights_of_keras_and_takes_them_both_ways():
-    ours, theirs = norms()
-    random = np.random.default_rng(0)
-    x = random.normal(0, 3, MAPS).astype(np.float32)
-    for layer in (ours, theirs):
-        layer.build(MAPS)
-    names = [[(v.name, v.shape, v.dtype, v.trainable) for v in x.weights] for x in (ours, theirs)]
-    assert names[0] == names[1]
-    for source, target in ((ours, theirs), (theirs, ours)):
-        source.set_weights([random.uniform(0.5, 2, 8) for _ in range(4)])
-        target.set_weights(source.get_weights())
-        np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
 
 
 # ---- Dropout
@@ -453,7 +422,7 @@ def test_other_filters_are_pytorchs_default():
     assert kernel.var() == pytest.approx(1 / (3 * 9 * 16), rel=0.02)
 
 
-def test_answer_is_the_mean_of_an_image_and_its_mirror_image(random):
+def test_prediction_is_the_mean_of_an_image_and_its_mirror_image(random):
     images = keras.Input((4, 4, 3))
     inside = keras.layers.Dense(5, name="dense")
     x = keras.layers.Flatten()(layers.AddMirrored()(images))

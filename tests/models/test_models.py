@@ -11,6 +11,7 @@ from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.models import resnet_cifar
 
 NAMES = tuple(models.variants())
+ALL_BUT_DEEPEST = tuple(name for name in NAMES if name != "resnet1202")
 # The others differ from these in the number of layers alone.
 QUICK = ("alexnet", "airbench_small", "googlenet", "googlenet_bn", "lenet5", "nin", "resnet18",
          "resnet20", "resnet50", "vgg11", "vgg11_bn", "vgg_bn_drop")  # fmt: skip
@@ -66,7 +67,9 @@ MULTIPLY_ADDS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [*ALL_BUT_DEEPEST, pytest.param("resnet1202", marks=pytest.mark.slow)]
+)
 def test_sizes_are_the_documented_ones(name):
     variant = models.variants()[name]
     found, size, parameters, multiply_adds, paper = models.describe(name)
@@ -117,7 +120,7 @@ def test_trains_saves_and_loads(name, tmp_path):
     assert not any("auxiliary" in variable.path for variable in loaded.variables)
 
 
-@pytest.fixture(scope="module", params=[name for name in NAMES if name != "resnet1202"])
+@pytest.fixture(scope="module", params=ALL_BUT_DEEPEST)
 def smallest(request) -> models.Classifier:
     """Each network for the smallest images that it takes."""
     side = models.variants()[request.param].min_size

@@ -1,4 +1,4 @@
-"""Runs beside each other: the table, the flags that differ, the picture, and what is no run."""
+"""Runs side by side: the table, the flags that differ, the image, and invalid runs."""
 
 import json
 
@@ -35,10 +35,10 @@ def write(path, epochs=SLOW, accuracy=0.5, interval=None, validated=True, **flag
     text = "\n".join([header, *rows]) + "\n"
     run.history.write_text(text if validated else text.replace("val_accuracy", "other"))
     if accuracy is not None:
-        figures = {"accuracy": accuracy, "data": config["flags"]["data"]}
-        figures |= {"intervals": {"accuracy": interval}} if interval else {}
+        metrics = {"accuracy": accuracy, "data": config["flags"]["data"]}
+        metrics |= {"intervals": {"accuracy": interval}} if interval else {}
         run.evaluation("test").parent.mkdir()
-        run.evaluation("test").write_text(json.dumps(figures))
+        run.evaluation("test").write_text(json.dumps(metrics))
     return str(path)
 
 
@@ -60,7 +60,7 @@ def cells(line: str) -> list[str]:
     return [cell for cell in line.split("  ") if cell]
 
 
-def test_table_says_what_was_reached_and_what_it_took(tmp_path, command):
+def test_the_table_has_accuracy_time_and_speed(tmp_path, command):
     a = write(tmp_path / "a", accuracy=0.8125, interval=[0.80, 0.82])
     b = write(tmp_path / "b", FAST, accuracy=None)
     status, lines, _ = command(a, b)
@@ -71,6 +71,7 @@ def test_table_says_what_was_reached_and_what_it_took(tmp_path, command):
     ]
     assert found[1] == [a, "0.8125", "[0.8000, 0.8200]", "18.75%", "60.0 s", "200", "3", "12,345"]
     assert found[2] == [b, "not tested", "2.0 s", "950", "2", "12,345"]
+    assert len(lines) == 3  # and no table of flags, as none differs
 
 
 def test_flags_that_decide_and_differ_are_shown(tmp_path, command):
@@ -85,16 +86,11 @@ def test_flags_that_decide_and_differ_are_shown(tmp_path, command):
     assert shown == [["flag", a, b], ["--learning_rate", "0.5", "0.25"]]
 
 
-def test_figures_of_other_images_are_not_the_runs(tmp_path, command):
+def test_metrics_of_other_images_are_left_out(tmp_path, command):
     run = Run(write(tmp_path / "a", data="digits"))
     path = run.evaluation("test")
     path.write_text(path.read_text().replace("digits", "folder:elsewhere"))
     assert "not tested" in command(run.path)[1][1]
-
-
-def test_equal_flags_make_no_table(tmp_path, command):
-    a, b = write(tmp_path / "a"), write(tmp_path / "b")
-    assert len(command(a, b)[1]) == 3
 
 
 def test_seeds_count_as_one_run(tmp_path, command):
@@ -125,7 +121,7 @@ def test_curve_without_validation_is_that_of_training(tmp_path):
     np.testing.assert_allclose(values, [[0.1, 0.2, 0.3]])
 
 
-def test_picture_shows_each_run_and_the_band_of_seeds(tmp_path, command):
+def test_the_image_shows_each_run_and_the_band_of_seeds(tmp_path, command):
     a, b = write(tmp_path / "a"), write(tmp_path / "b", FAST)
     for seed, epochs in enumerate((SLOW, [(x + 0.2, s, v) for x, s, v in SLOW])):
         write(tmp_path / "several" / f"seed_{seed}", epochs)
@@ -134,8 +130,8 @@ def test_picture_shows_each_run_and_the_band_of_seeds(tmp_path, command):
         out = tmp_path / "out.png"
         status, lines, _ = command(*runs, f"--out={out}")
         assert (status, lines[-1]) == (0, f"image     {out}")
-        with Image.open(out) as picture:
-            return np.asarray(picture.convert("RGB")).astype(int)
+        with Image.open(out) as image:
+            return np.asarray(image.convert("RGB")).astype(int)
 
     one, two, band = drawn(a), drawn(a, b), drawn(tmp_path / "several")
     assert one.shape == two.shape
@@ -145,7 +141,7 @@ def test_picture_shows_each_run_and_the_band_of_seeds(tmp_path, command):
     assert light[1] > 1000 > light[0]
 
 
-def test_run_without_an_epoch_is_in_the_table_and_not_in_the_picture(tmp_path, command):
+def test_a_run_without_an_epoch_is_in_the_table_and_not_in_the_image(tmp_path, command):
     a, b = write(tmp_path / "a", [], accuracy=None), write(tmp_path / "b")
     assert command(a, b, "--out", tmp_path / "x.png")[0] == 0
     status, _, error = command(a, "--out", tmp_path / "y.png")
@@ -168,7 +164,7 @@ def test_wrong_usage_is_one_line(command, argv, status, words):
     assert words in error
 
 
-def test_what_is_no_run_or_damaged_is_said(tmp_path):
+def test_no_run_and_damaged_files_are_errors(tmp_path):
     with pytest.raises(UserError, match="is no run directory: it has neither"):
         comparison.load(str(tmp_path))
     run = Run(write(tmp_path / "a"))

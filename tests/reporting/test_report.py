@@ -114,7 +114,7 @@ def test_metrics_are_in_the_text(run):
     assert "61,706 parameters" in text
     assert "102 images a second" in text
     assert "3 of 3 epochs" in text
-    assert "Accuracy 90.00% on 20 images as they are, 50.00%" in text
+    assert "Accuracy 90.00% on 20 images without disturbances, 50.00%" in text
     pair = metrics["confused"][0]
     assert f"{pair['true']} {pair['predicted']} {pair['count']}" in text
     assert "unfinished" not in text
@@ -146,25 +146,24 @@ def test_the_command_reproduces_the_run(tmp_path):
     assert set(found.flags()) == {"model", "epochs", *flags}
 
 
-def test_the_same_run_gives_the_same_bytes(run, charts):
+def test_the_same_run_gives_the_same_bytes(run):
     assert render(run) == render(Run(run.path))
 
 
 # ---- Any run
 
 
-@pytest.mark.parametrize("classes", [2, 100])
-def test_any_number_of_classes(tmp_path, classes, charts):
-    names = [f"class {i}" for i in range(classes)]
+def test_many_classes(tmp_path, charts):
+    names = [f"class {i}" for i in range(40)]
     run = reports.write_run(tmp_path / "run", names)
-    labels, probabilities = reports.predictions(2000, classes)
+    labels, probabilities = reports.predictions(800, 40)
     reports.evaluate(run, names, labels, probabilities)
     text = render(run)
     document = Document(text)
     assert all(f"run1-{name}" in document.ids for name in SECTIONS)
     drawing = text[text.index('id="run1-confusion"') :]
     drawing = drawing[: drawing.index("</section>")]
-    assert drawing.count(">class 99</text>") == (2 if classes == 100 else 0)  # left and below
+    assert drawing.count(">class 39</text>") == 2  # left and below
     assert len(text) < 500_000
 
 
@@ -291,6 +290,7 @@ def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path):
 def evaluated(trained_run, tmp_path_factory) -> Run:
     """A copy of `trained_run` with mistakes in its evaluation."""
     run = Run(shutil.copytree(trained_run.path, tmp_path_factory.mktemp("evaluated") / "run"))
+    run.disturbances("test").unlink(missing_ok=True)
     config = run.read_config()
     test = load_data(config, "test").test
     probabilities = predict(load_model(run.model), test)
@@ -374,13 +374,13 @@ def test_a_report_that_cannot_be_written_ends_no_training(trained_run, monkeypat
 
     monkeypatch.setattr(page, "write", fail)
     dataset = load_data(trained_run.read_config(), "test")
-    trainer.report(trained_run, load_model(trained_run.model), dataset)
+    trainer.write_report(trained_run, load_model(trained_run.model), dataset)
     assert capsys.readouterr().err == (
-        f"no report: {trained_run.path / 'report.html'} cannot be written: No space left on device\n"
+        f"warning: {trained_run.path / 'report.html'} cannot be written: No space left on device\n"
     )
 
 
-MISTAKE = {"row": 99, "true": "ape", "predicted": "bee", "probability": 1, "true_probability": 0}
+MISTAKE = {"row": 0, "true": "ape", "predicted": "bee", "probability": 1, "true_probability": 0}
 
 
 @pytest.mark.parametrize(
@@ -388,18 +388,18 @@ MISTAKE = {"row": 99, "true": "ape", "predicted": "bee", "probability": 1, "true
     [
         ("eval/test.json", "{"),
         ("eval/test.json", '{"accuracy": 1}'),
-        ("eval/test.npz", "no archive"),
-        ("eval/test_disturbances.json", "[]"),
-        ("history.csv", "epoch,loss\n1,x\n"),
-        ("history.csv", "loss\n1\n"),
-        ("config.json", {"versions": "x"}),
-        ("config.json", {"parameter_count": "<b>"}),
         ("eval/test.json", {"accuracy": "<b>"}),
-        ("eval/test.json", {"mistakes": [MISTAKE]}),
+        ("eval/test.json", {"mistakes": [MISTAKE | {"row": 99}]}),
+        ("eval/test.json", {"mistakes": [MISTAKE | {"probability": "ape"}]}),
         ("eval/test.json", {"confused": [{"true": "x", "predicted": "ape", "count": 1}]}),
         ("eval/test.json", {"intervals": {"loss": ["x", "y"]}}),
         ("eval/test.json", {"calibration": {}}),
+        ("eval/test.npz", "no archive"),
+        ("eval/test_disturbances.json", "[]"),
         ("eval/test_disturbances.json", {"clean_accuracy": []}),
+        ("history.csv", "loss\n1\n"),
+        ("config.json", {"versions": "x"}),
+        ("config.json", {"parameter_count": "<b>"}),
     ],
 )
 def test_a_damaged_file_is_one_line_that_names_it(run, file, content, capsys):

@@ -106,11 +106,11 @@ def test_unknown_schedule_lists_the_choices(text):
         "onecycle(0.3)",
     ],
 )
-def test_milestones_that_are_no_increasing_shares_are_refused(text):
+def test_milestones_that_are_not_increasing_fractions_are_refused(text):
     with pytest.raises(UsageError) as error:
         optimizers.parse_schedule(text)
     message = str(error.value)
-    assert message.startswith(f"--lr_schedule={text}: step takes increasing shares")
+    assert message.startswith(f"--lr_schedule={text}: step takes increasing fractions")
     assert "\n" not in message
 
 

@@ -19,7 +19,7 @@ from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import StoppedError, UsageError, UserError
 from keras_cifar.core.files import versions
 from keras_cifar.core.run_directory import Run
-from keras_cifar.models.classifier import Classifier
+from keras_cifar.models.training_step import TrainingStep
 from keras_cifar.training import checkpoint, recorder, signals, trainer, transfer
 from keras_cifar.training.plan import prepare
 from tests.conftest import write_folder
@@ -256,7 +256,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, image_folder):
     with pytest.raises((UsageError, OSError)) as caught:
         train_to(tmp_path / "file" / "run", image_folder)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="is no run directory"):
+    with pytest.raises(UsageError, match="is not a run directory"):
         train_to(tmp_path / "file", image_folder)
 
 
@@ -297,7 +297,7 @@ def test_full_disk_between_epochs_is_a_warning_and_training_continues(
         (trainer.saved_model, "export"),
         pytest.param(recorder, "write_history", marks=pytest.mark.slow),
         pytest.param(recorder.plots, "curves", marks=pytest.mark.slow),
-        pytest.param(trainer.evaluation, "evaluate", marks=pytest.mark.slow),
+        pytest.param(trainer.evaluator, "evaluate", marks=pytest.mark.slow),
     ],
 )
 def test_full_disk_stops_the_run_and_saved_files_still_load(
@@ -409,13 +409,13 @@ def test_rollback_ends_after_three_times(tmp_path, image_folder, monkeypatch):
 def test_gradient_that_is_not_finite_is_noticed_before_it_is_saved(
     tmp_path, image_folder, monkeypatch
 ):
-    original = Classifier._gradients
+    original = TrainingStep.gradients
 
     def broken(self, *arguments, **kwargs):
-        gradients, figures = original(self, *arguments, **kwargs)
-        return [gradients[0] * np.inf, *gradients[1:]], figures
+        gradients, metrics = original(self, *arguments, **kwargs)
+        return [gradients[0] * np.inf, *gradients[1:]], metrics
 
-    monkeypatch.setattr(Classifier, "_gradients", broken)
+    monkeypatch.setattr(TrainingStep, "gradients", broken)
     with pytest.raises(UserError, match=r"the gradient became (nan|inf) at step 1 "):
         train_to(tmp_path / "run", image_folder, checkpoint_every=1)
     assert saved_state(tmp_path / "run" / "checkpoint")[1]["steps"] == 0

@@ -65,7 +65,7 @@ def test_mean_and_deviation_are_written_and_said(done, capsys):
         "std": pytest.approx(std),
     }
     out = capsys.readouterr().out
-    assert f"test accuracy {mean:.4f} on average of 2 seeds, standard deviation {std:.4f}" in out
+    assert f"mean test accuracy {mean:.4f} of 2 seeds, standard deviation {std:.4f}" in out
     assert str(several.seeds) in out
 
 
@@ -137,15 +137,13 @@ def test_directories_of_one_and_of_several_are_not_mixed(done, trained_run, imag
     flags, _ = done
     with pytest.raises(UsageError, match="holds one run and not those of --seeds"):
         train.main(config(image_folder, trained_run.path))
-    with pytest.raises(UsageError, match="exists and is no run directory"):
+    with pytest.raises(UsageError, match="exists and is not a run directory"):
         train.main(dataclasses.replace(flags, seeds=0))
 
 
 def test_other_flags_are_refused_before_a_seed_that_is_new(done):
     flags, several = done
-    with pytest.raises(
-        UsageError, match="seed_1 holds a run with other flags: --epochs was 2, is 3"
-    ):
+    with pytest.raises(UsageError, match="seed_1 has a run with other flags: --epochs was 2, is 3"):
         train.main(dataclasses.replace(flags, seed=0, epochs=3))
     assert not several.of_seed(0).path.exists()
 

@@ -61,16 +61,17 @@ def head(name: str) -> dict[str, str]:
         ValueError: a line is missing.
     """
     lines = find(name).read_text("utf-8").splitlines()
-    found = [re.fullmatch(r"# (\w+): (.+)", line) for line in lines[: len(HEAD)]]
-    if [match and match[1] for match in found] != list(HEAD):
+    matches = [re.fullmatch(r"# (\w+): (.+)", line) for line in lines[: len(HEAD)]]
+    found = {match[1]: match[2].strip() for match in matches if match}
+    if list(found) != list(HEAD):
         raise ValueError(f"{name}{SUFFIX} does not start with a line for each of {', '.join(HEAD)}")
-    return {match[1]: match[2].strip() for match in found}
+    return found
 
 
 def table() -> str:
     """All recipes, one a line."""
-    rows = [("name", *_SHOWN)]
-    rows += [(name, *(head(name)[column] for column in _SHOWN)) for name in names()]
+    rows = [["name", *_SHOWN]]
+    rows += [[name, *(head(name)[column] for column in _SHOWN)] for name in names()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
