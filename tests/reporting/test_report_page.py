@@ -1,4 +1,4 @@
-"""The report in a real browser: see tests/test_page.py for what it needs."""
+"""The report in a real browser: a Chromium on PATH, or the one that CHROMIUM names."""
 
 import os
 
