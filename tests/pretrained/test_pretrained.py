@@ -269,7 +269,7 @@ def test_a_run_is_initialized_with_its_weights(installed, names):
     model = models.build("lenet5", (16, 16, 3), 3)
     text = transfer.take_weights(model, "pretrained:tiny", names)
     new = names[0] == "x"
-    assert text == "the weights of pretrained:tiny" + "; new are logits" * new
+    assert text == "the weights of pretrained:tiny" + "; new layers: logits" * new
     theirs = pretrained.load("tiny")[0]
     pairs = zip(model.get_weights(), theirs.get_weights(), strict=True)
     same = [np.array_equal(mine, other) for mine, other in pairs]
