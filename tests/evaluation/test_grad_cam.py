@@ -41,17 +41,15 @@ def squares() -> np.ndarray:
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_the_heat_covers_what_decides(squares, mirrored):
-    heat = grad_cam.GradCam(colour_network(mirrored)).heat(squares, np.array([0, 1]))
+def test_the_heat_covers_what_decides_and_nothing_else(squares, mirrored):
+    explainer = grad_cam.GradCam(colour_network(mirrored))
+    heat = explainer.heat(squares, np.array([0, 1]))
     assert heat.dtype == np.float32
     expected = np.zeros((2, SIDE, SIDE))
     expected[0, 2:6, 2:6] = expected[1, 10:14, 10:14] = 1
     np.testing.assert_allclose(heat, expected, atol=1e-6)
-
-
-def test_where_nothing_speaks_for_a_class_there_is_no_heat(squares):
     squares[..., 2] = 0
-    assert not grad_cam.GradCam(colour_network()).heat(squares, np.array([1, 1])).any()
+    assert not explainer.heat(squares, np.array([1, 1])).any()
 
 
 def test_any_number_of_images_is_explained_alike(monkeypatch, random):
@@ -87,9 +85,6 @@ def test_an_overlay_is_grey_where_it_is_cold_and_bright_where_it_is_hot():
     assert pixels[0, 0, 0].tolist() == pixels[0, 1, 1].tolist() == [120, 120, 120]
     assert pixels[0, 1, 0].min() < pixels[0, 1, 0].max() > 150  # yellow
     assert (pixels[0, 0, 1] != pixels[0, 1, 0]).any()
-
-
-# ---- predict --explain
 
 
 def command(*argv) -> int:

@@ -39,11 +39,7 @@ def test_metrics_equal_scikit_learns(random):
 
 def test_a_probability_of_zero_keeps_the_loss_finite():
     found = metrics.summarize(np.array([[0.0, 1.0]], np.float32), np.array([0]), ("a", "b"))
-    assert np.isfinite(found["loss"])
-    assert found["loss"] > 80
-
-
-# ---- Intervals
+    assert 80 < found["loss"] < np.inf
 
 
 def test_an_interval_is_that_of_a_normal_distribution_where_there_are_many_images(random):
@@ -63,9 +59,6 @@ def test_intervals_of_few_images(count):
     assert found["intervals"] == {"level": 0.95, **right, "loss": [0, 0]}
 
 
-# ---- Calibration error
-
-
 def test_the_calibration_error_is_that_of_the_definition():
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
     labels = np.array([0, 1, 0, 1])
@@ -78,14 +71,6 @@ def test_the_calibration_error_is_that_of_the_definition():
     assert found["bins"][0]["confidence"] is found["bins"][0]["accuracy"] is None
 
 
-def test_the_calibration_error_of_labels_drawn_as_the_model_says_is_small(random):
-    probabilities = random.dirichlet(np.ones(3), 20_000)
-    labels = (random.random((20_000, 1)) > probabilities.cumsum(axis=1)).sum(axis=1)
-    assert metrics.calibration_error(probabilities, labels)["expected_calibration_error"] < 0.02
-    wrong = (labels + 1) % 3
-    assert metrics.calibration_error(probabilities, wrong)["expected_calibration_error"] > 0.2
-
-
 @pytest.mark.parametrize("confidence", [1 / 15, 0.6, 1.0])
 def test_a_bin_has_its_upper_edge(confidence):
     bins = metrics.calibration_error(np.array([[confidence, 0.0]]), np.array([0]))["bins"]
@@ -93,19 +78,13 @@ def test_a_bin_has_its_upper_edge(confidence):
     assert one["high"] == pytest.approx(confidence)
 
 
-# ---- Mistakes
-
-
 def test_the_most_confused_pairs_come_first():
     labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
     predicted = np.array([0, 2, 1, 0, 0, 1, 1, 2])
     found = metrics.summarize(np.eye(3)[predicted], labels, NAMES)
-    assert found["confused"] == [
-        {"true": "b", "predicted": "a", "count": 2},
-        {"true": "c", "predicted": "b", "count": 2},
-        {"true": "a", "predicted": "b", "count": 1},
-        {"true": "a", "predicted": "c", "count": 1},
-    ]
+    assert found["confused"][0] == {"true": "b", "predicted": "a", "count": 2}
+    pairs = [(*pair.values(),) for pair in found["confused"]]
+    assert pairs == [("b", "a", 2), ("c", "b", 2), ("a", "b", 1), ("a", "c", 1)]
     assert "most confused: b as a 2, c as b 2, a as b 1" in text.metrics_summary(found)
 
 
@@ -115,13 +94,8 @@ def test_the_most_confident_mistakes_come_first():
     )
     found = metrics.summarize(probabilities, np.array([1, 0, 2, 2]), NAMES)
     assert [mistake["row"] for mistake in found["mistakes"]] == [1, 0, 2]
-    assert found["mistakes"][0] == {
-        "row": 1,
-        "true": "a",
-        "predicted": "b",
-        "probability": 0.75,
-        "true_probability": 0.125,
-    }
+    classes = {"row": 1, "true": "a", "predicted": "b"}
+    assert found["mistakes"][0] == {**classes, "probability": 0.75, "true_probability": 0.125}
 
 
 def test_lists_of_mistakes_are_short(random):
