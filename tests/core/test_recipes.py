@@ -96,8 +96,7 @@ def test_a_file_without_its_head_is_noticed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES],
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES]
 )
 def test_recipe_trains(name, pictures, tmp_path):
     config = parsed(

@@ -233,10 +233,7 @@ def test_arrays_are_restored_as_they_were_saved():
     found = tensors.load(data, arrays)
     assert tensors.load_metadata(data) == {"who": "me"}
     assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
-    for other in (
-        {"a": arrays["a"]},
-        arrays | {"b": found["a"]},
-    ):
+    for other in ({"a": arrays["a"]}, arrays | {"b": found["a"]}):
         with pytest.raises(ValueError, match="not the expected ones"):
             tensors.load(data, other)
 

@@ -90,11 +90,7 @@ _TENSORS = {"type": "object", "additionalProperties": _TENSOR}
 METADATA = _object(
     {
         "model_spec": _object(
-            {
-                "name": {"type": "string"},
-                "signature_name": {"const": ""},
-                "version": _INT64,
-            }
+            {"name": {"type": "string"}, "signature_name": {"const": ""}, "version": _INT64}
         ),
         "metadata": {
             "type": "object",  # a map; clients skip what they do not know

@@ -28,10 +28,7 @@ HEAD = ("expected", "spread", "basis", "source", "data", "hardware", "time", "co
 BASES = ("published", "measured", "none")
 NOT_RUN = "not run"
 # Names of earlier revisions, for command lines that use them.
-FORMER = {
-    "chapter_resnet32": "tutorial_resnet32",
-    "chapter_vgg_bn_drop": "tutorial_vgg_bn_drop",
-}
+FORMER = {"chapter_resnet32": "tutorial_resnet32", "chapter_vgg_bn_drop": "tutorial_vgg_bn_drop"}
 
 _SHOWN = ("expected", "basis", "data", "time", "hardware", "source")
 
