@@ -296,9 +296,7 @@ class TrainConfig:
     def from_flags(cls, **flags) -> "TrainConfig":
         """The configuration of flags by their names; the others have their defaults.
 
-        Raises:
-            UsageError: a value is out of its range.
-            TypeError: there is no such flag.
+        Raises UsageError for a value out of its range, TypeError for an unknown flag.
         """
         return build(cls, flags)
 
@@ -306,8 +304,7 @@ class TrainConfig:
     def from_json(cls, flags: dict) -> "TrainConfig":
         """The configuration of flags from a config.json; unknown flags are ignored.
 
-        Raises:
-            UsageError: a value has another type or is out of its range.
+        Raises UsageError for a value of another type or out of its range.
         """
         known = {field.name: field for field in fields(cls)}
         flags = {name: value for name, value in canonical(flags).items() if name in known}

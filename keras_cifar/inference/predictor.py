@@ -38,17 +38,13 @@ class Predictor:
     """A loaded SavedModel.
 
     Attributes:
-        path: the model's directory.
         size: (height, width) of the input images, in pixels.
         class_names: in the order of the probabilities.
         signatures: the model's functions, by name.
     """
 
     def __init__(self, path: str):
-        """Loads the model.
-
-        Args:
-            path: as in `find`.
+        """Loads the model that `find(path)` finds.
 
         Raises:
             UserError: there is none, it is damaged, or it has other signatures than ours.

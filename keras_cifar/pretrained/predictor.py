@@ -24,8 +24,7 @@ class PretrainedPredictor(Predictor):
         self.path = pretrained.DIRECTORY / f"{name}{pretrained.WEIGHTS}"
         self.size, self.class_names = card.image_shape[:2], card.class_names
         # Kept, since the functions do not keep the variables alive.
-        self._loaded = saved_model.functions(model, card.class_names)
-        functions = saved_model.signatures(self._loaded)
+        self._loaded, functions = saved_model.functions(model, card.class_names)
         self._use({name: f.get_concrete_function() for name, f in functions.items()})
 
 
@@ -48,7 +47,7 @@ def load_network(model: str, predictor: Predictor) -> "keras.Model":
     """Loads the Keras model behind a predictor, which gives gradients.
 
     Raises:
-        UserError: `model` is neither a run nor pretrained, or the run's export is of another model.
+        UserError: `model` is neither a run nor pretrained, or its export is of another model.
     """
     from keras_cifar import models
 
