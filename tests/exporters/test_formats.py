@@ -108,7 +108,6 @@ def test_an_export_that_differs_from_the_model_is_discarded(tmp_path, monkeypatc
 def test_integers_need_training_images(tmp_path):
     with pytest.raises(UserError, match="need training images"):
         litert.export(network("lenet5"), tmp_path / "m", NAMES)
-    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(("form", "package"), [("onnx", "tf2onnx"), ("litert", "ai_edge_litert")])
@@ -154,27 +153,26 @@ def test_the_formats_keep_the_accuracy_of_a_trained_network_on_2000_real_images(
         x.export(model, tmp_path, dataset.class_names, samples=samples) for x in (onnx, litert)
     ]
 
-    rows = np.arange(0, len(dataset.test), len(dataset.test) // 2000)[:2000]
-    test = dataset.test.take(rows)
-    images = test.images
+    test = dataset.test.spread(2000)
     session = onnxruntime.InferenceSession(
         paths[0] / onnx.MODEL, providers=["CPUExecutionProvider"]
     )
 
-    def classify(path):
-        runner = Interpreter(str(path)).get_signature_runner()
+    def classify(file):
+        runner = Interpreter(str(paths[1] / file)).get_signature_runner()
         return lambda x: runner(images=x)["probabilities"]
 
-    given = {
-        "model": verification.in_batches(lambda x: model(x, training=False), images),
-        "onnx": verification.in_batches(lambda x: session.run(None, {"images": x})[1], images),
-        "float": verification.in_batches(classify(paths[1] / litert.FLOAT), images),
-        "int8": verification.in_batches(classify(paths[1] / litert.INT8), images),
+    classifiers = {
+        "model": lambda x: model(x, training=False),
+        "onnx": lambda x: session.run(None, {"images": x})[1],
+        "float": classify(litert.FLOAT),
+        "int8": classify(litert.INT8),
     }
+    given = {name: verification.in_batches(f, test.images) for name, f in classifiers.items()}
     accuracy = {name: (x.argmax(1) == test.labels).mean() for name, x in given.items()}
-    figures = {name: verification.compare(given["model"], x) for name, x in given.items()}
-    print(accuracy, figures, sep="\n")
+    differences = {name: verification.compare(given["model"], x) for name, x in given.items()}
+    print(accuracy, differences, sep="\n")
     assert accuracy["model"] > 0.4
-    assert figures["onnx"]["largest_difference"] < 1e-4
-    assert figures["float"]["largest_difference"] < 1e-4
+    assert differences["onnx"]["largest_difference"] < 1e-4
+    assert differences["float"]["largest_difference"] < 1e-4
     assert abs(accuracy["int8"] - accuracy["float"]) <= 0.01
