@@ -10,13 +10,13 @@ import keras
 import numpy as np
 import pytest
 
-from keras_cifar import export, models
-from keras_cifar.core import cli
+from keras_cifar import models
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import versions
 from keras_cifar.data import load, training_batches
 from keras_cifar.exporters import litert, onnx, verification
 from keras_cifar.training import optimizers
+from tests.exporters.test_export import command
 
 NAMES = ("cat", "dog", "frog")
 
@@ -114,8 +114,7 @@ def test_integers_need_training_images(tmp_path):
 def test_a_missing_package_is_one_line(trained_run, capsys, monkeypatch, form, package):
     for name in [package, *(x for x in sys.modules if x.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    argv = [f"--run={trained_run.path}", f"--format={form}"]
-    assert cli._execute("export", export.main, export.ExportOptions, "", argv) == 1
+    assert command(f"--run={trained_run.path}", f"--format={form}") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert package in line
     assert "pip install 'keras_cifar[formats]'" in line
@@ -124,8 +123,7 @@ def test_a_missing_package_is_one_line(trained_run, capsys, monkeypatch, form, p
 @needs_formats
 @pytest.mark.parametrize("form", ["onnx", "litert"])
 def test_the_command_writes_the_format_beside_the_export(trained_run, capfd, form):
-    argv = [f"--run={trained_run.path}", f"--format={form}", "--temperature=2"]
-    assert cli._execute("export", export.main, export.ExportOptions, "", argv) == 0
+    assert command(f"--run={trained_run.path}", f"--format={form}", "--temperature=2") == 0
     path = trained_run.path / form / "1"
     output = capfd.readouterr().out
     assert str(path) in output

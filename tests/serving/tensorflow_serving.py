@@ -119,5 +119,4 @@ METADATA = _object(
 
 def check(value: object, schema: dict) -> None:
     """Raises jsonschema.ValidationError where `value` is not as the documentation says."""
-    jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(value, schema, jsonschema.Draft202012Validator)
