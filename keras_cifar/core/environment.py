@@ -72,8 +72,7 @@ def cpu_quota() -> int | None:
 def shares(count: int) -> list[dict[str, str]]:
     """The environment of each of `count` workers on this machine: equal shares of CPUs and GPUs.
 
-    Raises:
-        UsageError: the machine has GPUs, but fewer than workers.
+    Raises UsageError if the machine has GPUs, but fewer than workers.
     """
     # TF_CONFIG may describe another cluster.
     common = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}

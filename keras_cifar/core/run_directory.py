@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -24,7 +25,9 @@ LOCK = ".lock"
 
 
 class Run:
-    """The paths of a run directory; it is created when something is written.
+    """A run directory; it is created when something is written.
+
+    The methods that read a file raise UserError if it is damaged.
 
     Args:
         path: the directory.
@@ -46,11 +49,7 @@ class Run:
         self.seeds = self.path / "seeds.json"
 
     def read_metrics(self, split: str, data: str) -> dict | None:
-        """The metrics of a split of `data`; None if there are none, or only those of other data.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """The metrics of a split of `data`; None if there are none, or only those of other data."""
         path = self.evaluation(split)
         if not path.exists():
             return None
@@ -60,11 +59,7 @@ class Run:
         return metrics if metrics["data"] == data else None
 
     def read_history(self) -> list[dict[str, float]]:
-        """The rows of history.csv, one for each epoch; empty before the first.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """The rows of history.csv, one for each epoch; empty before the first."""
         if not self.history.exists():
             return []
         with _damage(self.history):
@@ -78,25 +73,16 @@ class Run:
         """The run of a seed below a directory of several."""
         return Run(self.path / f"seed_{seed}", restart=self.path)
 
-    def evaluation(self, split: str) -> pathlib.Path:
-        """The file with the metrics of a split."""
-        return self.path / "eval" / f"{split}.json"
+    def _of_split(self, suffix: str, split: str) -> pathlib.Path:
+        return self.path / "eval" / f"{split}{suffix}"
 
-    def predictions(self, split: str) -> pathlib.Path:
-        """The file with the labels and probabilities of a split."""
-        return self.path / "eval" / f"{split}.npz"
-
-    def confusion(self, split: str) -> pathlib.Path:
-        """The plot of the confusion matrix of a split."""
-        return self.path / "eval" / f"{split}_confusion.png"
-
-    def disturbances(self, split: str) -> pathlib.Path:
-        """The file with the accuracy of a split under disturbances."""
-        return self.path / "eval" / f"{split}_disturbances.json"
-
-    def gallery(self, split: str) -> pathlib.Path:
-        """The plot of an image of a split under all disturbances."""
-        return self.path / "eval" / f"{split}_disturbances.png"
+    # The files of a split: its metrics, its labels and probabilities, the plot of its confusion
+    # matrix, its accuracy under disturbances, and a plot of an image under all of them.
+    evaluation = functools.partialmethod(_of_split, ".json")
+    predictions = functools.partialmethod(_of_split, ".npz")
+    confusion = functools.partialmethod(_of_split, "_confusion.png")
+    disturbances = functools.partialmethod(_of_split, "_disturbances.json")
+    gallery = functools.partialmethod(_of_split, "_disturbances.png")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

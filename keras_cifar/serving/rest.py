@@ -33,11 +33,7 @@ class Call:
 
 
 def parse(body: bytes) -> Call:
-    """Parses a request's body.
-
-    Raises:
-        RequestError: the body is not JSON or not a request to predict.
-    """
+    """Parses a request's body; raises RequestError if it is not a request to predict in JSON."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -57,10 +53,7 @@ def parse(body: bytes) -> Call:
 def tensor(call: Call, name: str, shape: tuple, is_string: bool) -> np.ndarray:
     """The input of a call: object [N] of bytes if `is_string`, else uint8 [N, *shape[1:]].
 
-    `name` is that of the signature's input.
-
-    Raises:
-        RequestError: the values do not have this type and shape.
+    `name` is that of the signature's input. Raises RequestError for another type or shape.
     """
     values = call.values
     if call.by_rows:

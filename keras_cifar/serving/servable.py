@@ -49,11 +49,7 @@ class Servable:
             raise UserError(f"{path} is not a valid model: {reason(error)}") from None
 
     def prepare(self, call: rest.Call) -> tuple:
-        """The arguments of `Batcher.submit` for a call.
-
-        Raises:
-            RequestError: there is no such signature, or the input does not fit it.
-        """
+        """The arguments of `Batcher.submit` for a call; raises RequestError if it fits no signature."""
         signature = self._signatures.get(call.signature)
         if signature is None:
             names = ", ".join(sorted(self._signatures))
@@ -141,22 +137,14 @@ class Versions:
         return f"version {version} replaces {before}"
 
     def get(self, version: int | None) -> Servable:
-        """The version of a number; None is the one being served.
-
-        Raises:
-            RequestError: another version is being served.
-        """
+        """The version being served; raises RequestError if `version` is another."""
         current = self.current
         if version not in (None, current.version):
             raise rest.RequestError(f"version {version} is not served; {current.version} is", 404)
         return current
 
     def status(self, version: int | None) -> dict:
-        """TensorFlow Serving's GetModelStatusResponse of a version; None is all.
-
-        Raises:
-            RequestError: there is no such version.
-        """
+        """TensorFlow Serving's GetModelStatusResponse of a version; None is all."""
         states = [_status(self.current.version, "AVAILABLE")]
         if (loading := self._loading) is not None:
             states.append(_status(loading, "LOADING"))

@@ -97,10 +97,7 @@ def exists(directory: pathlib.Path) -> bool:
 def read(directory: pathlib.Path) -> tuple[pathlib.Path | None, bytes]:
     """(file, contents) of the newest intact checkpoint; (None, b"") where there is no checkpoint.
 
-    Prints a line if a newer one is damaged.
-
-    Raises:
-        UserError: all are damaged.
+    Prints a line if a newer one is damaged; raises UserError if all are.
     """
     damaged = []
     for path in _files(directory):

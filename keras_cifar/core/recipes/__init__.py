@@ -36,11 +36,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> pathlib.Path:
-    """The file of a recipe.
-
-    Raises:
-        UsageError: there is no recipe of this name.
-    """
+    """The file of a recipe; raises UsageError if there is none of this name."""
     name = FORMER.get(name, name)
     if name not in names():
         raise unknown("--recipe", name, names())
@@ -48,11 +44,7 @@ def find(name: str) -> pathlib.Path:
 
 
 def head(name: str) -> dict[str, str]:
-    """What a recipe says about its result: a text for each name in HEAD.
-
-    Raises:
-        UsageError: there is no recipe of this name.
-    """
+    """What a recipe says about its result: a text for each name in HEAD."""
     lines = find(name).read_text("utf-8").splitlines()[: len(HEAD)]
     return dict(line.removeprefix("# ").split(": ", 1) for line in lines)
 
