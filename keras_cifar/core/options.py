@@ -45,9 +45,9 @@ def option(
             rounding at most: where files are, when checkpoints are written, on which devices it runs.
         shared: whether all workers of a run must have the same value.
     """
-    metadata = {"help": help, "group": group, "choices": choices, "limit": limit}
-    metadata |= {"aliases": aliases, "compared": compared, "shared": shared}
-    metadata["refused"] = refused or {}
+    metadata: dict[str, typing.Any] = {"help": help, "group": group, "choices": choices}
+    metadata |= {"refused": refused or {}, "limit": limit, "aliases": aliases}
+    metadata |= {"compared": compared, "shared": shared}
     return dataclasses.field(default=default, metadata=metadata)
 
 
