@@ -14,7 +14,7 @@ import pickletools
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -169,15 +169,19 @@ def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
     """
     members, current = {}, "its first member"
     try:
-        with _unpacked(path) as file, tarfile.TarFile(fileobj=_Bounded(file)) as tar:
+        with (
+            _unpacked(path) as file,
+            tarfile.TarFile(fileobj=cast(BinaryIO, _Bounded(file))) as tar,
+        ):
             for number, member in enumerate(tar):
                 name = pathlib.PurePosixPath(member.name).name
                 if number >= MAX_MEMBERS:
                     raise UserError(f"{path} has more than {MAX_MEMBERS} members; none was used")
                 _check_member(path, member, name in members)
-                if member.isfile() and name in MEMBERS:
+                contents = tar.extractfile(member) if name in MEMBERS else None
+                if contents:
                     current = name
-                    members[name] = tar.extractfile(member).read()
+                    members[name] = contents.read()
                     if len(members[name]) != member.size:
                         raise EOFError("it is truncated")
     except UserError:
@@ -296,8 +300,8 @@ class _Object:
     """A function that a pickle names, or what a call of it would return. It is never called."""
 
     name: str
-    arguments: tuple | None = None
-    state: tuple | None = None
+    arguments: Any = None  # what the pickle has there, usually a tuple
+    state: Any = None
 
 
 # What pickles of arrays name in NumPy 1 and 2, and pickles of bytes in protocol 2.
@@ -312,15 +316,26 @@ _SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STA
 
 
 def _unpickle(contents: bytes, *keys: bytes) -> list:
-    """The values at these keys of a pickled dictionary, in protocols 2 to 4.
-
-    They are made of containers, numbers, bytes and `_Object`s; nothing that a pickle names is called.
-    Text becomes bytes: Python 2 and protocol 2 write these as text.
+    """The values at these keys of a pickled dictionary.
 
     Raises:
         Exception: of any class; the pickle is damaged, or does what no CIFAR file does.
     """
-    stack, marks, memo = [], [], {}
+    value = _evaluate(contents)
+    if type(value) is not dict or not value.keys() >= set(keys):
+        raise TypeError(f"a dict with {' and '.join(key.decode() for key in keys)} was expected")
+    return [value[key] for key in keys]
+
+
+def _evaluate(contents: bytes) -> Any:
+    """The value of a pickle in protocols 2 to 4, made of containers, numbers, bytes and `_Object`s.
+
+    Nothing that a pickle names is called. Text becomes bytes: Python 2 and protocol 2 write these as
+    text.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
     for number, (operation, argument, _) in enumerate(pickletools.genops(contents)):
         name = operation.name
         if number >= MAX_OPERATIONS:
@@ -362,9 +377,7 @@ def _unpickle(contents: bytes, *keys: bytes) -> list:
             break
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"it has the operation {name}, which no CIFAR file has")
-    if type(stack[-1]) is not dict or not stack[-1].keys() >= set(keys):
-        raise TypeError(f"a dict with {' and '.join(key.decode() for key in keys)} was expected")
-    return [stack[-1][key] for key in keys]
+    return stack[-1]
 
 
 def _pop(operation: str, stack: list, marks: list[int]) -> list:
