@@ -13,7 +13,10 @@ MAX_LABELS = 2**26  # bytes of labels.txt; ImageNet-21k's take under a megabyte
 
 
 def find(path: str) -> pathlib.Path:
-    """Finds a SavedModel: the directory itself, its newest version, or a run's newest export."""
+    """Finds a SavedModel: the directory itself, its newest version, or a run's newest export.
+
+    Raises UserError if there is none.
+    """
     root = pathlib.Path(path).expanduser()
     if "://" in path:
         raise UserError(f"--model={path}: only directories and http:// URLs can be read")

@@ -137,7 +137,7 @@ class RemotePredictor:
                 raise _TooLargeError(message) from None
             raise (_TemporaryError if error.code in RETRIED else UserError)(message) from None
         except (OSError, OverflowError, http.client.HTTPException) as error:
-            why = getattr(error, "reason", error)  # of a URLError
+            why = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(why, TimeoutError):
                 why = f"no response in {self._timeout:g} s"
             elif isinstance(why, BaseException):

@@ -31,7 +31,7 @@ class PretrainedPredictor(Predictor):
 def load_predictor(
     model: str, timeout: float, labels: str | None = None
 ) -> Predictor | RemotePredictor:
-    """Loads the predictor of a run, an export, a URL or pretrained:NAME."""
+    """Loads the predictor of a run, an export, a URL or pretrained:NAME, or raises UserError."""
     if model.startswith(pretrained.PREFIX):
         return PretrainedPredictor(model.removeprefix(pretrained.PREFIX))
     if model.startswith(URLS):

@@ -126,15 +126,14 @@ def test_the_script_shows_its_flags():
     assert done.stdout.startswith("usage: python scripts/make_pretrained.py [flags] RUN NAME\n")
 
 
-def test_weights_that_are_too_large_or_change_the_accuracy_are_refused(installed, monkeypatch):
+def test_weights_that_are_too_large_or_change_the_accuracy_are_refused(installed):
     run, options = Run(installed / "run"), make_pretrained.PretrainedOptions(data="x")
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrained, "MAX_BYTES", 1000)
-        with pytest.raises(UserError, match="bytes, more than 1,000, which everybody"):
-            make_pretrained.save(run, "x", options)
-    with monkeypatch.context() as patch:
-        patch.setattr(make_pretrained, "accuracy", mock.Mock(side_effect=[0.9, 0.901]))
-        with pytest.raises(UserError, match=r"in float16 the test accuracy .* is 0.9010, and it"):
+    accuracy = mock.Mock(side_effect=[0.9, 0.901])
+    for module, name, value, message in (
+        (pretrained, "MAX_BYTES", 1000, "bytes, more than 1,000, which everybody"),
+        (make_pretrained, "accuracy", accuracy, r"in float16 the test .* is 0.9010, and it"),
+    ):
+        with mock.patch.object(module, name, value), pytest.raises(UserError, match=message):
             make_pretrained.save(run, "x", options)
     config = run.config.read_text()
     run.config.write_text(config.replace('"lenet5"', '"resnet20"'))
