@@ -171,6 +171,15 @@ def test_long_configuration_is_refused(path, monkeypatch):
     assert "more than 1,000 bytes" in refused(path)
 
 
+def test_reason_is_of_the_file_while_another_error_is_handled(path):
+    path.write_bytes(b"no model")
+    alone = refused(path)
+    try:
+        raise LookupError("another error")
+    except LookupError:
+        assert refused(path) == alone
+
+
 def test_pipe_is_refused(path):
     os.mkfifo(path)
     assert "a pipe or a device" in refused(path)
