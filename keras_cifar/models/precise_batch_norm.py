@@ -15,13 +15,9 @@ import tensorflow as tf
 
 @dataclasses.dataclass(eq=False)
 class PreciseBatchNorm:
-    """Recomputes the moving statistics of a network.
+    """Recomputes the moving statistics of those `layers` that are trainable normalizations.
 
-    Attributes:
-        network: a functional model of all layers that training computes.
-        layers: the layers whose statistics are recomputed, where they are trainable normalizations.
-        strategy: whose replicas compute them together.
-        run_eagerly: whether to run without a tf.function.
+    The replicas of the strategy compute them together, with all layers of `network`.
     """
 
     network: keras.Model
