@@ -49,7 +49,7 @@ def alexnet(
     x = relu(halved_conv(x, 256, 5, "conv2"), "conv2")
     x = layers.LocalResponseNormalization(name="conv2_lrn")(x)
     x = keras.layers.MaxPooling2D(3, 2, name="conv2_pool")(x)
-    x = relu(layers.conv(x, 384, 3, name="conv3_conv"), "conv3")
+    x = layers.conv_relu(x, 384, 3, name="conv3")
     x = relu(halved_conv(x, 384, 3, "conv4"), "conv4")
     x = relu(halved_conv(x, 256, 3, "conv5"), "conv5")
     x = keras.layers.MaxPooling2D(3, 2, name="conv5_pool")(x)

@@ -41,13 +41,6 @@ AUXILIARY_AFTER = ("4a", "4d")
 DROPOUT, AUXILIARY_DROPOUT = 0.4, 0.7
 
 
-def _conv(x, filters, size, stride=1, *, name, batch_norm):
-    if batch_norm:
-        return layers.conv_norm(x, filters, size, stride, name=name, bias=True)
-    x = layers.conv(x, filters, size, stride, name=f"{name}_conv")
-    return keras.layers.ReLU(name=f"{name}_relu")(x)
-
-
 def inception_block(x, widths: tuple[int, ...], conv, name: str):
     """Four branches, concatenated (figure 2b)."""
     one, three_reduce, three, five_reduce, five, projection = widths
@@ -78,7 +71,7 @@ def googlenet(
     name: str = "googlenet",
 ) -> classifier.Classifier:
     """Builds the network with its auxiliary classifiers."""
-    conv = functools.partial(_conv, batch_norm=batch_norm)
+    conv = functools.partial(layers.conv_relu, batch_norm=batch_norm)
 
     def normalise(x, name):
         return x if batch_norm else layers.LocalResponseNormalization(name=name)(x)

@@ -186,6 +186,14 @@ def conv_norm(x, filters: int, size: int, stride: int = 1, *, name: str, relu=Tr
     return keras.layers.ReLU(name=f"{name}_relu")(x) if relu else x
 
 
+def conv_relu(x, filters: int, size: int, stride: int = 1, *, name: str, batch_norm=False):
+    """Convolution with a bias (-> BN) -> ReLU."""
+    if batch_norm:
+        return conv_norm(x, filters, size, stride, name=name, bias=True)
+    x = conv(x, filters, size, stride, name=f"{name}_conv")
+    return keras.layers.ReLU(name=f"{name}_relu")(x)
+
+
 def dense_relu(x, units: int, *, name: str, dropout: float = 0.0):
     """Dense -> ReLU -> dropout, as in the heads of AlexNet and VGG."""
     x = keras.layers.Dense(units, "relu", kernel_initializer="he_normal", name=name)(x)

@@ -23,8 +23,7 @@ DROPOUT = 0.5
 def mlpconv(x, size: int, widths: tuple[int, ...], name: str):
     """A convolution and two 1 x 1 convolutions, each with ReLU: section 3.1."""
     for index, filters in enumerate(widths):
-        x = layers.conv(x, filters, size if index == 0 else 1, name=f"{name}_{index + 1}_conv")
-        x = keras.layers.ReLU(name=f"{name}_{index + 1}_relu")(x)
+        x = layers.conv_relu(x, filters, size if index == 0 else 1, name=f"{name}_{index + 1}")
     return x
 
 

@@ -43,11 +43,7 @@ def conv_group(x, filters: int, dropouts: tuple[float, ...], batch_norm: bool, n
     """Convolution (-> BN) -> ReLU -> dropout for each rate, then 2 x 2 max pooling."""
     for index, rate in enumerate(dropouts):
         conv_name = f"{name}_{index + 1}"
-        if batch_norm:
-            x = layers.conv_norm(x, filters, 3, name=conv_name, bias=True)
-        else:
-            x = layers.conv(x, filters, 3, name=f"{conv_name}_conv")
-            x = keras.layers.ReLU(name=f"{conv_name}_relu")(x)
+        x = layers.conv_relu(x, filters, 3, name=conv_name, batch_norm=batch_norm)
         if rate:
             x = layers.Dropout(rate, name=f"{conv_name}_drop")(x)
     return keras.layers.MaxPooling2D(2, name=f"{name}_pool")(x)

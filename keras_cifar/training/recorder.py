@@ -183,14 +183,12 @@ class Recorder(keras.callbacks.Callback):
             plots.save(plots.curves([self.history]), self.run.curves)
 
     def _stopped(self) -> StoppedError:
-        number = self.signals.received
+        number, place = self.signals.received, self.plan.place(self.progress)
         source = number.name if number else "a signal to another worker"
-        saved = f"{self.plan.place(self.progress)} is saved"
-        if self.plan.context.is_chief:
-            saved += f" in {self.run.checkpoint}"
+        where = f" in {self.run.checkpoint}" if self.plan.context.is_chief else ""
+        text = f"stopped by {source}; {place} is saved{where}; the same command with"
         return StoppedError(
-            number or signal.SIGTERM,
-            f"stopped by {source}; {saved}; the same command with --run_dir={self.run.restart} resumes",
+            number or signal.SIGTERM, f"{text} --run_dir={self.run.restart} resumes"
         )
 
     def _diverged(self, loss: float, norm: float) -> DivergedError:

@@ -36,8 +36,7 @@ def train(config: TrainConfig, run: Run) -> dict | None:
 
     Raises:
         UsageError: a wrong flag, or a run directory with another configuration.
-        UserError: the data cannot be loaded, the loss was not finite, another process trains in the
-            directory, or another worker was lost.
+        UserError: invalid data, a loss that is not finite, a directory in use, a lost worker.
         StoppedError: SIGTERM or SIGINT arrived.
     """
     check_names(config)
@@ -64,9 +63,8 @@ def _write_config(plan: Plan, run: Run) -> None:
     if previous is None:
         write_json(run.config, describe_run(plan))
     elif previous["splits"] != plan.dataset.describe():
-        raise UserError(
-            f"--data={plan.config.data.data} has other images than {run.path} was trained on"
-        )
+        spec = plan.config.data.data
+        raise UserError(f"--data={spec} has other images than {run.path} was trained on")
     if plan.dataset.skipped:
         write_skipped(plan.dataset, run.skipped)
 

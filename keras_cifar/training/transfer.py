@@ -53,8 +53,7 @@ def take_weights(model: Classifier, source: str, class_names: tuple[str, ...]) -
             layer.set_weights(theirs[name].get_weights())
     # Files do not have auxiliary classifiers.
     new += [name for name in _weighted(model.logits_model) if name not in mine]
-    line = f"the weights of {path}"
-    return f"{line}; new layers: {', '.join(new)}" if new else line
+    return f"the weights of {path}" + (f"; new layers: {', '.join(new)}" if new else "")
 
 
 def freeze(model: Classifier, name: str) -> None:

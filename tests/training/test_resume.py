@@ -1,14 +1,12 @@
 """Stopping, resuming, rolling back, starting from other weights; one writer; full disks."""
 
 import contextlib
-import csv
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ from keras_cifar.models.training_step import TrainingStep
 from keras_cifar.training import checkpoint, recorder, signals, trainer, transfer
 from keras_cifar.training.plan import prepare
 from tests.conftest import write_folder
-from tests.training.kills import TIMES, joined, saved_state, scalars
+from tests.training.kills import joined, saved_state, trained
 
 # 96 images less a tenth: 5 steps an epoch.
 FLAGS = {
@@ -63,18 +61,10 @@ def fit_to(path, folder, **flags) -> Run:
     return run
 
 
-def results(run: Run) -> list:
-    variables, position = saved_state(run.checkpoint)
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in position["history"]]
-    with open(run.history) as file:
-        table = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-    return [variables, rows, table, scalars(run), joined(models.load(run.model).get_weights())]
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, image_folder) -> list:
+def whole(tmp_path_factory, image_folder) -> dict:
     """The results of a run that nothing happened to."""
-    return results(fit_to(tmp_path_factory.mktemp("whole") / "run", image_folder))
+    return trained(fit_to(tmp_path_factory.mktemp("whole") / "run", image_folder))
 
 
 @contextlib.contextmanager
@@ -119,7 +109,7 @@ def test_signal_saves_after_the_step_and_the_run_resumes_to_the_same_end(
     )
     run = fit_to(path, image_folder)
     assert f"resuming from {place}\n" in capsys.readouterr().out
-    assert results(run) == whole
+    assert trained(run) == whole
 
 
 def test_signal_before_training_ends_at_once(tmp_path, image_folder, monkeypatch):
@@ -168,7 +158,16 @@ def test_command_exits_with_the_signals_status_and_one_line(tmp_path, image_fold
 # ---- When checkpoints are written
 
 
-def test_checkpoints_are_written_when_they_are_due(tmp_path, image_folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({"epochs": 2, "checkpoint_every": 3, "steps_per_execution": 2}, [0, 4, 5, 7, 9, 10]),
+        ({"epochs": 1, "checkpoint_seconds": 1e-9}, [0, 1, 2, 3, 4, 5, 5]),
+    ],
+)
+def test_checkpoints_are_written_when_they_are_due(
+    tmp_path, image_folder, monkeypatch, flags, steps
+):
     found, original = [], checkpoint.save
 
     def save(directory, model, progress, step):
@@ -176,31 +175,8 @@ def test_checkpoints_are_written_when_they_are_due(tmp_path, image_folder, monke
         return original(directory, model, progress, step)
 
     monkeypatch.setattr(checkpoint, "save", save)
-    flags = {"epochs": 2, "checkpoint_every": 3, "steps_per_execution": 2}
     fit_to(tmp_path / "run", image_folder, **flags)
-    assert found == [0, 4, 5, 7, 9, 10]
-
-
-@pytest.mark.parametrize(
-    ("flags", "steps"),
-    [
-        ({"checkpoint_every": 2}, [2, 4, 6, 8, 10]),
-        ({"checkpoint_seconds": 1e-9}, list(range(1, 11))),
-        ({}, []),
-    ],
-)
-def test_checkpoints_are_due_by_steps_and_by_time(flags, steps):
-    """Steps of two epochs of five."""
-    due = []
-    for step in range(1, 11):
-        epoch, done = divmod(step - 1, 5)
-        plan = types.SimpleNamespace(config=TrainConfig.from_flags(**flags), steps_per_epoch=5)
-        now = types.SimpleNamespace(
-            plan=plan, epochs_done=epoch, _steps=done + 1, _saved_at=time.perf_counter()
-        )
-        if recorder.Recorder._checkpoint_is_due(now, before=done):
-            due.append(step)
-    assert due == steps
+    assert found == steps
 
 
 def test_the_run_resumes_from_the_checkpoint_before_a_damaged_one(
@@ -215,7 +191,7 @@ def test_the_run_resumes_from_the_checkpoint_before_a_damaged_one(
     said = capsys.readouterr().out
     assert f"checkpoint {newest.name} is damaged" in said
     assert "resuming from epoch 1 of 3\n" in said
-    assert results(run) == whole
+    assert trained(run) == whole
 
 
 def test_a_history_without_checkpoints_is_not_overwritten(tmp_path, image_folder):
@@ -235,7 +211,7 @@ def test_files_derived_from_the_history_are_rewritten_on_resuming(tmp_path, imag
         path.unlink()
     run.curves.unlink()
     fit_to(run.path, image_folder)
-    assert results(run) == whole
+    assert trained(run) == whole
     assert run.curves.exists()
 
 
@@ -302,7 +278,7 @@ def test_full_disk_between_epochs_is_a_warning_and_training_continues(
     error = capsys.readouterr().err.splitlines()
     assert error[0].startswith("warning: no checkpoint at step 2 (File too large: ")
     assert len(error) == 7  # steps 2, 4, ... 14
-    assert results(run) == whole
+    assert trained(run) == whole
 
 
 @pytest.mark.parametrize(
@@ -333,7 +309,7 @@ def test_full_disk_stops_the_run_and_saved_files_still_load(
     assert after == before or len(after["history"]) > len(before["history"])
     assert models.load(path / "model.keras")
     run = train(path, image_folder, export=True)
-    assert results(run) == whole
+    assert trained(run) == whole
     assert versions(run.export) == [1] * (train is train_to)
 
 
@@ -350,13 +326,13 @@ def test_a_small_disk_that_fills_up_and_is_made_read_only(tmp_path, image_folder
         assert str(mount) in str(caught.value.filename)
         assert saved_state(mount / "run" / "checkpoint")[1]["steps"] >= 0
         subprocess.run(["mount", "-o", "remount,size=30m", str(mount)], check=True)
-        assert results(fit_to(mount / "run", image_folder)) == whole
+        assert trained(fit_to(mount / "run", image_folder)) == whole
         subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
         for name in ("run", "new"):
             with pytest.raises(OSError, match="Read-only file system") as caught:
                 train_to(mount / name, image_folder)
             assert str(mount / name) in str(caught.value)
-        assert results(Run(mount / "run")) == whole
+        assert trained(Run(mount / "run")) == whole
     finally:
         subprocess.run(["umount", str(mount)], check=True)
 
@@ -435,7 +411,7 @@ def test_gradient_that_is_not_finite_is_noticed_before_it_is_saved(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, image_folder) -> Run:
+def first(tmp_path_factory, image_folder) -> Run:
     return train_to(tmp_path_factory.mktemp("first") / "run", image_folder, ema=0.0, epochs=1)
 
 
@@ -450,33 +426,33 @@ def begun(folder, **flags):
 
 
 @pytest.mark.parametrize("form", ["run", "file"])
-def test_init_from_takes_all_weights_of_the_same_classes(image_folder, trained, form):
-    source = trained.path if form == "run" else trained.model
+def test_init_from_takes_all_weights_of_the_same_classes(image_folder, first, form):
+    source = first.path if form == "run" else first.model
     model, plan = begun(image_folder, init_from=str(source), ema=0.9)
-    old = models.load(trained.model)
+    old = models.load(first.model)
     assert joined(model.get_weights()) == joined(old.get_weights())
     assert joined(x.numpy() for x in model.averages) == joined(old.get_weights())
-    assert f"weights   the weights of {trained.model}" in plan.summary()
+    assert f"weights   the weights of {first.model}" in plan.summary()
     assert "new" not in plan.origin
 
 
 @pytest.mark.parametrize("classes", [4, 3])
-def test_init_from_has_a_new_head_for_other_classes(tmp_path, trained, classes):
+def test_init_from_has_a_new_head_for_other_classes(tmp_path, first, classes):
     folder = tmp_path / "other"
     write_folder(folder, {"train": 60, "test": 12}, classes=classes)
     if classes == 3:  # as many, but others
         for split in ("train", "test"):
             (folder / split / "class_0").rename(folder / split / "zebra")
-    model, plan = begun(folder, init_from=str(trained.path))
-    old = models.load(trained.model)
+    model, plan = begun(folder, init_from=str(first.path))
+    old = models.load(first.model)
     names = [layer.name for layer in old.layers if layer.weights and layer.name != "logits"]
     assert all(layer_weights(model, name) == layer_weights(old, name) for name in names)
     assert layer_weights(model, "logits") != layer_weights(old, "logits")
     assert plan.origin.endswith("; new layers: logits")
 
 
-def test_init_from_another_network_is_refused(tmp_path, image_folder, trained):
-    source, text = str(trained.path), "is another network: only one of it and nin has the layer"
+def test_init_from_another_network_is_refused(tmp_path, image_folder, first):
+    source, text = str(first.path), "is another network: only one of it and nin has the layer"
     with pytest.raises(UserError, match=text):
         begun(image_folder, model="nin", init_from=source)
     with pytest.raises(UserError, match=r"does not fit: layer .* use the same --model and"):
@@ -485,10 +461,10 @@ def test_init_from_another_network_is_refused(tmp_path, image_folder, trained):
         begun(image_folder, init_from=str(tmp_path / "none"))
 
 
-def test_init_from_is_read_once_alone(tmp_path, image_folder, trained, monkeypatch):
+def test_init_from_is_read_once_alone(tmp_path, image_folder, first, monkeypatch):
     """A resumed run does not read the weights of --init_from again."""
     old = tmp_path / "old.keras"
-    old.write_bytes(trained.model.read_bytes())
+    old.write_bytes(first.model.read_bytes())
     flags = {"init_from": str(old), "epochs": 1}
     with signalled(monkeypatch, "on_train_batch_end", 4), pytest.raises(StoppedError):
         train_to(tmp_path / "run", image_folder, **flags)
@@ -528,7 +504,7 @@ def test_auxiliary_classifiers_are_new(tmp_path):
     source.deployable.save(tmp_path / "g.keras")
     line = transfer.take_weights(model, str(tmp_path / "g.keras"), ("a", "b", "c"))
     assert joined(model.deployable.get_weights()) == joined(source.deployable.get_weights())
-    trained = {layer.name for layer in model.logits_model.layers if layer.weights}
-    heads = trained - {layer.name for layer in model.layers}
+    first = {layer.name for layer in model.logits_model.layers if layer.weights}
+    heads = first - {layer.name for layer in model.layers}
     assert heads
     assert set(line.partition("; new layers: ")[2].split(", ")) == heads
