@@ -46,7 +46,7 @@ def resnet(
     num_classes: int = 1000,
     name: str = "resnet",
 ) -> classifier.Classifier:
-    """Builds the network of `blocks` blocks, such as `bottleneck_block`, in each of four stages."""
+    """Builds the network; `blocks` are the numbers of blocks in each of its four stages."""
     images, x = classifier.image_input(input_shape)
     if is_small(input_shape):
         x = layers.conv_norm(x, WIDTHS[0], 3, name="stem")

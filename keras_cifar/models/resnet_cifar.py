@@ -39,7 +39,7 @@ def basic_block(x, filters: int, stride: int, name: str):
 
 
 def residual_network(images, x, block, blocks, widths, num_classes: int, name: str):
-    """Stages of blocks, the first of which halves the resolution of all but the first stage."""
+    """Stages of blocks and the classifier; each stage but the first halves the resolution."""
     for stage, (count, filters) in enumerate(zip(blocks, widths, strict=True)):
         for index in range(count):
             stride = 2 if stage > 0 and index == 0 else 1

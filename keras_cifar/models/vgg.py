@@ -56,7 +56,7 @@ def vgg(
     num_classes: int = 1000,
     name: str = "vgg",
 ) -> classifier.Classifier:
-    """Builds a network of the paper with `groups` convolutions in each of its five groups."""
+    """Builds a network of the paper; `groups` are the convolutions in each of its five groups."""
     images, x = classifier.image_input(input_shape)
     for index, (count, filters) in enumerate(zip(groups, WIDTHS, strict=True)):
         x = conv_group(x, filters, (0.0,) * count, batch_norm, f"group{index + 1}")

@@ -156,7 +156,8 @@ def prepare(
     context.check_equal(
         {f"the {name} images": f"{x['count']} ({x['fingerprint']})" for name, x in splits}
     )
-    steps = fit.steps_per_epoch or data.steps_per_epoch(dataset.train, fit.batch_size)
+    one_pass = data.steps_per_epoch(dataset.train, fit.batch_size)  # there is a whole batch
+    steps = fit.steps_per_epoch or one_pass
     xla = environment.use_xla(context.spec.name)
     options = {"accumulate_steps": fit.accumulate_steps, "jit_compile": xla[0]}
     options["steps_per_execution"] = config.devices.steps_per_execution

@@ -504,7 +504,7 @@ def test_auxiliary_classifiers_are_new(tmp_path):
     source.deployable.save(tmp_path / "g.keras")
     line = transfer.take_weights(model, str(tmp_path / "g.keras"), ("a", "b", "c"))
     assert joined(model.deployable.get_weights()) == joined(source.deployable.get_weights())
-    first = {layer.name for layer in model.logits_model.layers if layer.weights}
-    heads = first - {layer.name for layer in model.layers}
+    weighted = {layer.name for layer in model.logits_model.layers if layer.weights}
+    heads = weighted - {layer.name for layer in model.layers}
     assert heads
     assert set(line.partition("; new layers: ")[2].split(", ")) == heads
