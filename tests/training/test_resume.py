@@ -322,11 +322,11 @@ def test_a_small_disk_that_fills_up_and_is_made_read_only(tmp_path, image_folder
         pytest.skip("mounting needs rights")
     try:
         with pytest.raises(OSError, match="No space left on device") as caught:
-            fit_to(mount / "run", image_folder, checkpoint_every=2)
+            train_to(mount / "run", image_folder, checkpoint_every=2)
         assert str(mount) in str(caught.value.filename)
         assert saved_state(mount / "run" / "checkpoint")[1]["steps"] >= 0
         subprocess.run(["mount", "-o", "remount,size=30m", str(mount)], check=True)
-        assert trained(fit_to(mount / "run", image_folder)) == whole
+        assert trained(train_to(mount / "run", image_folder)) == whole
         subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
         for name in ("run", "new"):
             with pytest.raises(OSError, match="Read-only file system") as caught:
