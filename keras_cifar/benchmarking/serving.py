@@ -62,7 +62,6 @@ def measure(options: BenchmarkOptions) -> dict:
 
 
 def _take_turns(options: BenchmarkOptions, urls: dict[str, str], bodies: list[bytes]) -> dict:
-    """The measurements of each server with each number of clients, after all rounds."""
     turns = {}  # (server, clients) -> (rate, latencies) of each round
     for number in range(options.rounds):
         for clients in CLIENTS:

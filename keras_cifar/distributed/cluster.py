@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_cifar.core.config import DevicesConfig
 from keras_cifar.core.errors import UsageError, reason
+from keras_cifar.core.options import check
 from keras_cifar.distributed.rendezvous import PORTS, parse_address
 
 
@@ -27,20 +28,16 @@ class Cluster:
     source: str
 
     def __post_init__(self):
+        count = len(self.addresses)
         for address in self.addresses:
-            try:
-                parse_address(address)
-            except UsageError:
-                raise UsageError(
-                    f"{self.source}: {address!r} is not of the form host:port"
-                ) from None
-        if len(set(self.addresses)) < len(self.addresses):
-            raise UsageError(f"{self.source}: two workers have the same address")
-        if not 0 <= self.index < len(self.addresses):
-            raise UsageError(
-                f"{self.source}: worker {self.index} is not among the {len(self.addresses)} workers "
-                "0, 1, ..."
-            )
+            parse_address(address, f"{self.source}: ")
+        check(
+            len(set(self.addresses)) == count, f"{self.source}: two workers have the same address"
+        )
+        check(
+            0 <= self.index < count,
+            f"{self.source}: worker {self.index} is not among the {count} workers 0, 1, ...",
+        )
 
 
 def find_cluster(config: DevicesConfig, environ: Mapping[str, str] = os.environ) -> Cluster | None:
