@@ -29,16 +29,19 @@ def measure(options: BenchmarkOptions, flops: int) -> dict:
         cold = cold_start(options.rounds, export)
         shares = contest.add("profile", "ours", what="profile").turn().get("shares", {})
     fraction = measured[STEP]["median"] * flops / 1e9 / measured[GEMM]["median"]
-    result = {
+    limit = bound(measured, fraction, shares)
+    _print(options, measured, cold)
+    print(f"{fraction:>8.2f}  training step / matrix multiply")
+    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+    print(f"\ntime of the step's kernels: {kinds}\nbound by {limit}")
+    return {
         "figures": measured,
         "cold_start": cold,
         "flops_an_image": flops,
         "fraction_of_matrix_multiply": fraction,
         "shares": shares,
-        "bound": bound(measured, fraction, shares),
+        "bound": limit,
     }
-    _print(options, result)
-    return result
 
 
 def _add_ours(contest: Contest, export: pathlib.Path) -> None:
@@ -90,10 +93,8 @@ def cold_start(rounds: int, export: pathlib.Path) -> dict:
 def bound(measured: dict, fraction: float, shares: dict) -> str:
     """A sentence that says what limits the speed of training.
 
-    Args:
-        measured: the measurements of each contender.
-        fraction: of the matrix-multiply rate that the step reaches.
-        shares: of each kind of kernel in the time of a step, the largest first.
+    `fraction` is that of the matrix-multiply rate that the step reaches, and `shares` are those of
+    each kind of kernel in the time of a step, the largest first.
     """
     step, fit, pipe = (measured[name]["median"] for name in (STEP, FIT, PIPELINE))
     if pipe < step:
@@ -111,8 +112,7 @@ def bound(measured: dict, fraction: float, shares: dict) -> str:
     )
 
 
-def _print(options: BenchmarkOptions, result: dict) -> None:
-    measured, cold = result["figures"], result["cold_start"]
+def _print(options: BenchmarkOptions, measured: dict, cold: dict) -> None:
     print(f"{options.model}, batches of {options.batch_size}", end=", ")
     print(f"{options.dtype_policy}, {options.data}", end="\n\n")
     print_table("images a second", "median", 34, measured)
@@ -127,8 +127,4 @@ def _print(options: BenchmarkOptions, result: dict) -> None:
     for mine, other in pairs:
         ratio = measured[mine]["median"] / measured[other]["median"]
         print(f"{ratio:>8.2f}  {mine} / {other}")
-    print(f"{result['fraction_of_matrix_multiply']:>8.2f}  training step / matrix multiply")
     print(f"{cold['predict']['median'] - cold['import']['median']:>8.2f}  s more than the import")
-    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in result["shares"].items())
-    print(f"\ntime of the step's kernels: {shares}")
-    print(f"bound by {result['bound']}")

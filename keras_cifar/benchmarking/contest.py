@@ -27,7 +27,7 @@ class Worker:
         process's environment, to set or (None) to remove.
         """
         if script == "ours":
-            env, command = package_environment(), ["-m", f"keras_cifar.benchmarking.{script}"]
+            env, command = package_environment(), ["-m", "keras_cifar.benchmarking.ours"]
         else:
             env = {k: v for k, v in os.environ.items() if k not in environment.changed}
             command = [str(WORKERS / f"{script}.py")]
@@ -55,11 +55,8 @@ class Worker:
         return report
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._errors.close()
+        with self._errors, self._process:
+            self._process.kill()
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()

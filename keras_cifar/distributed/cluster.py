@@ -15,17 +15,11 @@ from keras_cifar.distributed.rendezvous import PORTS, parse_address
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The workers of a run.
+    """The workers of a run; the first of them is the chief, the only one that writes."""
 
-    Attributes:
-        addresses: host:port of each; the first is the chief, the only one that writes.
-        index: the position of this process among them.
-        source: where the addresses come from, for messages.
-    """
-
-    addresses: tuple[str, ...]
-    index: int
-    source: str
+    addresses: tuple[str, ...]  # "host:port" of each
+    index: int  # of this process among them
+    source: str  # where the addresses come from, for messages
 
     def __post_init__(self):
         count = len(self.addresses)

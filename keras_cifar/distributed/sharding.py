@@ -22,16 +22,11 @@ def bounds(examples: int, replicas: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class ShardedBatches:
-    """Batches that are split into per-replica shards. Iterate over this object, not over `dataset`.
+    """Batches that are split into per-replica shards. Iterate over this object, not over `dataset`."""
 
-    Attributes:
-        dataset: yields a shard (images, labels) for each replica of this process; endless if `steps`
-            is given.
-        steps: batches in a pass; None means until the data set ends.
-    """
-
+    # Yields a shard (images, labels) for each replica of this process; endless if `steps` is given.
     dataset: tf.data.Dataset | tf.distribute.DistributedDataset
-    steps: int | None
+    steps: int | None  # batches in a pass; None means until the data set ends
 
     def __iter__(self) -> Iterator:
         return iter(self.dataset)

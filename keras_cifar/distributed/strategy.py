@@ -32,19 +32,12 @@ LOST_WORKER_ERRORS = (
 
 @dataclasses.dataclass(frozen=True)
 class StrategySpec:
-    """The devices that a run computes on, before anything is started.
+    """The devices that a run computes on, before anything is started."""
 
-    Attributes:
-        name: none, mirrored or multiworker.
-        reason: why this one was chosen.
-        devices: those of this process, such as GPU:0.
-        cluster: the workers, for multiworker.
-    """
-
-    name: str
-    reason: str
-    devices: tuple[str, ...]
-    cluster: Cluster | None = None
+    name: str  # none, mirrored or multiworker
+    reason: str  # why this one was chosen
+    devices: tuple[str, ...]  # those of this process, such as GPU:0
+    cluster: Cluster | None = None  # for multiworker
 
     @property
     def replicas(self) -> int:
@@ -127,15 +120,11 @@ class DistributedContext:
                 _split_cpu(len(spec.devices))
             self.strategy = tf.distribute.MirroredStrategy(list(spec.devices))
         else:
-            self._rendezvous = Rendezvous(
-                spec.cluster.addresses,
-                spec.cluster.index,
-                config.startup_timeout,
-                config.peer_timeout,
-            )
+            workers, limits = spec.cluster, (config.startup_timeout, config.peer_timeout)
+            self._rendezvous = Rendezvous(workers.addresses, workers.index, *limits)
             with self:
                 self.check_equal(facts or {})
-                self.strategy = _multiworker(spec.cluster, spec.devices, config.peer_timeout)
+                self.strategy = _multiworker(workers, spec.devices, config.peer_timeout)
 
     @property
     def is_chief(self) -> bool:
@@ -226,11 +215,12 @@ def describe_lost_worker(error: tf.errors.OpError, cluster: Cluster, timeout: fl
         tasks = {0}  # The chief runs it.
     names = [f"worker {i} ({cluster.addresses[i]})" for i in sorted(tasks)]
     who = " and ".join(names) or ("a worker" if late else "another worker")
+    why = "ended or cannot be reached"
     if late:
-        who += f" kept the others waiting for more than --peer_timeout={timeout:g} s"
-    else:
-        who += " ended or cannot be reached"
-    return f"{who}; nothing that was saved is lost: start all workers again to resume from there"
+        why = f"kept the others waiting for more than --peer_timeout={timeout:g} s"
+    return (
+        f"{who} {why}; nothing that was saved is lost: start all workers again to resume from there"
+    )
 
 
 def _multiworker(

@@ -200,17 +200,24 @@ def test_a_command_that_cannot_be_started_ends_the_others(capfd):
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ("number", "status", "error"),
+    [
+        (signal.SIGINT, 130, "launch: error: interrupted\n"),
+        (signal.SIGTERM, 143, "launch: error: terminated\n"),
+        (signal.SIGKILL, -9, ""),
+    ],
 )
-def test_a_signal_ends_everything(number, status, word):
-    with start_launcher(FAMILY, FAMILY) as process:
+def test_a_signal_ends_everything(number, status, error):
+    script, seconds = FAMILY, 0.0
+    if number == signal.SIGKILL:  # Linux then kills the workers, but not their children.
+        script, seconds = FAMILY.replace("child.pid", "").replace("subprocess.Popen", "list"), 5.0
+    with start_launcher(script, script) as process:
         pids = family_of(process)
         assert all(map(alive, pids))
         process.send_signal(number)
         assert process.wait(10) == status
-        assert process.stderr.read() == f"launch: error: {word}\n"
-    assert gone(pids, 0)
+        assert process.stderr.read() == error
+    assert gone(pids, seconds)
 
 
 def test_a_signal_between_two_starts_loses_no_worker_and_handlers_are_restored(monkeypatch):
@@ -228,17 +235,6 @@ def test_a_signal_between_two_starts_loses_no_worker_and_handlers_are_restored(m
     assert len(pids) == 2
     assert gone(pids, 0)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-def test_a_killed_launcher_leaves_no_worker():
-    script = FAMILY.replace("child.pid", "0").replace("subprocess.Popen", "list")
-    with start_launcher(script, script) as process:
-        pids = [pid for pid in family_of(process) if pid]
-        assert len(pids) == 2
-        assert all(map(alive, pids))
-        process.kill()
-        process.wait()
-    assert gone(pids)
 
 
 def test_a_worker_does_not_start_after_its_launcher_has_died():

@@ -1,6 +1,7 @@
 """Workers are threads of this process, and processes where one is killed or stopped."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -60,11 +61,15 @@ def starters(addresses, **options) -> list:
 
 def close_all(workers) -> None:
     assert all(isinstance(worker, Rendezvous) for worker in workers), workers
-    in_threads(*(worker.close for worker in workers))
+    each(workers, Rendezvous.close)
+
+
+def each(workers, function) -> list:
+    return in_threads(*(functools.partial(function, worker) for worker in workers))
 
 
 def gather_indices(workers) -> list:
-    return in_threads(*(lambda i=i, w=w: w.all_gather(i) for i, w in enumerate(workers)))
+    return each(workers, lambda worker: worker.all_gather(worker.index))
 
 
 def lines(results) -> list[str]:
@@ -122,8 +127,7 @@ def test_every_worker_gets_the_values_of_all_in_order(joined, count, host):
     workers = joined(count, host)
     for turn in range(3):
         values = [{"worker": i, "turn": turn, "list": [None, 1.5, "é"]} for i in range(count)]
-        pairs = zip(workers, values, strict=True)
-        gathered = in_threads(*(lambda w=w, v=v: w.all_gather(v) for w, v in pairs))
+        gathered = each(workers, lambda worker, v=values: worker.all_gather(v[worker.index]))
         assert gathered == [values] * count
 
 
@@ -312,18 +316,13 @@ def test_another_program_at_the_chiefs_address_is_tried_again(monkeypatch, reply
 def test_workers_that_wait_and_that_come_later_learn_why_another_ended(joined, who):
     workers = joined(3)
     waiting, later = workers[2 - who], workers[1]
-    ended = threading.Event()
 
     def end():
         time.sleep(0.2)
         workers[who].abort("the disk is full")
-        ended.set()
 
-    def come():
-        assert ended.wait(20)
-        return later.all_gather(1)
-
-    first, _, second = in_threads(lambda: waiting.all_gather(1), end, come)
+    first, _ = in_threads(lambda: waiting.all_gather(1), end)
+    (second,) = in_threads(lambda: later.all_gather(1))
     line = f"worker {who} ({workers[0].addresses[who]}) ended: the disk is full"
     assert lines([first, second]) == [line] * 2
     assert later.failure() == line
@@ -335,17 +334,15 @@ def test_workers_that_wait_and_that_come_later_learn_why_another_ended(joined, w
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_closing_after_the_last_gather_fails_nowhere(joined, first):
     for _ in range(3):
-        workers = joined(3)
-        values = ["x" * 200_000] * 3
 
-        def work(i, workers=workers, values=values):
-            time.sleep(0.01 * (i != first))
-            gathered = workers[i].all_gather(values[i])
-            workers[i].close()
-            workers[i].close()
+        def work(worker):
+            time.sleep(0.01 * (worker.index != first))
+            gathered = worker.all_gather("x" * 200_000)
+            worker.close()
+            worker.close()
             return gathered
 
-        assert in_threads(*(lambda i=i: work(i) for i in range(3))) == [values] * 3
+        assert each(joined(3), work) == [["x" * 200_000] * 3] * 3
 
 
 @pytest.mark.parametrize("who", [0, 2])
@@ -443,10 +440,8 @@ def test_workers_that_were_all_stopped_resume(processes):
 
 
 def test_a_worker_that_works_longer_than_the_timeout_is_waited_for(joined):
-    workers = joined(2, peer_timeout=0.7)
+    def work(worker):
+        time.sleep(1.2 * worker.index)
+        return worker.all_gather(worker.index)
 
-    def work(i):
-        time.sleep(1.2 * (i == 1))
-        return workers[i].all_gather(i)
-
-    assert in_threads(*(lambda i=i: work(i) for i in range(2))) == [[0, 1]] * 2
+    assert each(joined(2, peer_timeout=0.7), work) == [[0, 1]] * 2

@@ -68,25 +68,22 @@ def test_strategy_without_gpus(gpus, name, replicas, chosen, count, reason):
 
 
 @pytest.mark.parametrize(
-    ("count", "name", "replicas", "devices", "reason"),
+    ("count", "name", "replicas", "chosen", "reason", "devices"),
     [
-        (2, "auto", None, ["GPU:0", "GPU:1"], "2 GPUs"),
-        (2, "mirrored", 1, ["GPU:0"], "1 GPU"),
-        (4, "auto", 3, ["GPU:0", "GPU:1", "GPU:2"], "3 GPUs"),
+        (1, "auto", None, "none", "one GPU", ("GPU:0",)),
+        (2, "none", None, "none", "one GPU", ("GPU:0",)),
+        (2, "auto", None, "mirrored", "2 GPUs", ("GPU:0", "GPU:1")),
+        (2, "mirrored", 1, "mirrored", "1 GPU", ("GPU:0",)),
+        (4, "auto", 3, "mirrored", "3 GPUs", ("GPU:0", "GPU:1", "GPU:2")),
     ],
 )
-def test_gpus_are_preferred(gpus, monkeypatch, count, name, replicas, devices, reason):
+def test_gpus_are_preferred(gpus, monkeypatch, count, name, replicas, chosen, reason, devices):
     gpus(count)
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: devices)
     spec = choose(name, replicas)
-    assert (spec.name, spec.reason) == ("mirrored", reason)
-    assert DistributedContext(spec, DevicesConfig()).strategy == devices
-
-
-@pytest.mark.parametrize(("count", "name"), [(1, "auto"), (1, "none"), (2, "none")])
-def test_one_gpu_needs_no_strategy(gpus, count, name):
-    gpus(count)
-    assert choose(name) == StrategySpec("none", "one GPU", ("GPU:0",))
+    assert spec == StrategySpec(chosen, reason, devices)
+    if chosen == "mirrored":
+        assert DistributedContext(spec, DevicesConfig()).strategy == list(devices)
 
 
 @pytest.mark.parametrize(
