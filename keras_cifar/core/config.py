@@ -294,18 +294,12 @@ class TrainConfig:
 
     @classmethod
     def from_flags(cls, **flags) -> "TrainConfig":
-        """The configuration of flags by their names; the others have their defaults.
-
-        Raises UsageError for a value out of its range, TypeError for an unknown flag.
-        """
+        """The configuration of flags by name; UsageError for a wrong value, TypeError for a name."""
         return build(cls, flags)
 
     @classmethod
     def from_json(cls, flags: dict) -> "TrainConfig":
-        """The configuration of flags from a config.json; unknown flags are ignored.
-
-        Raises UsageError for a value of another type or out of its range.
-        """
+        """The configuration of a config.json without unknown flags; UsageError for a wrong value."""
         known = {field.name: field for field in fields(cls)}
         flags = {name: value for name, value in canonical(flags).items() if name in known}
         for name, value in flags.items():
