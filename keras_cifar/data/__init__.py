@@ -32,8 +32,6 @@ __all__ = [
 
 NO_SOURCES = {"augmentation", "batches", "cache", "images", "splits", "tfds"}
 
-SHOWN = 3  # skipped images that a message names
-
 
 def load(
     spec: str,
@@ -49,10 +47,9 @@ def load(
     Args:
         spec: a TFDS name such as `cifar10`, `folder:PATH`, `archive:PATH` or `digits`.
         data_dir: where TFDS keeps its data sets; None is TFDS's default.
-        image_size: height and width in pixels to resize to; None keeps the size, which must then be
-            the same for all images.
+        image_size: height and width in pixels to resize to; None: all images must have one size.
         val_fraction: the fraction of each class of train that becomes the validation split where the
-            source has none; 0 holds nothing out.
+            source has none.
         seed: selects the images held out.
         cache_dir: where decoded images of folders and TFDS are kept; None is `Cache`'s default.
         bad_images: what to do about images that cannot be read; None stops at the first.
@@ -72,8 +69,8 @@ def load(
     splits = source.load(argument, data_dir, image_size, cache, bad_images or BadImages())
     dataset = finish(splits, val_fraction, seed)
     if dataset.skipped:
-        first = "; ".join(f"{s.file}: {s.reason}" for s in dataset.skipped[:SHOWN])
-        more = "; ..." if len(dataset.skipped) > SHOWN else ""
+        first = "; ".join(f"{s.file}: {s.reason}" for s in dataset.skipped[:3])
+        more = "; ..." if len(dataset.skipped) > 3 else ""
         line = f"skipped   {len(dataset.skipped):,} images that cannot be read: {first}{more}"
         print(one_line(line), file=sys.stderr, flush=True)
     return dataset

@@ -5,7 +5,7 @@ followed, and a pickle can neither call nor import anything.
 """
 
 import bz2
-import contextlib
+import copy
 import dataclasses
 import gzip
 import lzma
@@ -13,7 +13,6 @@ import pathlib
 import pickletools
 import re
 import tarfile
-from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -32,8 +31,7 @@ MAX_MEMBER = 200_000_000
 MAX_ARCHIVE = 500_000_000
 MAX_MEMBERS = 1000
 
-# Operations in a pickle; each takes up to some 100 bytes of memory. CIFAR-100's train has 4 to 9 for
-# each of its 50,000 images.
+# Operations in a pickle, each of up to some 100 bytes of memory. CIFAR-100's train has 4 to 9 an image.
 MAX_OPERATIONS = 600_000
 
 
@@ -76,12 +74,7 @@ MEMBERS = frozenset(name for layout in LAYOUTS for name in layout.members)
 def load(
     argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
 ) -> Splits:
-    """Reads an archive, or the folder it was unpacked to.
-
-    Raises:
-        UserError: the archive is missing, damaged, not one of the four or malicious; the message
-            names the member.
-    """
+    """Reads an archive, or the folder it was unpacked to."""
     path = pathlib.Path(argument).expanduser()
     try:
         if not path.exists():
@@ -109,9 +102,6 @@ def load(
     return Splits(train, None, test, names, where=str(path))
 
 
-# ---- Members
-
-
 def _folder_members(path: pathlib.Path) -> dict[str, bytes]:
     """Base name -> contents, from the folder itself or the one folder in it that has them."""
     for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
@@ -135,31 +125,23 @@ class _Bounded:
         self.tell = file.tell
 
     def read(self, size: int) -> bytes:
-        self._check(max(self.tell() + size, size + MAX_ARCHIVE - MAX_MEMBER))
+        if size > MAX_MEMBER or self.tell() + size > MAX_ARCHIVE:
+            raise tarfile.ReadError(f"it unpacks to more than {MAX_ARCHIVE:,} bytes")
         return self._file.read(size)
 
     def seek(self, position: int) -> int:
-        self._check(position)
+        if position > MAX_ARCHIVE:
+            raise tarfile.ReadError(f"it unpacks to more than {MAX_ARCHIVE:,} bytes")
         return self._file.seek(position)
 
-    @staticmethod
-    def _check(end: int) -> None:
-        if end > MAX_ARCHIVE:
-            raise tarfile.ReadError(f"it unpacks to more than {MAX_ARCHIVE:,} bytes")
 
-
-@contextlib.contextmanager
-def _unpacked(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """The tar file in an archive, whatever it is compressed with."""
-    with open_file(path) as file:
-        start = file.read(6)
-        file.seek(0)
-        for magic, opener in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\0", lzma)):
-            if start.startswith(magic):
-                with opener.open(file) as unpacked:
-                    yield unpacked
-                return
-        yield file
+def _unpacked(file: BinaryIO) -> BinaryIO:
+    start = file.read(6)
+    file.seek(0)
+    for magic, opener in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\0", lzma)):
+        if start.startswith(magic):
+            return opener.open(file)
+    return file
 
 
 def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
@@ -169,10 +151,8 @@ def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
     """
     members, current = {}, "its first member"
     try:
-        with (
-            _unpacked(path) as file,
-            tarfile.TarFile(fileobj=cast(BinaryIO, _Bounded(file))) as tar,
-        ):
+        with open_file(path) as file:
+            tar = tarfile.TarFile(fileobj=cast(BinaryIO, _Bounded(_unpacked(file))))
             for number, member in enumerate(tar):
                 name = pathlib.PurePosixPath(member.name).name
                 if number >= MAX_MEMBERS:
@@ -209,7 +189,6 @@ def _check_member(path: pathlib.Path, member: tarfile.TarInfo, known: bool) -> N
 
 
 def _layout(path: pathlib.Path, members: dict) -> Layout:
-    """The layout of which the most members are there; all of them must be."""
     layout = max(LAYOUTS, key=lambda layout: sum(name in members for name in layout.members))
     missing = [name for name in layout.members if name not in members]
     if len(missing) == len(layout.members):
@@ -223,11 +202,7 @@ def _layout(path: pathlib.Path, members: dict) -> Layout:
 
 
 def _check_counts(path: pathlib.Path, layout: Layout, counts: dict[str, int]) -> None:
-    """Refuses members that lost whole records.
-
-    Either all members have the official number of images, or all training members have the same:
-    a data set of one's own may use these layouts.
-    """
+    """Refuses members that lost whole records, also of data sets of one's own in these layouts."""
     expected = dict.fromkeys(layout.train, layout.images[0]) | {layout.test: layout.images[1]}
     if not any(counts[name] == count for name, count in expected.items()):
         expected = dict.fromkeys(layout.train, max(counts[name] for name in layout.train))
@@ -236,9 +211,6 @@ def _check_counts(path: pathlib.Path, layout: Layout, counts: dict[str, int]) ->
             raise UserError(
                 f"{path}: {name} has {counts[name]} images instead of {count}; download it again"
             )
-
-
-# ---- Contents
 
 
 def _class_names(contents: bytes, layout: Layout) -> tuple[str, ...]:
@@ -292,9 +264,6 @@ def _split(batches: list, image_size: int | None, where: str) -> Split:
     return Split(images, labels)
 
 
-# ---- Pickles
-
-
 @dataclasses.dataclass(slots=True)
 class _Object:
     """A function that a pickle names, or what a call of it would return. It is never called."""
@@ -310,17 +279,16 @@ _FUNCTIONS = (*_ARRAYS, "numpy.dtype", "_codecs.encode")
 _NAMES = (*_FUNCTIONS, "numpy.ndarray")  # an argument of `_reconstruct`
 
 _VALUES = re.compile("(BININT|LONG1|BINFLOAT|(SHORT_)?BIN(STRING|BYTES|UNICODE)).?")
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_CONSTANTS: dict[str, Any] = {
+    "NONE": None, "NEWTRUE": True, "NEWFALSE": False,
+    "EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {},
+}  # fmt: skip
 # How many values an operation takes from the stack; the others take all since a MARK.
 _SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2}
 
 
 def _unpickle(contents: bytes, *keys: bytes) -> list:
-    """The values at these keys of a pickled dictionary.
-
-    Raises:
-        Exception: of any class; the pickle is damaged, or does what no CIFAR file does.
-    """
+    """The values at these keys of a pickled dictionary; any exception means that it is invalid."""
     value = _evaluate(contents)
     if type(value) is not dict or not value.keys() >= set(keys):
         raise TypeError(f"a dict with {' and '.join(key.decode() for key in keys)} was expected")
@@ -330,8 +298,7 @@ def _unpickle(contents: bytes, *keys: bytes) -> list:
 def _evaluate(contents: bytes) -> Any:
     """The value of a pickle in protocols 2 to 4, made of containers, numbers, bytes and `_Object`s.
 
-    Nothing that a pickle names is called. Text becomes bytes: Python 2 and protocol 2 write these as
-    text.
+    Nothing that a pickle names is called. Text becomes bytes, which Python 2 and protocol 2 write so.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -347,9 +314,7 @@ def _evaluate(contents: bytes) -> Any:
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in ("EMPTY_LIST", "EMPTY_DICT"):
-            stack.append([] if name == "EMPTY_LIST" else {})
+            stack.append(copy.copy(_CONSTANTS[name]))
         elif name == "MARK":
             marks.append(len(stack))
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
@@ -394,7 +359,6 @@ def _known(name: str, names: tuple[str, ...]) -> str:
 
 
 def _array(value: object) -> np.ndarray:
-    """An array from a pickled array or a list of integers."""
     if isinstance(value, _Object) and value.name in _ARRAYS:
         _, shape, dtype, fortran, contents = value.state
         text, order = dtype.arguments[0], dtype.state[1] if dtype.state else b"="

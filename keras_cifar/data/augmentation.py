@@ -3,12 +3,10 @@
 Each public function below with `random` as its third parameter is the augmentation of that name:
 (images, labels, random, *numbers) -> (images, labels), with images uint8 or float32 [n, H, W, 3] in
 [0, 255], labels float32 [n, K] and `random` a `Random`. One that mixes examples has `partners` as its
-fourth parameter: (images, labels) of another example of the batch for each. A new augmentation is one
-new function.
+fourth parameter: (images, labels) of another example of the batch for each.
 
-The n examples are all or some of a batch. Processes can share the work, because the result for an
-example depends only on the seed and its position in the batch. So all random numbers must come from
-`random`.
+The n examples are all or some of a batch. All random numbers must come from `random`, so that the
+result for an example depends only on the seed and its position in the batch.
 """
 
 import functools
@@ -30,16 +28,11 @@ Read = Callable[[tf.Tensor | None], Batch]
 
 
 class Random:
-    """Random numbers for the examples at some positions of a batch. Each call draws new ones.
+    """Random numbers for the examples at `positions` int32 [n] of a batch; each call draws new ones.
 
     The numbers of an example do not depend on `positions`: they are drawn for the whole batch. So is
     all inexact arithmetic, because the last bit of a logarithm depends on how TensorFlow vectorizes.
-
-    Args:
-        seed: int32 [2].
-        batch: the number of examples in the whole batch.
-        positions: int32 [n]; None is the whole batch.
-        alternating: bool [batch], inverted from one pass over the data to the next; None draws it.
+    `alternating` bool [batch] is inverted from one pass over the data to the next; None draws it.
     """
 
     def __init__(self, seed, batch, positions=None, alternating=None):
@@ -49,9 +42,7 @@ class Random:
 
     def alternating(self):
         """bool [n]: for each example, the opposite of the pass before."""
-        if self._alternating is None:
-            return self.uniform() < 0.5
-        return self._own(self._alternating)
+        return self.uniform() < 0.5 if self._alternating is None else self._own(self._alternating)
 
     def uniform(self, shape=(), low=0.0, high=1.0, dtype=tf.float32):
         """[n, *shape] of [low, high)."""
@@ -88,8 +79,7 @@ def parse(text: str) -> Callable[..., Batch]:
     Returns:
         (read: Read, batch: int, seed: int32 [2], positions: int32 [n] = None, alternating: bool
         [batch] = None) -> (images uint8 [n, H, W, 3], labels float32 [n, K]): the augmented examples
-        at these positions of a batch, by default all. It reads these, and the partners of those that
-        are mixed. For `alternating` see `Random`.
+        at these positions of a batch, by default all. It reads these, and their partners.
 
     Raises:
         UsageError: an unknown name, or numbers out of range.
@@ -107,57 +97,48 @@ def parse(text: str) -> Callable[..., Batch]:
 
 
 def _parse_step(part: str, text: str) -> Callable[..., Batch]:
-    """One augmentation: (read, batch, seed, positions) -> augmented examples."""
     match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", part)
     if not match:
-        raise UsageError(
-            f"--augment={text!r}: {part!r} is not of the form name or name(number, ...)"
-        )
-    name, numbers = match[1], match[2]
+        form = "is not of the form name or name(number, ...)"
+        raise UsageError(f"--augment={text!r}: {part!r} {form}")
+    name, numbers = match.groups()
     choices = _functions()
     if name not in choices:
         raise unknown("augmentation", name, choices)
+    function, signature = choices[name], inspect.signature(choices[name])
+    mixes = "partners" in signature.parameters
+
+    def step(read, batch, seed, positions, alternating=None):
+        random = Random(seed, batch, positions, alternating)
+        if not mixes:
+            return function(*read(positions), random, *arguments)
+        own, partners = _with_partners(read, batch, random.permutation(), positions)
+        return function(*own, random, partners, *arguments)
+
     try:
         arguments = [float(n) for n in numbers.split(",")] if numbers and numbers.strip() else []
-        if not all(map(math.isfinite, arguments)):
-            raise ValueError("numbers must be finite")
-        step = functools.partial(_step, choices[name], arguments)
+        _require(all(map(math.isfinite, arguments)), "numbers must be finite")
+        signature.bind(*[None] * (4 if mixes else 3), *arguments)
         # Try it on a small batch, so that a wrong number is refused before training.
-        first = [None] * (4 if _mixes(choices[name]) else 3)
-        inspect.signature(choices[name]).bind(*first, *arguments)
         step(lambda _: (tf.zeros((2, 4, 4, 3), tf.uint8), tf.eye(2)), 2, tf.constant([0, 0]), None)
     except (ValueError, TypeError) as error:
         raise UsageError(f"--augment={text!r}: {part}: {error}") from None
     return step
 
 
-def _step(function, arguments, read, batch, seed, positions, alternating=None):
-    random = Random(seed, batch, positions, alternating)
-    if not _mixes(function):
-        return function(*read(positions), random, *arguments)
-    own, partners = _with_partners(read, batch, random.permutation(), positions)
-    return function(*own, random, partners, *arguments)
-
-
 def _with_partners(read: Read, batch, partners, positions) -> tuple[Batch, Batch]:
     """The examples at `positions` and those at `partners`; no more than the whole batch is read."""
-    if positions is None:
-        everything = read(None)
-        return everything, _rows(everything, partners)
-    if 2 * positions.shape[0] < batch:
+    if positions is not None and 2 * positions.shape[0] < batch:
         both = read(tf.concat([positions, partners], axis=0))
         images, labels = (tf.split(part, 2) for part in both)
         return (images[0], labels[0]), (images[1], labels[1])
     everything = read(None)
-    return _rows(everything, positions), _rows(everything, partners)
+    own = everything if positions is None else _rows(everything, positions)
+    return own, _rows(everything, partners)
 
 
 def _rows(examples: Batch, positions) -> Batch:
     return tuple(tf.gather(part, positions) for part in examples)
-
-
-def _mixes(function: Callable) -> bool:
-    return "partners" in inspect.signature(function).parameters
 
 
 def _functions() -> dict[str, Callable]:
@@ -173,9 +154,6 @@ def _functions() -> dict[str, Callable]:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-# ---- Geometry
 
 
 def crop(images, labels, random, padding: float):
@@ -220,19 +198,14 @@ def cutout(images, labels, random, size: float):
     _require(size >= 1 and size == int(size), "the size must be a whole number of pixels")
     _, height, width = _sizes(images)
     top, left = _random_boxes(random, height, width)
-    inside = _box_mask(
-        top - int(size) // 2, left - int(size) // 2, int(size), int(size), height, width
-    )
+    inside = _box_mask(top, left, int(size), int(size), height, width)
     return tf.where(inside, tf.zeros_like(images), images), labels
-
-
-# ---- Colour
 
 
 def color(images, labels, random, strength: float):
     """Changes brightness, contrast and saturation, each by a factor in 1 +- `strength`.
 
-    As in Krizhevsky's successors' ImageNet training (0.4); the order is fixed.
+    In this order, as in Krizhevsky's successors' ImageNet training (0.4).
     """
     _require(0 < strength <= 1, "the strength must be above 0 and at most 1")
     factors = random.uniform((3, 1, 1, 1), 1 - strength, 1 + strength)
@@ -240,9 +213,6 @@ def color(images, labels, random, strength: float):
     images = _clip(images * factors[:, 0])
     images = _blend(_mean_grey(images), images, factors[:, 1])
     return _blend(_grey(images), images, factors[:, 2]), labels
-
-
-# ---- Mixing labels
 
 
 def mixup(images, labels, random, partners, alpha: float):
@@ -266,14 +236,9 @@ def cutmix(images, labels, random, partners, alpha: float):
     box_height = tf.cast(tf.round(side * tf.cast(height, tf.float32)), tf.int32)
     box_width = tf.cast(tf.round(side * tf.cast(width, tf.float32)), tf.int32)
     y, x = _random_boxes(random, height, width)
-    inside = _box_mask(
-        y - box_height // 2, x - box_width // 2, box_height, box_width, height, width
-    )
+    inside = _box_mask(y, x, box_height, box_width, height, width)
     seen = 1.0 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=[1, 2])
     return tf.where(inside, partners[0], images), labels * seen + partners[1] * (1 - seen)
-
-
-# ---- RandAugment
 
 
 def randaugment(images, labels, random, operations: float, magnitude: float):
@@ -282,9 +247,6 @@ def randaugment(images, labels, random, operations: float, magnitude: float):
     Cubuk et al. 2019, arXiv:1909.13719: the operations and ranges of its reference
     implementation, magnitude 0 to 10 (N=2, M=9 on ImageNet; N=3, M=4 and more on CIFAR-10);
     translation is up to a third of the side. Areas that come in from outside are grey.
-
-    All images go through each operation's formula together and keep the one they drew: on small
-    images that is far faster than choosing a branch for each image.
     """
     _require(
         1 <= operations <= MAX_OPERATIONS and operations == int(operations),
@@ -298,7 +260,9 @@ def randaugment(images, labels, random, operations: float, magnitude: float):
 
 
 def _one_randaugment(images, random, level):
-    """`level` is the magnitude in [0, 1]."""
+    """One operation of `level` in [0, 1]. All images go through all formulas and keep what they drew:
+    on small images that is far faster than a branch for each.
+    """
     _, height, width = _sizes(images)
     choice = random.uniform((1, 1, 1), 0, 14, tf.int32)
     sign = tf.where(random.uniform() < 0.5, -1.0, 1.0)
@@ -327,8 +291,7 @@ def _one_randaugment(images, random, level):
     threshold = 256.0 * (1.0 - level)
     result = tf.where(choice == 10, tf.where(images < threshold, images, 255.0 - images), result)
     result = tf.where(choice == 11, _autocontrast(images), result)
-    result = tf.where(choice == 12, _equalize(images), result)
-    return result  # 13 is the identity
+    return tf.where(choice == 12, _equalize(images), result)  # 13 is the identity
 
 
 def _affine(images, cos, sin, shear_x, shear_y, shift_x, shift_y):
@@ -386,9 +349,6 @@ def _equalize(images):
     return tf.cast(tf.transpose(equal, [0, 2, 3, 1]), tf.float32)
 
 
-# ---- Helpers
-
-
 def _sizes(images):
     """(batch, height, width): Python integers where they are known, else tensors."""
     static, dynamic = images.shape, tf.shape(images)
@@ -402,8 +362,9 @@ def _random_boxes(random, height, width):
     return tf.unstack(point, axis=1)
 
 
-def _box_mask(top, left, box_height, box_width, height, width):
-    """bool [B, H, W, 1]: the pixels inside each image's box."""
+def _box_mask(y, x, box_height, box_width, height, width):
+    """bool [B, H, W, 1]: the pixels inside each image's box around (y, x)."""
+    top, left = y - box_height // 2, x - box_width // 2
     rows = tf.reshape(tf.range(height), (1, -1, 1, 1))
     columns = tf.reshape(tf.range(width), (1, 1, -1, 1))
     vertical = (rows >= top) & (rows < top + box_height)

@@ -1,8 +1,7 @@
 """Split -> batches.
 
 The order of the examples depends on (seed, step) alone, and an example's augmentation on (seed, step,
-its position in the batch). So the same seed gives the same batches, whichever process computes which
-part of them, and a run can resume at any step.
+its position in the batch). So any processes can compute a batch, and a run can resume at any step.
 """
 
 import weakref
@@ -40,11 +39,7 @@ def _reader(split: Split, classes: int) -> Callable[[tf.Tensor], augmentation.Ba
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """Full batches in one pass over a split.
-
-    Raises:
-        UserError: the split is smaller than a batch.
-    """
+    """Full batches in one pass over a split; UserError if it is smaller than a batch."""
     if len(split) < batch_size:
         raise UserError(
             f"--batch_size={batch_size} is more than the {len(split)} training images; lower it"
@@ -70,32 +65,28 @@ def training_batches(
         start_step: the step of the run that the first batch is for.
         replicas: the replicas to read for. The elements are then shards: for each microbatch of each
             batch, for each of these replicas, the examples that `bounds` gives it. The shards of all
-            replicas in order are the batch. Only these examples are read and augmented, and the
-            partners of those that are mixed.
+            replicas in order are the batch. Only these examples and their partners are read.
         microbatches: into how many equal microbatches each batch is split.
     """
     steps = steps_per_epoch(split, batch_size)
-    read_examples = _reader(split, classes)
+    read_examples, stateless = _reader(split, classes), tf.random.experimental
     transform = augmentation.parse(augment)
     positions, sizes = _positions(batch_size, replicas, microbatches)
-    order_seed, augment_seed = (seed, 0), (seed, 1)
     first = tf.constant(np.random.default_rng(seed).random(len(split)) < 0.5)
 
+    def drawn(purpose, number):
+        return stateless.stateless_fold_in(tf.constant((seed, purpose)), tf.cast(number, tf.int32))
+
     def one_pass(number):
-        fold = tf.random.experimental.stateless_fold_in
-        order = tf.random.experimental.stateless_shuffle(
-            tf.range(len(split)), fold(tf.constant(order_seed), tf.cast(number, tf.int32))
-        )
+        order = stateless.stateless_shuffle(tf.range(len(split)), drawn(0, number))
         return tf.data.Dataset.from_tensor_slices(order).batch(batch_size, drop_remainder=True)
 
     def batch(step, indices):
         def read(positions):
             return read_examples(indices if positions is None else tf.gather(indices, positions))
 
-        fold = tf.random.experimental.stateless_fold_in
-        drawn = fold(tf.constant(augment_seed), tf.cast(step, tf.int32))
         alternating = tf.gather(first, indices) ^ (step // steps % 2 == 1)
-        return transform(read, batch_size, drawn, positions, alternating)
+        return transform(read, batch_size, drawn(1, step), positions, alternating)
 
     passes = tf.data.Dataset.range(start_step // steps, tf.int64.max)
     batches = passes.flat_map(one_pass).skip(start_step % steps).enumerate(start_step)
@@ -114,11 +105,8 @@ def evaluation_batches(
     """Every example once, in order, as (images uint8 [B, H, W, 3], labels float32 [B, K]).
 
     All batches are full, so that any number of replicas can share them: the last is padded with
-    images whose label is all zero, which `Classifier` does not count.
-
-    Args:
-        replicas: the replicas to read for. The elements are then shards, as in `training_batches`, and
-            repeat without end after `evaluation_steps` batches.
+    images whose label is all zero, which `Classifier` does not count. With `replicas`, the elements are
+    shards, as in `training_batches`, and repeat without end after `evaluation_steps` batches.
     """
     read = _reader(split, classes)
     positions, sizes = _positions(batch_size, replicas)
@@ -132,22 +120,16 @@ def evaluation_batches(
 
     count = evaluation_steps(split, batch_size) * batch_size
     indices = tf.data.Dataset.range(count).batch(batch_size, drop_remainder=True)
-    if replicas is None:
-        return _prefetched(indices.map(batch, tf.data.AUTOTUNE, deterministic=True))
-    batches = indices.repeat().map(batch, tf.data.AUTOTUNE, deterministic=True)
-    return _prefetched(endless(_split_batches(batches, sizes)))
+    if replicas is not None:
+        indices = indices.repeat()
+    batches = indices.map(batch, tf.data.AUTOTUNE, deterministic=True)
+    return _prefetched(endless(_split_batches(batches, sizes)) if replicas else batches)
 
 
 def _positions(
     batch_size: int, replicas: ReplicaRange | None, microbatches: int = 1
 ) -> tuple[tf.Tensor | None, list[int]]:
-    """(positions int32 [n] in a batch of these replicas' examples, sizes of their shards).
-
-    The positions are None for a whole batch.
-
-    Raises:
-        UsageError: the microbatches would not be equal, or a shard empty.
-    """
+    """(positions int32 [n] of these replicas' examples, or None for all; sizes of their shards)."""
     if replicas is None:
         return None, [batch_size]
     size = batch_size // microbatches
@@ -166,7 +148,6 @@ def _positions(
 
 
 def _split_batches(batches: tf.data.Dataset, sizes: list[int]) -> tf.data.Dataset:
-    """Splits each batch into shards of these sizes, in order."""
     if len(sizes) == 1:
         return batches
     limits = tf.constant(np.cumsum([0, *sizes]))

@@ -30,10 +30,8 @@ from keras_cifar.core.files import sync
 from keras_cifar.data.images import VERSION
 from keras_cifar.data.splits import Split, pixel_digests
 
-LAYOUT = 2  # of the files of an entry
-
-# Part of an entry's name, so that other versions decode again.
-DECODER = [LAYOUT, VERSION, PIL.__version__, tf.__version__]
+# Part of an entry's name, so that other versions decode again. The first is that of an entry's files.
+DECODER = [2, VERSION, PIL.__version__, tf.__version__]
 
 SAMPLE = 16  # images whose digests are checked when an entry is opened
 BLOCK = 2**23  # bytes of pixels that are decoded before they are written
@@ -77,8 +75,7 @@ class Cache:
             unreadable: row -> why, of images that `fill` could not decode; read after `fill`.
 
         Raises:
-            UserError: the directory is not writable, or the disk is too full. Like any error of
-                `fill`, it leaves no files behind.
+            UserError: the directory is not writable or the disk full; it leaves no files behind.
         """
         if not shape[0]:
             return Split(np.empty(shape, np.uint8), np.empty(0, np.int64))
@@ -109,7 +106,6 @@ class Cache:
 
     @functools.cached_property
     def _writable(self) -> pathlib.Path:
-        """The first writable place."""
         errors = []
         for place in self._places:
             try:
@@ -132,22 +128,18 @@ def in_block(image_shape: tuple[int, int, int]) -> int:
 
 def default_places() -> list[pathlib.Path]:
     """Where entries are without --cache_dir, the preferred place first."""
-    places = []
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # The standard says to ignore it.
         base = pathlib.Path(os.path.expanduser("~"), ".cache")
-    if base.is_absolute():  # "~" stays where the user has no home.
-        places.append(base / "keras_cifar")
     # One for each user: nobody else may write what is trained on.
-    return [*places, pathlib.Path(tempfile.gettempdir(), f"keras_cifar-{os.getuid()}")]
+    temporary = pathlib.Path(tempfile.gettempdir(), f"keras_cifar-{os.getuid()}")
+    # "~" stays where the user has no home.
+    return [base / "keras_cifar", temporary] if base.is_absolute() else [temporary]
 
 
 def _name(cache_key: dict) -> str:
     text = json.dumps({"cache_key": cache_key, "decoder": DECODER}, sort_keys=True)
     return f"{cache_key['source']}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-
-
-# ---- Reading
 
 
 def _open(path: pathlib.Path) -> Split | None:
@@ -165,30 +157,22 @@ def _open(path: pathlib.Path) -> Split | None:
             digests=digests,
             unreadable=tuple((range(len(images))[row], str(why)) for row, why in about["unusable"]),
         )
-        if list(images.shape) != about["shape"] or images.dtype != np.uint8:
-            return None
         # The fingerprint covers labels and digests. Of the pixels, a sample is compared with the
         # digests: all of them may be more than the memory holds.
-        if len(images) != len(split) or split.fingerprint != about["fingerprint"]:
-            return None
         sample = np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)
-        intact = np.array_equal(pixel_digests(images, sample), digests[sample])
+        intact = (
+            list(images.shape) == about["shape"]
+            and images.dtype == np.uint8
+            and len(images) == len(split)
+            and split.fingerprint == about["fingerprint"]
+            and np.array_equal(pixel_digests(images, sample), digests[sample])
+        )
         return split if intact else None
     except Exception:  # A damaged file can raise almost anything.
         return None
 
 
-# ---- Writing
-
-
-def _write(
-    path: pathlib.Path,
-    cache_key: dict,
-    shape: tuple,
-    what: str,
-    fill: Callable,
-    unreadable: Mapping[int, str],
-) -> None:
+def _write(path: pathlib.Path, cache_key, shape, what, fill, unreadable) -> None:
     """Writes and syncs the files of an entry in the directory `path`."""
     digests = np.empty((shape[0], 16), np.uint8)
     stride = int(np.prod(shape[1:]))
@@ -196,9 +180,8 @@ def _write(
         open(path / "images.npy", "wb", buffering=0) as file,
         tqdm.tqdm(total=shape[0], desc=f"reading {what}", leave=False, disable=None) as bar,
     ):
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-        )
+        form = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, form)
         header = file.tell()
 
         def write(start, images):
@@ -230,32 +213,20 @@ def _write(
 
 def _install(temporary: pathlib.Path, path: pathlib.Path) -> None:
     """Renames a complete entry to its place, where a damaged or an equal one may be."""
-    for _ in range(10):
-        # Only an entry that was there before `_open`: a later one comes from a faster process.
-        with contextlib.suppress(FileNotFoundError):
-            there = os.path.lexists(path)
-            if _open(path) is not None:
-                return
-            if there:
-                aside = path.with_name(f"{path.name}.building-{secrets.token_hex(8)}")
-                os.rename(path, aside)
-                _remove(aside)
-        try:
-            os.rename(temporary, path)
-            sync(path.parent)
-            return
-        except OSError as error:  # Another process was faster.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+    # Only what was there before `_open`: a later entry comes from a faster process without locks.
+    if os.path.lexists(path) and _open(path) is None:
+        _remove(path)
+    try:
+        os.rename(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _remove(path: pathlib.Path) -> None:
-    """Removes a directory, or the file in its place."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -265,40 +236,27 @@ def _lock(path: pathlib.Path, what: str) -> Iterator[bool]:
     It saves two processes from doing the same work; the entry is safe without it. Yields whether
     there is a lock: not all file systems have them.
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
+    with contextlib.ExitStack() as stack:
+        locked = False
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(path, "ab"))
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"waiting for another process that reads {what}", file=sys.stderr, flush=True)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX)
             locked = True
-        except OSError:
-            locked = False
         yield locked
-    finally:
-        os.close(descriptor)
 
 
 def _clean(place: pathlib.Path, mine: str) -> None:
     """Removes half-written entries whose lock nobody holds: killed processes left them."""
     for path in place.glob("*.building-*"):
         name = path.name.partition(".building-")[0]
-        if name == mine:
+        with contextlib.suppress(OSError), open(place / f"{name}.lock", "rb+") as file:
+            if name != mine:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(path)
-            continue
-        with contextlib.suppress(OSError):
-            descriptor = os.open(place / f"{name}.lock", os.O_RDWR)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(path)
-            finally:
-                os.close(descriptor)
 
 
 def _check_space(place: pathlib.Path, shape: tuple, what: str) -> None:

@@ -9,9 +9,6 @@ from keras_cifar.data.cache import Cache
 from keras_cifar.data.images import resize_images
 from keras_cifar.data.splits import BadImages, Split, Splits, hold_out
 
-SIDE = 32  # pixels, as CIFAR: every model takes them
-LEVELS = 16  # the brightest grey of the original
-
 
 def load(
     argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
@@ -20,12 +17,11 @@ def load(
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    grey = np.round(digits.images * (255 / LEVELS)).astype(np.uint8)
-    side = image_size or SIDE
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    side = image_size or 32  # as CIFAR: every model takes it
     images = resize_images(np.repeat(grey[..., None], 3, axis=-1), (side, side)).numpy()
     labels = digits.target.astype(np.int64)
-    everything = Split(images, labels)
-    test = hold_out(labels, 0.2, seed=0)
+    everything, test = Split(images, labels), hold_out(labels, 0.2, seed=0)
     return Splits(
         train=everything.take(np.flatnonzero(~test)),
         val=None,

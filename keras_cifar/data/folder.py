@@ -16,34 +16,25 @@ from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
 from keras_cifar.data.images import MAX_FILE, SUFFIXES, ImageError, load_image, resize_each
 from keras_cifar.data.splits import BadImages, Skipped, Split, Splits, check_class_name
 
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+SPLIT_FOLDERS = {  # name of a folder -> split
+    "train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test",
+}  # fmt: skip
 TEST_SHARE = 10  # one file in so many, where there is no test folder
 
-# Files of a split whose contents are compared with those that were decoded. Of the others, the size,
-# the time of the last change and the permissions are.
-SAMPLE = 64
+SAMPLE = 64  # files of a split whose contents are part of its cache key; `_state` is of all
 
-# Mean bytes of a file. Below, threads that decode mostly wait for Python's lock: two of them took 1.3
-# times as long as one for 32 x 32 pixels, and half as long for 256 x 256.
+# Mean bytes of a file, below which threads mostly wait for Python's lock: two took 1.3 times as long
+# as one for 32 x 32 pixels, and half as long for 256 x 256.
 SMALL = 4096
 
 
 def load(
     argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
 ) -> Splits:
-    """Reads every image below the folder `argument`; the classes are the folders' names, sorted.
-
-    Raises:
-        UserError: a folder or a file is invalid, or too many files are; the message names it.
-    """
+    """Reads every image below the folder `argument`; the classes are the folders' names, sorted."""
     root = check_directory(argument, "folder")
     below = {name: path for name, path, is_folder in _entries(str(root)) if is_folder}
-    folders = {
-        split: below[name]
-        for split, names in SPLIT_FOLDERS.items()
-        for name in names
-        if name in below
-    }
+    folders = {split: below[name] for name, split in SPLIT_FOLDERS.items() if name in below}
     if folders and "train" not in folders:
         raise UserError(f"{root} has a {' and a '.join(folders)} folder but no train folder")
     found = {split: _classes(path) for split, path in (folders or {"train": str(root)}).items()}
@@ -69,9 +60,6 @@ def load(
     return Splits(
         splits["train"], splits.get("val"), splits["test"], names, str(root), tuple(skipped)
     )
-
-
-# ---- Finding files
 
 
 def _classes(folder: str) -> dict[str, list[str]]:
@@ -105,45 +93,30 @@ def _entries(folder: str) -> list[tuple[str, str, bool]]:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether it is one; not so a link that leads nowhere or in a circle: reading will say why."""
     try:
         return entry.is_dir()
-    except OSError:
+    except OSError:  # A link in a circle; reading it will say why.
         return False
 
 
 def _split_by_hash(classes: dict) -> tuple[dict, dict]:
     """(train, test): a file's split depends on its class and name alone, so adding files moves none."""
-
-    def is_test(path):
-        digest = hashlib.sha256(os.fsencode(_relative(path))).digest()
-        return int.from_bytes(digest[:8], "big") % TEST_SHARE == 0
-
     train: dict[str, list] = {}
     test: dict[str, list] = {}
     for name, paths in classes.items():
         for path in paths:
-            (test if is_test(path) else train).setdefault(name, []).append(path)
+            digest = hashlib.sha256(os.fsencode(_relative(path))).digest()
+            is_test = int.from_bytes(digest[:8], "big") % TEST_SHARE == 0
+            (test if is_test else train).setdefault(name, []).append(path)
     return train, test
 
 
 def _relative(path: str) -> str:
-    """`class/name` of a file."""
     return "/".join(path.rsplit("/", 2)[1:])
 
 
-# ---- Reading files
-
-
 class _Files:
-    """The image files of a split.
-
-    Attributes:
-        paths, labels: of each file, by class and name.
-        states: what `_state` says of each file.
-        where: the split, for messages.
-        invalid: row -> why, of files that are found to be no image.
-    """
+    """The image files of a split, by class and name; `invalid` is row -> why of those that are none."""
 
     def __init__(self, classes: dict, names: tuple, where: str, bad_images: BadImages):
         self.paths = [path for name in names for path in classes.get(name, ())]
@@ -154,11 +127,7 @@ class _Files:
         self.invalid: dict[int, str] = {}
 
     def reject(self, row: int, why: str) -> None:
-        """Notes that a file is no image.
-
-        Raises:
-            UserError: no file, or no more of them, may be skipped.
-        """
+        """Notes that a file is no image, or raises UserError where no more may be skipped."""
         path, share = self.paths[row], self._bad_images.max_share
         if not self._bad_images.skip:
             raise UserError(
@@ -172,12 +141,6 @@ class _Files:
             )
 
     def image(self, row: int, size: tuple[int, int] | None) -> np.ndarray:
-        """Decodes a file, not quite to `size` yet.
-
-        Raises:
-            ImageError: it is no image.
-            UserError: it was changed since its state was read.
-        """
         path = self.paths[row]
         image = load_image(_contents(path), size, exact=False)
         if _state(path) != self.states[row]:
@@ -185,7 +148,6 @@ class _Files:
         return image
 
     def first_size(self) -> tuple[int, int]:
-        """(height, width) of the first file that is an image."""
         for row in range(len(self.paths)):
             try:
                 return self.image(row, None).shape[:2]
@@ -214,7 +176,6 @@ def _state(path: str) -> bytes:
 
 
 def _contents(path: str) -> bytes:
-    """All bytes of a file, or an ImageError."""
     try:
         return files.read(path, MAX_FILE)
     except OSError as error:
@@ -224,18 +185,12 @@ def _contents(path: str) -> bytes:
 def _read(source: _Files, size: tuple[int, int] | None, given: bool, cache: Cache) -> Split:
     """The images of a split, in the order of their files, decoded unless `cache` has them.
 
-    An entry has every file, the invalid ones black, so it does not depend on `bad_images`.
-
-    Args:
-        size: that all have, or are resized to if it was `given`; None is that of the first.
+    An entry has every file, the invalid ones black, so it does not depend on `bad_images`. All images
+    have `size`, or that of the first, unless it was `given`: then they are resized to it.
     """
     if not source.paths:  # Only a test split of too few files can be empty; `finish` says so.
         return Split(np.empty((0, *(size or (0, 0)), 3), np.uint8), source.labels)
-    key = {
-        "source": "folder",
-        "files": source.key(),
-        "image_size": size if given else None,
-    }
+    key = {"source": "folder", "files": source.key(), "image_size": size if given else None}
     split = cache.find(key)
     if split is None:
         shape = (len(source.paths), *(size or source.first_size()), 3)
@@ -292,15 +247,9 @@ def _decode(source: _Files, shape: tuple, given: bool, write: Write) -> None:
 
 def _announce(paths: list[str]) -> None:
     """Has the system read files ahead, all at once: five times as fast where they are on a disk."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in paths:
-        with contextlib.suppress(OSError):  # Reading it will say why.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # It may be a pipe.
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
+    for path in paths if hasattr(os, "posix_fadvise") else ():
+        with contextlib.suppress(OSError), files.open_file(path) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _grouped(images: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:

@@ -1,8 +1,7 @@
 """The one definition of preprocessing: encoded image -> uint8 RGB pixels at the model's size.
 
-`load_image` reads files with Pillow, which knows all of `FORMATS` and EXIF; `decode_image` does the
-same inside a TensorFlow graph for the formats TensorFlow knows. Both end in the same `on_white` and
-`resize_images`, and give equal pixels for JPEG, PNG, BMP and GIF. Pillow alone applies EXIF
+`load_image` reads files with Pillow; `decode_image` does the same inside a TensorFlow graph for the
+formats TensorFlow knows. They give equal pixels for JPEG, PNG, BMP and GIF. Pillow alone applies EXIF
 orientation, CMYK colours and palette transparency.
 """
 
@@ -40,8 +39,8 @@ FORMATS = {
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-# Of an image. Pillow refuses more before it decodes any, also in images inside of others (ICO). The
-# largest camera sensor in use has 151 megapixels (Phase One IQ4).
+# Pillow refuses more before it decodes any, also in images inside of others (ICO). The largest camera
+# sensor in use has 151 megapixels (Phase One IQ4).
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 MAX_FILE = 3 * MAX_PIXELS  # bytes
 
@@ -49,12 +48,12 @@ MAX_FILE = 3 * MAX_PIXELS  # bytes
 # scan: usual progressive ones have 10, and a scan can have as few as 31 bytes.
 MAX_PASSES = 20
 
-_TOO_MUCH = f"an animated WebP, or more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
+_BOMB = f"{MAX_PIXELS:,} pixels (a decompression bomb?)"
 
 BAND = 2**20  # pixels that are composited at a time, in float32
 
-# An image with sides of more than twice as many times the target is first averaged in blocks, down to
-# this many times: 100 megapixels in float32 would take 1.2 GB.
+# An image of more than twice as many times the target's sides is first averaged in blocks, down to this
+# many times: 100 megapixels in float32 would take 1.2 GB.
 BLOCK_REDUCTION = 16
 
 # Pillow warns of large images and damaged metadata. What cannot be read raises an error anyway.
@@ -102,10 +101,7 @@ def load_image(
         exact: False leaves the last step to `resize_each`, which is cheaper for many images.
 
     Returns:
-        uint8 [height, width, 3], RGB.
-
-    Raises:
-        ImageError: the file is empty, truncated, too large, missing or not an image.
+        uint8 [height, width, 3], RGB; an ImageError says why there is none.
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
@@ -122,17 +118,13 @@ def load_image(
                 if passes * image.width * image.height > MAX_PASSES * MAX_PIXELS:
                     raise ImageError(f"it has {passes:,} scans, too many for an image of its size")
                 pixels = _pixels(image, size)
-                if pixels.shape[-1] == 4:
-                    pixels = _opaque(pixels)
                 return resize_each([pixels], size)[0] if exact and size is not None else pixels
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
         raise ImageError("not an image in a format that can be read") from None
     except Image.DecompressionBombError:
-        raise ImageError(
-            f"the image has more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
-        ) from None
+        raise ImageError(f"the image has more than {_BOMB}") from None
     except MemoryError:
         raise ImageError("the image is too large for the memory") from None
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError and more.
@@ -140,11 +132,7 @@ def load_image(
 
 
 def resize_each(images: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Resizes images uint8 [height, width, 3] of different sizes to uint8 [N, *size, 3].
-
-    Those of one size are resized together: a call takes 0.5 ms and 0.05 ms an image (64 x 64 to
-    32 x 32).
-    """
+    """Resizes images uint8 [height, width, 3] to uint8 [N, *size, 3], those of one size together."""
     resized = np.empty((len(images), *size, 3), np.uint8)
     shapes = np.array([image.shape[:2] for image in images])
     for shape in np.unique(shapes, axis=0):
@@ -155,7 +143,6 @@ def resize_each(images: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
 
 
 def _scans(file: BinaryIO) -> int:
-    """How many scans a JPEG file has."""
     position = file.tell()
     file.seek(0)
     found = file.read().count(b"\xff\xda")
@@ -164,7 +151,7 @@ def _scans(file: BinaryIO) -> int:
 
 
 def _pixels(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [height, width, 3 or 4] of the first frame, upright."""
+    """uint8 [height, width, 3] of the first frame, upright and on white, not quite of `size` yet."""
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
@@ -177,11 +164,9 @@ def _pixels(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
         factor = min(image.height // size[0], image.width // size[1])
         if factor >= 2 * BLOCK_REDUCTION:
             image = image.reduce(factor // BLOCK_REDUCTION)
-    return np.asarray(image)
-
-
-def _opaque(pixels: np.ndarray) -> np.ndarray:
-    """Composites uint8 [height, width, 4] on white, in bands of rows to save memory."""
+    pixels = np.asarray(image)
+    if not transparent:
+        return pixels
     opaque = np.empty((*pixels.shape[:2], 3), np.uint8)
     rows = max(1, BAND // pixels.shape[1])
     for start in range(0, len(pixels), rows):
@@ -190,7 +175,6 @@ def _opaque(pixels: np.ndarray) -> np.ndarray:
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:
-    """uint8 from a grey image of integers or floats of more than 8 bits a pixel."""
     if values.dtype.kind == "f":
         values = np.nan_to_num(values)
         scale = 255.0 if values.max(initial=0) <= 1.0 else 1.0
@@ -201,10 +185,7 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
 
 
 def decode_image(encoded: tf.Tensor) -> tf.Tensor:
-    """Decodes one JPEG, PNG, BMP, GIF (first frame) or WebP image inside a graph.
-
-    Args:
-        encoded: string [], the bytes of a file.
+    """Decodes a JPEG, PNG, BMP, GIF (first frame) or WebP file, string [], inside a graph.
 
     Returns:
         uint8 [height, width, 3], RGB, transparency composited on white.
@@ -230,8 +211,11 @@ def decode_image(encoded: tf.Tensor) -> tf.Tensor:
         return tf.cond(opaque, lambda: pixels[..., :3], lambda: _opaque_in_graph(pixels))
 
     is_jpeg = tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff"
-    small = _work(encoded, is_jpeg) <= MAX_PIXELS
-    with tf.control_dependencies([tf.debugging.Assert(small, [_TOO_MUCH])]):
+    small, message = (
+        _work(encoded, is_jpeg) <= MAX_PIXELS,
+        f"an animated WebP, or more than {_BOMB}",
+    )
+    with tf.control_dependencies([tf.debugging.Assert(small, [message])]):
         pixels = tf.cond(is_jpeg, jpeg, other)
     return tf.ensure_shape(pixels, (None, None, 3))
 
@@ -239,8 +223,7 @@ def decode_image(encoded: tf.Tensor) -> tf.Tensor:
 def _work(encoded: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
     """int64 []: the pixels that a decoder will compute, by the file's header; 0 if it is no image.
 
-    TensorFlow's own limits are higher. Its decoders read every frame of a GIF and every scan of a
-    JPEG, and crash on an animated WebP.
+    TensorFlow's own limits are higher, and it reads every frame of a GIF and every scan of a JPEG.
     """
     start = tf.strings.substr(encoded, 0, 30)
     header = tf.cast(tf.io.decode_raw(start, tf.uint8, fixed_length=30), tf.int64)
@@ -272,22 +255,16 @@ def _work(encoded: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
         extended = (number(24, 25, 26) + 1) * (number(27, 28, 29) + 1)
         # TensorFlow 2.21 writes animations beyond the end of its memory, and the process dies.
         extended = tf.where(header[20] & 2 == 0, extended, MAX_PIXELS + 1)
-        return tf.where(
-            header[15] == ord("L"), lossless, tf.where(header[15] == ord("X"), extended, lossy)
-        )
+        kind = header[15]
+        return tf.where(kind == ord("L"), lossless, tf.where(kind == ord("X"), extended, lossy))
 
-    kinds = [
-        (is_jpeg, jpeg),
-        (header[0] == 0x89, png),
-        (header[0] == ord("G"), gif),
-        (header[0] == ord("R"), webp),
-        (header[0] == ord("B"), bmp),
-    ]
+    first = ((0x89, png), (ord("G"), gif), (ord("R"), webp), (ord("B"), bmp))
+    kinds = [(is_jpeg, jpeg), *((header[0] == byte, kind) for byte, kind in first)]
     return tf.case(kinds, lambda: tf.constant(0, tf.int64))
 
 
 def _opaque_in_graph(pixels: tf.Tensor) -> tf.Tensor:
-    """`_opaque` inside a graph."""
+    """`on_white` in bands of rows, one at a time, to save memory."""
     height, width = tf.unstack(tf.shape(pixels)[:2])
     rows = tf.maximum(1, BAND // width)
     count = (height + rows - 1) // rows
@@ -296,19 +273,12 @@ def _opaque_in_graph(pixels: tf.Tensor) -> tf.Tensor:
     def composite(i, bands):
         return i + 1, bands.write(i, on_white(pixels[i * rows : (i + 1) * rows]))
 
-    # One at a time, to save memory.
     _, bands = tf.while_loop(lambda i, _: i < count, composite, (0, bands), parallel_iterations=1)
     return bands.concat()
 
 
 def decode_images(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes and resizes many images inside a graph, in parallel; a bad one stops no others.
-
-    A graph cannot catch an error, but a tf.data pipeline can skip the element that has one.
-
-    Args:
-        encoded: string [N].
-        size: (height, width) in pixels.
+    """Decodes and resizes images string [N] inside a graph, in parallel; a bad one stops no others.
 
     Returns:
         (uint8 [N, *size, 3], bool [N]): the pixels, and whether the image could be decoded. Where
@@ -321,6 +291,7 @@ def decode_images(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor,
     count = tf.size(encoded, tf.int64)
     numbers = tf.range(count)
     images = tf.data.Dataset.from_tensor_slices((numbers, encoded))
+    # A graph cannot catch an error, but a tf.data pipeline can skip the element that has one.
     images = images.map(finished, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
     # A sentinel at the end: there is always an element, and one after each.
     last = tf.data.Dataset.from_tensors((count, tf.zeros((*size, 3), tf.uint8)))

@@ -75,15 +75,10 @@ def pixel_digests(images: np.ndarray, rows: np.ndarray | None = None) -> np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class BadImages:
-    """What to do about images that cannot be read.
+    """What to do about images that cannot be read."""
 
-    Attributes:
-        skip: skip them instead of stopping at the first.
-        max_share: the share of a split's images that may be skipped.
-    """
-
-    skip: bool = False
-    max_share: float = 0.0
+    skip: bool = False  # instead of stopping at the first
+    max_share: float = 0.0  # of a split's images, that may be skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,23 +102,15 @@ class Splits:
     skipped: tuple[Skipped, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(Splits):
     """Three disjoint splits; `val` is None where nothing was held out."""
 
-    train: Split
-    val: Split | None
-    test: Split
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    skipped: tuple[Skipped, ...] = ()
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.train.image_shape
 
     def split(self, name: str) -> Split:
-        """The split called train, val or test.
-
-        Raises:
-            UserError: there is no validation split.
-        """
+        """The split called train, val or test; UserError if nothing was held out for val."""
         split = getattr(self, name)
         if split is None:
             raise UserError("there is no validation split: the run was made with --val_fraction=0")
@@ -131,7 +118,7 @@ class Dataset:
 
     def describe(self) -> dict:
         """The size and fingerprint of each split, for config.json."""
-        splits = {name: getattr(self, name) for name in ("train", "val", "test")}
+        splits = {"train": self.train, "val": self.val, "test": self.test}
         return {
             name: {"count": len(split), "fingerprint": split.fingerprint}
             for name, split in splits.items()
@@ -140,27 +127,19 @@ class Dataset:
 
 
 def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
-    """Checks a source's splits and holds validation out of train where it is missing.
-
-    Raises:
-        UserError: a split is empty, train lacks a class of another split, or the name of a class is
-            not a line of text.
-    """
+    """Checks a source's splits and holds validation out of train where it is missing."""
     train, val, test = splits.train, splits.val, splits.test
     for name in splits.class_names:
         check_class_name(name, splits.where)
     for name, split in (("training", train), ("test", test)):
         if len(split) == 0:
             raise UserError(f"{splits.where} has no {name} images")
-    known = np.unique(train.labels)
     for name, other in (("val", val), ("test", test)):
-        if other is not None:
-            unknown = np.setdiff1d(other.labels, known)
-            if len(unknown):
-                raise UserError(
-                    f"class {splits.class_names[unknown[0]]!r} of {splits.where} is in {name} "
-                    "but not in train; add training images of it or remove it"
-                )
+        for label in np.setdiff1d(other.labels if other else [], train.labels).astype(int):
+            raise UserError(
+                f"class {splits.class_names[label]!r} of {splits.where} is in {name} but not in "
+                "train; add training images of it or remove it"
+            )
     if val is None and val_fraction > 0:
         held_out = hold_out(train.labels, val_fraction, seed)
         if not held_out.any():
@@ -169,7 +148,7 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
                 f"as many as {1 / val_fraction:.0f}; use a larger share, or 0"
             )
         val, train = train.take(np.flatnonzero(held_out)), train.take(np.flatnonzero(~held_out))
-    return Dataset(train, val, test, splits.class_names, train.image_shape, splits.skipped)
+    return Dataset(train, val, test, splits.class_names, splits.where, splits.skipped)
 
 
 def check_class_name(name: str, where: str) -> None:

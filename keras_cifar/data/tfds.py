@@ -9,7 +9,6 @@ import pathlib
 import re
 import socket
 import urllib.parse
-from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -34,22 +33,13 @@ OTHER_WAYS = (
 def load(
     argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
 ) -> Splits:
-    """Reads a TFDS data set, and downloads and prepares it if `data_dir` lacks it.
-
-    Raises:
-        UsageError: there is no data set of that name, its images differ in size and there is no
-            `image_size`, or bad images are to be skipped.
-        UserError: it cannot be downloaded, or is not for image classification.
-    """
-    name = argument
+    """Reads a TFDS data set, and downloads and prepares it if `data_dir` lacks it."""
     if bad_images.skip:
         # A bad record means that the preparation of the data set went wrong.
         raise UsageError("--on_bad_image=skip is for --data=folder:PATH, not for TFDS data sets")
-    builder = _builder(name, data_dir)
-    features = builder.info.features
-    if builder.info.supervised_keys != ("image", "label") or not hasattr(
-        features["label"], "names"
-    ):
+    name, builder = argument, _builder(argument, data_dir)
+    features, keys = builder.info.features, builder.info.supervised_keys
+    if keys != ("image", "label") or not hasattr(features["label"], "names"):
         raise UserError(f"TFDS data set {name} is not for image classification (image -> label)")
     shape = features["image"].shape
     if not image_size and None in shape:
@@ -63,13 +53,11 @@ def load(
     available = builder.info.splits
     if "train" not in available:
         raise UserError(f"TFDS data set {name} has no split train; it has {', '.join(available)}")
-    train, val, test = read("train"), None, None
-    if "validation" in available:
-        val = read("validation")
-    if "test" in available:
-        test = read("test")
-        if len(test) and test.labels.min() < 0:  # ImageNet's test labels are withheld.
-            test = None
+    train = read("train")
+    val = read("validation") if "validation" in available else None
+    test = read("test") if "test" in available else None
+    if test and test.labels.min() < 0:  # ImageNet's test labels are withheld.
+        test = None
     if test is None and val is not None:
         val, test = None, val
     if test is None:
@@ -83,50 +71,40 @@ def _builder(name: str, data_dir: str | None):
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     import tensorflow_datasets as tfds
 
-    if not re.fullmatch(r"\w+(/[\w.+-]+)?", name):
-        raise _unknown(name)
-    _check_features(data_dir or tfds.core.constants.DATA_DIR, name)
     try:
+        if not re.fullmatch(r"\w+(/[\w.+-]+)?", name):
+            raise tfds.core.DatasetNotFoundError(name)
+        _check_features(data_dir or tfds.core.constants.DATA_DIR, name)
         return tfds.builder(name, data_dir=os.path.expanduser(data_dir) if data_dir else None)
     except tfds.core.DatasetNotFoundError:
-        raise _unknown(name) from None
+        raise UsageError(
+            f"unknown data set {name!r}: neither folder:PATH, archive:PATH, digits nor a name "
+            "listed at https://www.tensorflow.org/datasets/catalog"
+        ) from None
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"TFDS data set {name} cannot be opened: {reason(error)}") from None
 
 
 def _check_features(data_dir: str, name: str) -> None:
     """Refuses a prepared data set whose features.json names code that TFDS would import."""
+
+    def check(found: dict) -> None:
+        for key in ("type", "pythonClassName", "python_class_name"):  # of both of its forms
+            module = str(found.get(key, ""))
+            if "." in module and not module.startswith("tensorflow_datasets."):
+                raise ValueError(f"it names {module!r}, which is not a feature of TFDS")
+
     folder = pathlib.Path(data_dir).expanduser() / name.partition("/")[0]
     for path in sorted(folder.glob("**/features.json")):
         try:
-            for module in _modules(json.loads(read(path, MAX_FEATURES))):
-                if not module.startswith("tensorflow_datasets."):
-                    raise ValueError(f"it names {module!r}, which is not a feature of TFDS")
+            json.loads(read(path, MAX_FEATURES), object_hook=check)
         except Exception as error:  # A damaged file can raise almost anything.
             raise UserError(f"{path} is invalid: {reason(error)}") from None
 
 
-def _modules(value: object) -> Iterator[str]:
-    """The modules that a features.json names, in both of its forms."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if key in ("type", "pythonClassName", "python_class_name") and "." in str(item):
-                yield str(item)
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _modules(item)
-
-
-def _unknown(name: str) -> UsageError:
-    return UsageError(
-        f"unknown data set {name!r}: neither folder:PATH, archive:PATH, digits nor a name "
-        "listed at https://www.tensorflow.org/datasets/catalog"
-    )
-
-
 def _prepare(builder, name: str) -> None:
-    """Downloads and prepares the data set if necessary."""
     if builder.data_path.exists():
         return
     try:
@@ -141,8 +119,7 @@ def _check_connection(builder) -> None:
     """Raises OSError if the data set's first host cannot be reached."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return
-    with contextlib.suppress(StopIteration):
-        url = urllib.parse.urlsplit(next(iter(builder.url_infos or ())))
+    for url in map(urllib.parse.urlsplit, list(builder.url_infos or ())[:1]):
         port = url.port or (80 if url.scheme == "http" else 443)
         try:
             socket.create_connection((url.hostname, port), CONNECT_TIMEOUT).close()
@@ -151,22 +128,16 @@ def _check_connection(builder) -> None:
 
 
 def _read(builder, split: str, size: tuple[int, int], where: str, cache: Cache) -> Split:
-    """The images of a split, decoded unless `cache` has them."""
     info = builder.info.splits[split]
-    cache_key = {
-        "source": "tfds",
-        "name": builder.info.full_name,
-        "split": split,
-        "files": _files(info),
-        "image_size": size,
-    }
+    key = {"source": "tfds", "name": builder.info.full_name, "split": split}
+    key |= {"files": _files(info), "image_size": size}
 
     def fill(write):
-        unreadable = f"{where} cannot be read: {{}}; prepare it again"
+        damaged, again = f"{where} cannot be read", "prepare it again"
         try:
             batches = _batches(builder, split, size)
         except Exception as error:  # Each format has its own errors for files that are missing.
-            raise UserError(unreadable.format(reason(error))) from None
+            raise UserError(f"{damaged}: {reason(error)}; {again}") from None
         labels, position = np.empty(info.num_examples, np.int64), 0
         try:
             for pixels, batch_labels in batches.as_numpy_iterator():
@@ -176,23 +147,18 @@ def _read(builder, split: str, size: tuple[int, int], where: str, cache: Cache) 
                     write(position, pixels)
                 position = stop
         except tf.errors.OpError as error:
-            raise UserError(unreadable.format(reason(error))) from None
+            raise UserError(f"{damaged}: {reason(error)}; {again}") from None
         if position != len(labels):
-            raise UserError(
-                f"{where} has {position} images instead of {len(labels)}; prepare it again"
-            )
+            raise UserError(f"{where} has {position} images instead of {len(labels)}; {again}")
         return labels
 
-    return cache.find(cache_key) or cache.make(
-        cache_key, (info.num_examples, *size, 3), where, fill
-    )
+    return cache.find(key) or cache.make(key, (info.num_examples, *size, 3), where, fill)
 
 
 def _files(info) -> str:
     """A hash of the names, sizes, beginnings and ends of a split's files.
 
-    Prepared files never change. The hash only has to tell preparations apart, without reading all of
-    ImageNet at each start.
+    It tells preparations apart without reading all of ImageNet at each start.
     """
     digest = hashlib.sha256()
     for path in info.filepaths:
@@ -227,8 +193,5 @@ def _batches(builder, split: str, size: tuple[int, int]) -> tf.data.Dataset:
             shuffle_files=False,
             read_config=tfds.ReadConfig(try_autocache=False),  # It is read once.
         )
-    return (
-        dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
-        .batch(in_block((*size, 3)))
-        .prefetch(2)
-    )
+    dataset = dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.batch(in_block((*size, 3))).prefetch(2)

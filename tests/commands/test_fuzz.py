@@ -31,7 +31,7 @@ from keras_cifar.data.splits import BadImages
 from keras_cifar.distributed import cluster
 from keras_cifar.training import optimizers
 from tests.core.test_run_directory import config
-from tests.data.test_archive import members_of
+from tests.data.test_archive import FOLDERS, members_of
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
@@ -121,7 +121,7 @@ def tar(members: dict[str, bytes]) -> bytes:
     return file.getvalue()
 
 
-KINDS = ("cifar-10-python", "cifar-10-binary", "cifar-100-python", "cifar-100-binary")
+KINDS = tuple(FOLDERS)
 
 
 def test_archives(tmp_path):
@@ -159,17 +159,17 @@ def test_pickles():
     run(2000, lambda chance: mutated(chance, samples + short), parse)
 
 
-# ---- Pictures
+# ---- Images
 
 
-def pictures() -> list[bytes]:
+def image_files() -> list[bytes]:
     noise = np.random.default_rng(0).integers(0, 256, (9, 12, 4), np.uint8)
     rgba = Image.fromarray(noise)
     found = []
 
-    def add(picture, form, **options):
+    def add(image, form, **options):
         file = io.BytesIO()
-        picture.save(file, form, **options)
+        image.save(file, form, **options)
         found.append(file.getvalue())
 
     exif = Image.Exif()
@@ -179,8 +179,8 @@ def pictures() -> list[bytes]:
     add(rgb, "JPEG", exif=exif)
     add(rgb, "JPEG", progressive=True)
     add(rgb.convert("CMYK"), "JPEG")
-    for picture in (rgba, rgb, grey, palette, rgb.convert("1"), rgba.convert("LA")):
-        add(picture, "PNG")
+    for image in (rgba, rgb, grey, palette, rgb.convert("1"), rgba.convert("LA")):
+        add(image, "PNG")
     add(Image.fromarray(noise[..., 0].astype(np.uint16) * 200), "PNG")
     add(palette, "PNG", transparency=3)
     add(rgb, "BMP")
@@ -200,9 +200,9 @@ def pictures() -> list[bytes]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_pictures(monkeypatch):
+def test_images(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)  # Large ones take their time.
-    samples = pictures()
+    samples = image_files()
     for sample in samples:
         assert load_image(sample).ndim == 3
 
@@ -238,6 +238,7 @@ WORDS = (
     "٣",
     "²",
 )
+JSON = (b"null", b"[]", b"{}", b'"', b"1e999", b"NaN", b"-1", b"0", b"9" * 5000, b"true")
 
 
 def text(chance: random.Random, samples: tuple[str, ...]) -> str:
@@ -248,22 +249,6 @@ def text(chance: random.Random, samples: tuple[str, ...]) -> str:
         new = chance.choice((*WORDS, *samples, chance.choice(string.printable), "\udcff", "9" * 40))
         parts[place : place + chance.choice((0, 0, 1, 3))] = [new] if chance.random() < 0.7 else []
     return "".join(parts)
-
-
-def test_augmentations():
-    samples = (
-        "crop(4)|flip",
-        "cutout(8)|mixup(0.2)",
-        "color(0.4)",
-        "randaugment(2,9)",
-        "cutmix(1)",
-    )
-    run(60, lambda chance: text(chance, samples), augmentation.parse)
-
-
-def test_schedules():
-    samples = ("constant", "cosine", "step(0.5,0.75)", "step(0.1)", "onecycle")
-    run(3000, lambda chance: text(chance, samples), optimizers.parse_schedule)
 
 
 def test_worker_lists():
@@ -282,14 +267,13 @@ def test_tf_config():
         for kind in ("worker", "chief")
         for index in (0, 1)
     ]
-    pieces = (b"null", b"[]", b"{}", b'"', b"1e999", b"NaN", b"-1", b"9" * 30, b"true", b'"a:1"')
 
     def parse(contents):
         cluster.find_cluster(DevicesConfig(), {"TF_CONFIG": contents})
 
     def make(chance):
         # Not in an environment variable: what is no UTF-8 is an escaped byte there.
-        return mutated(chance, samples, pieces).decode("utf-8", "surrogateescape")
+        return mutated(chance, samples, (*JSON, b'"a:1"')).decode("utf-8", "surrogateescape")
 
     run(3000, make, parse)
 
@@ -321,33 +305,27 @@ def test_slurm():
     run(500, make, parse)
 
 
-def test_command_lines():
-    samples = (
-        "--epochs=3",
-        "--data=digits",
-        "--noexport",
-        "--seed=1",
-        "--ema=0.5",
-        "--model=vgg11",
+def test_augmentations_schedules_and_command_lines():
+    steps = ("crop(4)|flip", "cutout(8)|mixup(0.2)", "color(0.4)", "randaugment(2,9)", "cutmix(1)")
+    run(60, lambda chance: text(chance, steps), augmentation.parse)
+    schedules = ("constant", "cosine", "step(0.5,0.75)", "step(0.1)", "onecycle")
+    run(3000, lambda chance: text(chance, schedules), optimizers.parse_schedule)
+    flags = ("--epochs=3", "--data=digits", "--noexport", "--seed=1", "--ema=0.5", "--model=vgg11")
+    run(
+        150,
+        lambda c: [text(c, flags) for _ in range(c.randint(0, 3))],
+        lambda argv: cli.parse(TrainConfig, argv),
     )
-
-    def parse(argv):
-        cli.parse(TrainConfig, argv)
-
-    run(150, lambda c: [text(c, samples) for _ in range(c.randint(0, 3))], parse)
 
 
 @pytest.mark.parametrize(
     "task",
     ['{"index": 1e999}', '{"index": ' + "[" * 100_000, '{"index": NaN}', '{"type": ["a:1"]}', "[]"],
 )
-def test_what_fuzzing_found_in_tf_config(task):
+def test_what_fuzzing_found(task):
     text = f'{{"cluster": {{"worker": ["a:1"]}}, "task": {task}}}'
     with pytest.raises(UserError, match="TF_CONFIG"):
         cluster.find_cluster(DevicesConfig(), {"TF_CONFIG": text})
-
-
-def test_what_fuzzing_found_in_command_lines():
     with pytest.raises(UserError, match="does not take an argument"):
         cli.parse(TrainConfig, ["--noexport="])
 
@@ -358,18 +336,6 @@ def test_what_fuzzing_found_in_command_lines():
 def test_run_configurations(tmp_path):
     given = Run(tmp_path)
     samples = [json.dumps(config()).encode()]
-    pieces = (
-        b"null",
-        b"[]",
-        b"{}",
-        b'"',
-        b"1e999",
-        b"NaN",
-        b"-1",
-        b"9" * 5000,
-        b"true",
-        b"[" * 2000,
-    )
 
     def parse(contents):
         given.config.write_bytes(contents)
@@ -377,7 +343,7 @@ def test_run_configurations(tmp_path):
         TrainConfig().differences(found["flags"])
         TrainConfig.from_json(found["flags"]).replace()
 
-    run(600, lambda chance: mutated(chance, samples, pieces), parse)
+    run(600, lambda chance: mutated(chance, samples, (*JSON, b"[" * 2000)), parse)
 
 
 def test_model_files(tmp_path):
@@ -386,7 +352,6 @@ def test_model_files(tmp_path):
     with zipfile.ZipFile(path) as whole:
         members = {name: whole.read(name) for name in whole.namelist()}
     samples = [path.read_bytes()]
-    pieces = (b"null", b"[]", b"{}", b'"', b"1e9", b"-1", b"0", b"true", b'"Lambda"')
 
     def make(chance):
         if chance.random() < 0.3:
@@ -394,7 +359,11 @@ def test_model_files(tmp_path):
         file, name = io.BytesIO(), chance.choice(sorted(members))
         with zipfile.ZipFile(file, "w") as out:
             for member, contents in members.items():
-                changed = mutated(chance, [contents], pieces) if member == name else contents
+                changed = (
+                    mutated(chance, [contents], (*JSON, b'"Lambda"'))
+                    if member == name
+                    else contents
+                )
                 out.writestr(member, changed)
         return file.getvalue()
 

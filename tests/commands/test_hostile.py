@@ -24,27 +24,26 @@ environment.import_tensorflow()
 from keras_cifar import predict, train
 from keras_cifar.core import cli, config
 
-answers = {}
+COMMANDS = {
+    "train": (train.main, config.TrainConfig, ""),
+    "predict": (predict.main, predict.PredictOptions, "IMAGE ..."),
+}
+outcomes = {}
 for name, module, argv in json.load(sys.stdin):
     start, out, err = time.process_time(), io.StringIO(), io.StringIO()
-    main, options = {
-        "train": (train.main, config.TrainConfig),
-        "predict": (predict.main, predict.PredictOptions),
-    }[module]
-    arguments = "IMAGE ..." if module == "predict" else ""
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli._execute(module, main, options, arguments, argv)
-    answers[name] = [status, time.process_time() - start, out.getvalue(), err.getvalue()]
+        status = cli._execute(module, *COMMANDS[module], argv)
+    outcomes[name] = [status, time.process_time() - start, out.getvalue(), err.getvalue()]
 # Not ru_maxrss: a new program begins with that of the process which started it.
 (peak,) = [int(x.split()[1]) / 2**10 for x in open("/proc/self/status") if x[:6] == "VmHWM:"]
-json.dump([answers, peak], sys.stdout)
+json.dump([outcomes, peak], sys.stdout)
 """
 
 SECONDS, MEBIBYTES = 5, 1024
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory, trained_run):
+def outcomes(tmp_path_factory, trained_run):
     """name -> (status, CPU seconds, stdout, stderr) of each command; the peak memory in MiB."""
     root = tmp_path_factory.mktemp("hostile")
     commands = []
@@ -52,6 +51,9 @@ def answers(tmp_path_factory, trained_run):
     def train(name, spec):
         argv = [f"--data={spec}", "--model=lenet5", f"--run_dir={root / 'run'}", "--epochs=1"]
         commands.append((name, "train", argv))
+
+    def predict(name, path):
+        commands.append((name, "predict", [f"--model={trained_run.path}", str(path)]))
 
     bombs = {
         # 50 KB that claim 1,600 megapixels and hold 50 MB of them, and 900 that are all there.
@@ -63,15 +65,10 @@ def answers(tmp_path_factory, trained_run):
     for name, contents in bombs.items():
         folder = root / f"folder {name}"
         write_folder(folder, {"train": 6, "test": 3})
-        (folder / "train" / "class_1" / "bomb.png").write_bytes(contents)
+        bomb = folder / "train" / "class_1" / "bomb.png"
+        bomb.write_bytes(contents)
         train(f"train {name}", f"folder:{folder}")
-        commands.append(
-            (
-                f"predict {name}",
-                "predict",
-                [f"--model={trained_run.path}", str(folder / "train" / "class_1" / "bomb.png")],
-            )
-        )
+        predict(f"predict {name}", bomb)
 
     python = members_of("cifar-10-python")
     pickles = {
@@ -97,7 +94,7 @@ def answers(tmp_path_factory, trained_run):
 
     train("gzip bomb", f"archive:{gzip_bomb(root / 'bomb.tar.gz')}")
     os.mkfifo(root / "pipe.png")
-    commands.append(("pipe", "predict", [f"--model={trained_run.path}", str(root / "pipe.png")]))
+    predict("pipe", root / "pipe.png")
     train("pipe archive", f"archive:{root / 'pipe.png'}")
 
     done = subprocess.run(
@@ -145,8 +142,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(("case", "words"), CASES.items())
-def test_it_is_refused_in_one_line_and_soon(answers, case, words):
-    status, seconds, out, error = answers[0][case]
+def test_it_is_refused_in_one_line_and_soon(outcomes, case, words):
+    status, seconds, out, error = outcomes[0][case]
     assert status == 1
     assert seconds < SECONDS
     (line,) = error.splitlines()
@@ -155,6 +152,6 @@ def test_it_is_refused_in_one_line_and_soon(answers, case, words):
         assert out == ""
 
 
-def test_all_of_it_takes_less_than_a_gibibyte(answers):
+def test_all_of_it_takes_less_than_a_gibibyte(outcomes):
     """TensorFlow, Keras and a model included."""
-    assert answers[1] < MEBIBYTES
+    assert outcomes[1] < MEBIBYTES

@@ -35,9 +35,8 @@ def examples(kind: str) -> tuple:
     """(train pixels, train labels, test pixels, test labels): uint8 [N, 32, 32, 3] and int64."""
     random = np.random.default_rng(len(kind))
     count = 5 * PER_BATCH if "cifar-10-" in kind else 2 * PER_BATCH
-    classes = len(names_of(kind))
     pixels = random.integers(0, 256, (count + PER_BATCH, 32, 32, 3), np.uint8)
-    labels = np.arange(len(pixels)) % classes
+    labels = np.arange(len(pixels)) % len(names_of(kind))
     return pixels[:count], labels[:count], pixels[count:], labels[count:]
 
 
@@ -57,37 +56,29 @@ def dump(value: object) -> bytes:
 @functools.cache
 def members_of(kind: str) -> types.MappingProxyType[str, bytes]:
     """The files of a small archive, as the official ones are written."""
-    return types.MappingProxyType(_members_of(kind))
-
-
-def _members_of(kind: str) -> dict[str, bytes]:
     train, train_labels, test, test_labels = examples(kind)
-    ten, python = "cifar-10-" in kind, kind.endswith("python")
-    if ten:
-        parts = [
-            (f"data_batch_{i + 1}", slice(i * PER_BATCH, (i + 1) * PER_BATCH)) for i in range(5)
-        ]
-    else:
-        parts = [("train", slice(None))]
-    batches = [(name, train[part], train_labels[part]) for name, part in parts]
+    ten = "cifar-10-" in kind
+    size = PER_BATCH if ten else len(train)
+    batches = [
+        (f"data_batch_{start // size + 1}" if ten else "train", train[start : start + size],
+         train_labels[start : start + size])
+        for start in range(0, len(train), size)
+    ]  # fmt: skip
     batches.append(("test_batch" if ten else "test", test, test_labels))
-    if not python:
-        members = {f"{n}.bin": records(pixels, labels, ten) for n, pixels, labels in batches}
-        names = "".join(f"{name}\n" for name in names_of(kind)).encode()
-        # The original has an empty line at the end.
-        members["batches.meta.txt" if ten else "fine_label_names.txt"] = names + b"\n"
-        if not ten:
-            members["coarse_label_names.txt"] = b"aquatic_mammals\nfish\n"
-        return members
-    members = {name: dump(batch(name, pixels, labels, ten)) for name, pixels, labels in batches}
     names = [name.encode() for name in names_of(kind)]
-    if ten:
-        members["batches.meta"] = dump(
-            {b"num_cases_per_batch": PER_BATCH, b"label_names": names, b"num_vis": 3072}
-        )
+    if kind.endswith("python"):
+        members = {name: dump(batch(name, pixels, labels, ten)) for name, pixels, labels in batches}
+        if ten:
+            about = {b"num_cases_per_batch": PER_BATCH, b"label_names": names, b"num_vis": 3072}
+            members["batches.meta"] = dump(about)
+        else:
+            members["meta"] = dump({b"fine_label_names": names, b"coarse_label_names": [b"fish"]})
     else:
-        members["meta"] = dump({b"fine_label_names": names, b"coarse_label_names": [b"fish"]})
-    return members
+        members = {f"{n}.bin": records(pixels, labels, ten) for n, pixels, labels in batches}
+        # The original has an empty line at the end.
+        file = "batches.meta.txt" if ten else "fine_label_names.txt"
+        members[file] = b"\n".join([*names, b"", b""])
+    return types.MappingProxyType(members)
 
 
 def batch(name: str, pixels: np.ndarray, labels: np.ndarray, ten: bool) -> dict:
@@ -144,26 +135,23 @@ def refusal(path: pathlib.Path) -> str:
 # ---- Layouts
 
 
-def packed(tmp_path, kind):
-    return pack(tmp_path / f"{kind}.tar.gz", kind, members_of(kind))
+def packed(tmp_path, kind, suffix=".tar.gz"):
+    mode = "w:gz" if suffix == ".tar.gz" else "w"
+    return pack(tmp_path / f"{kind}{suffix}", kind, members_of(kind), mode)
 
 
-def packed_without_compression(tmp_path, kind):
-    return pack(tmp_path / f"{kind}.tar", kind, members_of(kind), mode="w")
-
-
-def unpacked(tmp_path, kind):
-    return unpack(tmp_path / "anything", members_of(kind))
-
-
-def unpacked_below(tmp_path, kind):
-    return unpack(tmp_path / FOLDERS[kind], members_of(kind)).parent
+FORMS = {
+    "packed": packed,
+    "packed without compression": functools.partial(packed, suffix=".tar"),
+    "unpacked": lambda tmp_path, kind: unpack(tmp_path / "anything", members_of(kind)),
+    "unpacked below": lambda tmp_path, kind: unpack(tmp_path / "a/b", members_of(kind)).parent,
+}
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-@pytest.mark.parametrize("form", [packed, packed_without_compression, unpacked, unpacked_below])
+@pytest.mark.parametrize("form", FORMS)
 def test_pixels_labels_and_names_come_back_exact(tmp_path, kind, form):
-    path = form(tmp_path, kind)
+    path = FORMS[form](tmp_path, kind)
     before = sorted(tmp_path.iterdir())
     dataset = data.load(f"archive:{path}", val_fraction=0)
     assert sorted(tmp_path.iterdir()) == before
@@ -214,9 +202,9 @@ def test_pickles_that_python_2_wrote_are_read(tmp_path):
     np.testing.assert_array_equal(dataset.test.labels, labels)
 
 
-@pytest.mark.parametrize("side", [8, 32, 48])
+@pytest.mark.parametrize("side", [8, 48])
 def test_image_size_resizes(tmp_path, side):
-    path = unpacked(tmp_path, "cifar-10-binary")
+    path = packed(tmp_path, "cifar-10-binary")
     dataset = data.load(f"archive:{path}", image_size=side, val_fraction=0)
     expected = resize_images(examples("cifar-10-binary")[0], (side, side))
     np.testing.assert_array_equal(dataset.train.images, expected)
@@ -224,10 +212,6 @@ def test_image_size_resizes(tmp_path, side):
 
 
 # ---- Damaged archives
-
-
-def test_missing_archive_is_named(tmp_path):
-    assert "does not exist" in refusal(tmp_path / "none.tar.gz")
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
@@ -253,6 +237,7 @@ def test_truncated_archive(tmp_path, kind, keep):
 )
 def test_file_that_is_no_archive(tmp_path, contents):
     path = tmp_path / "cifar-10-python.tar.gz"
+    assert "does not exist" in refusal(path)
     path.write_bytes(contents)
     assert ":;" not in refusal(path)  # a reason that ends before it says anything
 
@@ -264,10 +249,10 @@ def test_archive_of_something_else_names_the_four(tmp_path, pack_it):
         assert kind in message
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("layout", archive.LAYOUTS, ids=FOLDERS)
 @pytest.mark.parametrize("pack_it", [True, False])
-def test_missing_member_is_named(tmp_path, kind, pack_it):
-    (layout,) = (x for x in archive.LAYOUTS if set(x.members) <= set(members_of(kind)))
+def test_missing_member_is_named(tmp_path, layout, pack_it):
+    (kind,) = (kind for kind in FOLDERS if set(layout.members) <= set(members_of(kind)))
     for number, member in enumerate(layout.members):
         members = {name: c for name, c in members_of(kind).items() if name != member}
         (tmp_path / str(number)).mkdir()
@@ -377,9 +362,8 @@ def test_protocols(tmp_path, protocol):
         name: pickle.dumps(pickle.loads(contents), protocol)
         for name, contents in members_of("cifar-100-python").items()
     }
-    path = unpack(tmp_path / "a", members)
+    dataset = data.load(f"archive:{unpack(tmp_path / 'a', members)}", val_fraction=0)
     train, labels = examples("cifar-100-python")[:2]
-    dataset = data.load(f"archive:{path}", val_fraction=0)
     np.testing.assert_array_equal(dataset.train.images, train)
     np.testing.assert_array_equal(dataset.train.labels, labels)
 
@@ -402,8 +386,7 @@ def test_damaged_pickle(tmp_path, contents):
 
 
 @pytest.mark.parametrize(
-    "names",
-    [[], [b"cat", b"cat"], [1, 2, 3], 7, [b"\xff\xfe"], [[b"cat"]], {b"cat": 1}, None],
+    "names", [[], [b"cat", b"cat"], [1, 2, 3], 7, [b"\xff\xfe"], [[b"cat"]], {b"cat": 1}, None]
 )
 def test_invalid_class_names(tmp_path, names):
     value = {} if names is None else {b"label_names": names}
@@ -429,9 +412,9 @@ def test_member_that_is_too_large_is_not_read(tmp_path, monkeypatch, pack_it):
     assert "too large" in refusal(path)
 
 
-@pytest.mark.parametrize("form", [packed, unpacked])
+@pytest.mark.parametrize("form", ["packed", "unpacked"])
 def test_archive_that_the_system_refuses_is_named(tmp_path, form, monkeypatch):
-    path = form(tmp_path, "cifar-10-python")
+    path = FORMS[form](tmp_path, "cifar-10-python")
 
     def refuse(where, *args, **options):
         raise PermissionError(13, "Permission denied", str(where))
@@ -560,12 +543,10 @@ def with_member(tmp_path, name="x", kind=tarfile.REGTYPE, target="", size=0, fir
     info.type, info.linkname, info.size = kind, target, size
     whole = pack(tmp_path / "whole.tar", "cifar-10-binary", members_of("cifar-10-binary"), "w")
     with tarfile.open(path, "w:gz") as tar, tarfile.open(whole) as old:
-        if first:
-            tar.addfile(info, io.BytesIO(bytes(size)))
-        for member in old:
-            tar.addfile(member, old.extractfile(member) if member.isfile() else None)
-        if not first:
-            tar.addfile(info, io.BytesIO(bytes(size)))
+        members = [(m, old.extractfile(m) if m.isfile() else None) for m in old]
+        members.insert(0 if first else len(members), (info, io.BytesIO(bytes(size))))
+        for member, contents in members:
+            tar.addfile(member, contents)
     return path
 
 
@@ -618,13 +599,6 @@ def test_sparse_member_that_claims_to_be_small_is_not_skipped(tmp_path):
     assert "unpacks to more than" in refusal(path)
 
 
-def test_nothing_is_unpacked_to_be_skipped_beyond_the_limit():
-    zeros = archive._Bounded(io.BytesIO(bytes(1000)))
-    assert zeros.seek(900) == 900
-    with pytest.raises(tarfile.ReadError, match="unpacks to more than"):
-        zeros.seek(archive.MAX_ARCHIVE + 1)
-
-
 def test_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     path = with_member(tmp_path, size=1_000_000)
     assert len(data.load(f"archive:{path}").test) == PER_BATCH
@@ -632,12 +606,8 @@ def test_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     assert "unpacks to more than 900,000 bytes" in refusal(path)
 
 
-def test_archive_of_too_many_members_is_refused(tmp_path, monkeypatch):
+def test_archive_of_too_many_members_or_a_pipe_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MAX_MEMBERS", 5)
-    path = packed(tmp_path, "cifar-10-python")
-    assert "more than 5 members" in refusal(path)
-
-
-def test_pipe_is_no_archive(tmp_path):
+    assert "more than 5 members" in refusal(packed(tmp_path, "cifar-10-python"))
     os.mkfifo(tmp_path / "a.tar.gz")
     assert "a pipe or a device" in refusal(tmp_path / "a.tar.gz")

@@ -57,34 +57,25 @@ def test_run_has_a_list_of_what_was_skipped(trained):
     assert run.read_config()["splits"]["test"]["count"] == 24
 
 
-def test_resuming_has_the_same_images_and_the_same_list(trained, capsys):
+def test_resuming_has_the_same_images_and_list_and_refuses_the_other_flag(trained, capsys):
     flags, run, _ = trained
     before = table(run)
     run.skipped.unlink()
     trainer.train(flags.replace(max_bad_share=0.5), run)
     assert table(run) == before
     assert "skipped   2 images that cannot be read" in capsys.readouterr().err
-
-
-def test_resuming_with_the_other_flag_is_refused(trained):
-    flags, run, _ = trained
     with pytest.raises(UsageError, match="--on_bad_image was 'skip', is 'error'"):
         trainer.train(flags.replace(on_bad_image="error"), run)
 
 
-def test_new_run_without_skip_fails_before_it_begins(trained, tmp_path):
+def test_new_run_without_skip_or_with_more_than_the_share_fails_before_it_begins(trained, tmp_path):
     flags, _, (first, _) = trained
     with pytest.raises(UserError, match="cannot be read: the file is empty") as error:
         trainer.train(flags.replace(on_bad_image="error"), Run(tmp_path / "new"))
     assert "\\n.png" in str(error.value)
     assert first.name not in str(error.value)  # Its name is two lines.
-    assert not (tmp_path / "new").exists()
-
-
-def test_run_with_more_than_the_share_fails_before_it_begins(trained, tmp_path):
-    flags = trained[0].replace(max_bad_share=0.01)
     with pytest.raises(UserError, match=r"more than --max_bad_share=0\.01"):
-        trainer.train(flags, Run(tmp_path / "new"))
+        trainer.train(flags.replace(max_bad_share=0.01), Run(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
@@ -122,10 +113,8 @@ def test_run_directory_that_is_no_text_is_refused_before_it_begins(trained, tmp_
     assert not path.exists()
 
 
-def test_tfds_takes_no_skip(tmp_path):
+def test_skip_is_refused_for_tfds_and_means_nothing_for_digits(tmp_path):
+    skip = data.BadImages(True, 0.5)
     with pytest.raises(UsageError, match="--on_bad_image=skip is for --data=folder:PATH"):
-        data.load("cifar10", str(tmp_path), bad_images=data.BadImages(True, 0.5))
-
-
-def test_data_without_files_of_images_has_none_to_skip():
-    assert not data.load("digits", bad_images=data.BadImages(True, 0.5)).skipped
+        data.load("cifar10", str(tmp_path), bad_images=skip)
+    assert not data.load("digits", bad_images=skip).skipped

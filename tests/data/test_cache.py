@@ -88,36 +88,27 @@ needs_proc = pytest.mark.skipif(
 # ---- Entries
 
 
-def test_entry_is_found_again(tmp_path):
+def test_entry_is_found_again_and_mapped_read_only(tmp_path):
     assert Cache(str(tmp_path)).find(KEY) is None
     assert_right(make(tmp_path))
     found = Cache(str(tmp_path)).find(KEY)
     assert_right(found)
     assert_right(make(tmp_path, must_not_fill))
     assert found.fingerprint == Split(pixels(), labels()).fingerprint
-
-
-def test_images_are_mapped_read_only(tmp_path):
-    make(tmp_path)
-    stored = Cache(str(tmp_path)).find(KEY).stored
-    assert isinstance(stored.base, np.memmap)
+    assert isinstance(found.stored.base, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
-        stored[0] = 0
+        found.stored[0] = 0
 
 
 @pytest.mark.parametrize(
-    "other", [{"contents": "abd"}, {"source": "other"}, {"image_size": [4, 5]}]
+    "other", [{"contents": "abd"}, {"source": "other"}, {"image_size": [4, 5]}, None]
 )
-def test_another_key_is_another_entry(tmp_path, other):
-    make(tmp_path)
-    assert Cache(str(tmp_path)).find(KEY | other) is None
-
-
-def test_another_decoder_is_another_entry(tmp_path, monkeypatch):
+def test_another_key_or_decoder_is_another_entry(tmp_path, monkeypatch, other):
     assert {VERSION, Image.__version__} <= set(cache_module.DECODER)
     make(tmp_path)
-    monkeypatch.setattr(cache_module, "DECODER", [*cache_module.DECODER[:-1], "another"])
-    assert Cache(str(tmp_path)).find(KEY) is None
+    if other is None:
+        monkeypatch.setattr(cache_module, "DECODER", [*cache_module.DECODER[:-1], "another"])
+    assert Cache(str(tmp_path)).find(KEY | (other or {})) is None
 
 
 def test_empty_split_needs_no_entry(tmp_path):
@@ -156,76 +147,48 @@ def test_more_than_the_memory_holds_is_mapped_and_read(tmp_path):
         assert not np.any(images)
 
 
-def shorten(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def lengthen(path):
-    path.write_bytes(path.read_bytes() + b"x")
-
-
-def spoil_beginning(path):
-    path.write_bytes(b"garbage" + path.read_bytes()[7:])
-
-
-def spoil_end(path):
-    contents = path.read_bytes()
-    path.write_bytes(contents[:-3] + bytes(255 - b for b in contents[-3:]))
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def zeros(path):
-    path.write_bytes(bytes(len(path.read_bytes())))
-
-
-def remove(path):
-    path.unlink()
-
-
-def replace_by_directory(path):
-    path.unlink()
-    path.mkdir()
+DAMAGES = {
+    "shorter": lambda contents: contents[:-1],
+    "longer": lambda contents: contents + b"x",
+    "other beginning": lambda contents: b"garbage" + contents[7:],
+    "other end": lambda contents: contents[:-3] + bytes(255 - b for b in contents[-3:]),
+    "zeros": lambda contents: bytes(len(contents)),
+    "missing": None,
+    "directory": None,
+}
+# Bytes after the end of an array, or of JSON's last line, mean nothing.
+HARMLESS = {("labels.npy", "longer"), ("digests.npy", "longer"), ("entry.json", "shorter")}
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "digests.npy", "entry.json"])
-@pytest.mark.parametrize(
-    "damage",
-    [shorten, lengthen, spoil_beginning, spoil_end, empty, zeros, remove, replace_by_directory],
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_entry_is_recreated(tmp_path, name, damage):
     make(tmp_path)
-    damage(entry(tmp_path) / name)
+    path = entry(tmp_path) / name
+    contents = path.read_bytes()
+    path.unlink()
+    if damage == "directory":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes(DAMAGES[damage](contents))
     found = Cache(str(tmp_path)).find(KEY)
-    if found is not None:  # Bytes after the end of an array, or of JSON's last line, mean nothing.
-        assert (name, damage) in [
-            ("labels.npy", lengthen),
-            ("digests.npy", lengthen),
-            ("entry.json", shorten),
-        ]
+    assert (found is not None) == ((name, damage) in HARMLESS)
+    if found is not None:
         assert_right(found)
-        return
     assert_right(make(tmp_path))
     assert_right(Cache(str(tmp_path)).find(KEY))
     assert len(left(tmp_path)) == 1
 
 
-def test_file_in_place_of_an_entry_is_replaced(tmp_path):
+def test_entry_of_another_size_or_a_file_in_its_place_is_replaced(tmp_path):
     make(tmp_path)
     path = entry(tmp_path)
+    about = json.loads((path / "entry.json").read_text())
+    (path / "entry.json").write_text(json.dumps(about | {"shape": [20, 5, 4, 3]}))
+    assert Cache(str(tmp_path)).find(KEY) is None
     shutil.rmtree(path)
     path.write_text("x")
     assert_right(make(tmp_path))
-
-
-def test_entry_of_another_size_than_its_description_is_damaged(tmp_path):
-    make(tmp_path)
-    path = entry(tmp_path) / "entry.json"
-    about = json.loads(path.read_text())
-    path.write_text(json.dumps(about | {"shape": [20, 5, 4, 3]}))
-    assert Cache(str(tmp_path)).find(KEY) is None
 
 
 def test_deleted_entry_stays_mapped(tmp_path):
@@ -372,50 +335,40 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-def make_by_default() -> Split:
-    return Cache().make(KEY, SHAPE, "my images", fill)
-
-
-@pytest.mark.parametrize("value", [None, "", "relative"])
-def test_default_is_below_home(home, monkeypatch, value, capsys):
+@pytest.mark.parametrize(
+    ("value", "given", "place"),
+    [
+        (None, None, "home/.cache/keras_cifar"),
+        ("", None, "home/.cache/keras_cifar"),
+        ("relative", None, "home/.cache/keras_cifar"),
+        ("TMP/xdg", None, "xdg/keras_cifar"),
+        ("TMP/xdg", "~/here", "home/here"),
+    ],
+)
+def test_where_entries_are(home, tmp_path, monkeypatch, value, given, place, capsys):
     if value is not None:
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-    make_by_default()
-    assert len(left(home / ".cache" / "keras_cifar")) == 1
+        monkeypatch.setenv("XDG_CACHE_HOME", value.replace("TMP", str(tmp_path)))
+    Cache(given).make(KEY, SHAPE, "my images", fill)
+    assert len(left(tmp_path / place)) == 1
+    assert home.exists() == place.startswith("home")
     assert capsys.readouterr().err == ""
 
 
-def test_xdg_cache_home_is_the_default(home, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    make_by_default()
-    assert len(left(tmp_path / "xdg" / "keras_cifar")) == 1
-    assert not home.exists()
-
-
-def test_directory_that_is_given_may_be_below_home(home):
-    Cache("~/here").make(KEY, SHAPE, "x", fill)
-    assert len(left(home / "here")) == 1
-
-
-def test_where_the_default_cannot_be_written_temporary_files_are_and_one_line_says_so(
+def test_unwritable_default_is_replaced_by_temporary_files_and_one_line_says_so(
     home, tmp_path, capsys
 ):
     home.write_text("a file")
-    make_by_default()
-    lines = capsys.readouterr().err.splitlines()
+    Cache().make(KEY, SHAPE, "my images", fill)
+    (line,) = capsys.readouterr().err.splitlines()
     place = tmp_path / "temporary" / f"keras_cifar-{os.getuid()}"
-    assert len(lines) == 1
-    assert f"{home / '.cache' / 'keras_cifar'} cannot be written" in lines[0]
-    assert f"using {place}" in lines[0]
+    assert f"{home / '.cache' / 'keras_cifar'} cannot be written" in line
+    assert f"using {place}" in line
     assert len(left(place)) == 1
     assert_right(Cache().find(KEY))
-
-
-def test_where_nothing_can_be_written_one_line_says_so(home, tmp_path):
-    home.write_text("a file")
+    shutil.rmtree(tmp_path / "temporary")
     (tmp_path / "temporary").write_text("a file")
     with pytest.raises(UserError, match=r"cannot be written.*choose another --cache_dir") as caught:
-        make_by_default()
+        Cache().make(KEY, SHAPE, "my images", fill)
     assert "\n" not in str(caught.value)
 
 
@@ -443,15 +396,12 @@ def test_what_is_there_is_read_where_nothing_can_be_written(tmp_path, image_fold
 def test_disk_with_too_little_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
-    shape = (10**5, 224, 224, 3)
     with pytest.raises(UserError) as caught:
-        Cache(str(tmp_path)).make(KEY, shape, "my images", must_not_fill)
-    message = str(caught.value)
-    assert message.startswith("my images: 100000 images of 224 x 224 pixels need 15.1 GB of disk")
-    assert "1.0 GB are free" in message
-    assert str(tmp_path) in message
-    assert "--cache_dir" in message
-    assert "\n" not in message
+        Cache(str(tmp_path)).make(KEY, (10**5, 224, 224, 3), "my images", must_not_fill)
+    assert str(caught.value) == (
+        "my images: 100000 images of 224 x 224 pixels need 15.1 GB of disk and 1.0 GB are free in "
+        f"{tmp_path}; choose another --cache_dir or a smaller --image_size"
+    )
     assert left(tmp_path) == []
 
 
@@ -482,9 +432,12 @@ def decoded(monkeypatch) -> list:
     return calls
 
 
-def test_second_load_decodes_nothing(tmp_path, image_root, decoded):
+def test_second_load_decodes_nothing_and_another_cache_dir_everything(
+    tmp_path, image_root, decoded
+):
     first = load(image_root, tmp_path / "cache")
     assert len(decoded) == 36 + 1  # The first is looked at for the size of all.
+    assert len(left(tmp_path / "cache")) == 2
     decoded.clear()
     second = load(image_root, tmp_path / "cache")
     assert decoded == []
@@ -492,6 +445,10 @@ def test_second_load_decodes_nothing(tmp_path, image_root, decoded):
     for name in ("train", "val", "test"):
         np.testing.assert_array_equal(second.split(name).images, first.split(name).images)
         np.testing.assert_array_equal(second.split(name).labels, first.split(name).labels)
+    assert second.train.stored is second.val.stored  # What is held out is not copied.
+    assert isinstance(second.train.stored.base, np.memmap)
+    load(image_root, tmp_path / "other")
+    assert len(decoded) == 37
 
 
 def test_same_images_elsewhere_are_not_decoded_again(tmp_path, image_root, decoded):
@@ -506,81 +463,47 @@ def test_same_images_elsewhere_are_not_decoded_again(tmp_path, image_root, decod
     assert len(decoded) == 37
 
 
-def test_cache_dir_is_where_the_images_are(tmp_path, image_root, decoded):
-    load(image_root, tmp_path / "cache")
-    assert len(left(tmp_path / "cache")) == 2
-    decoded.clear()
-    load(image_root, tmp_path / "other")
-    assert len(decoded) == 37
-
-
-def change_pixels(root):
+def change_pixels(path):
     """Another image in a file of the same length and the same time."""
-    path = root / "train" / "class_1" / "001.png"
     before, times = path.read_bytes(), path.stat()
-    noise = np.asarray(Image.open(path))[::-1]
-    Image.fromarray(noise).save(path)
+    Image.fromarray(np.asarray(Image.open(path))[::-1]).save(path)
     path.write_bytes(path.read_bytes().ljust(len(before), b"\0"))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def rename_file(root):
-    path = root / "train" / "class_1" / "001.png"
-    path.rename(path.with_name("zzz.png"))
-
-
-def rename_in_order(root):
-    path = root / "train" / "class_1" / "001.png"
-    path.rename(path.with_name("001a.png"))
-
-
-def rename_class(root):
+def rename_class(path):
     for split in ("train", "test"):
-        (root / split / "class_1").rename(root / split / "other")
+        (path.parents[2] / split / "class_1").rename(path.parents[2] / split / "other")
 
 
-def move_to_another_class(root):
-    path = root / "train" / "class_1" / "001.png"
-    path.rename(root / "train" / "class_2" / "001.png")
+CHANGES = {
+    "pixels": change_pixels,
+    "name": lambda path: path.rename(path.with_name("001a.png")),
+    "order": lambda path: path.rename(path.with_name("zzz.png")),
+    "class name": rename_class,
+    "class": lambda path: path.rename(path.parents[1] / "class_2" / path.name),
+    "file more": lambda path: shutil.copy(path, path.with_name("new.png")),
+    "file less": pathlib.Path.unlink,
+}
 
 
-def add_file(root):
-    folder = root / "train" / "class_1"
-    shutil.copy(folder / "001.png", folder / "new.png")
-
-
-def remove_file(root):
-    (root / "train" / "class_1" / "001.png").unlink()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_pixels,
-        rename_file,
-        rename_in_order,
-        rename_class,
-        move_to_another_class,
-        add_file,
-        remove_file,
-    ],
-)
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_folder_is_decoded_again(tmp_path, image_root, decoded, change):
     before = load(image_root, tmp_path / "cache", val_fraction=0)
-    change(image_root)
+    CHANGES[change](image_root / "train" / "class_1" / "001.png")
     decoded.clear()
     dataset = load(image_root, tmp_path / "cache", val_fraction=0)
     assert len(decoded) >= 29
     assert_decoded(dataset.train, image_root / "train", dataset.class_names)
-    if change not in (rename_class, rename_in_order):
-        assert dataset.train.fingerprint != before.train.fingerprint
+    changed = dataset.train.fingerprint != before.train.fingerprint
+    assert changed == (change not in ("name", "class name"))
 
 
 def test_change_outside_of_the_sample_is_noticed_by_its_time(tmp_path, image_root, monkeypatch):
     monkeypatch.setattr(folder, "SAMPLE", 1)
     before = load(image_root, tmp_path / "cache")
-    change_pixels(image_root)
     path = image_root / "train" / "class_1" / "001.png"
+    change_pixels(path)
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     assert load(image_root, tmp_path / "cache").describe() != before.describe()
 
@@ -597,35 +520,12 @@ def assert_decoded(split: Split, root: pathlib.Path, names: tuple) -> None:
     assert split.fingerprint == expected.fingerprint
 
 
-def test_splits_from_the_cache_are_those_of_images_in_memory(tmp_path, image_root):
-    whole = load(image_root, tmp_path / "cache", val_fraction=0)
-    memory = Split(np.array(whole.train.images), whole.train.labels)
-    dataset = load(image_root, tmp_path / "cache", val_fraction=0.3, seed=5)
-    expected = splits.finish(
-        data.Splits(memory, None, whole.test, whole.class_names, "x"), 0.3, seed=5
-    )
-    assert dataset.describe() == expected.describe()
-    for name in ("train", "val"):
-        np.testing.assert_array_equal(dataset.split(name).images, expected.split(name).images)
-        np.testing.assert_array_equal(dataset.split(name).labels, expected.split(name).labels)
-        in_memory = Split(np.array(dataset.split(name).images), dataset.split(name).labels)
-        assert dataset.split(name).fingerprint == in_memory.fingerprint
-
-
-def test_held_out_images_are_not_copied(tmp_path, image_root):
-    dataset = load(image_root, tmp_path / "cache", val_fraction=0.3)
-    assert dataset.train.stored is dataset.val.stored
-    assert isinstance(dataset.train.stored.base, np.memmap)
-
-
 def test_another_image_size_is_another_entry(tmp_path, image_root, decoded):
-    sizes = {}
-    for image_size in (None, 8, 16):
+    for image_size, side in ((None, 16), (8, 8), (16, 16)):
         decoded.clear()
         dataset = load(image_root, tmp_path / "cache", image_size=image_size)
         assert len(decoded) >= 36
-        sizes[image_size] = dataset.image_shape
-    assert sizes == {None: (16, 16, 3), 8: (8, 8, 3), 16: (16, 16, 3)}
+        assert dataset.image_shape == (side, side, 3)
     assert len(left(tmp_path / "cache")) == 6
 
 
@@ -644,16 +544,6 @@ def test_test_split_of_another_size_is_refused_when_it_is_in_the_cache(tmp_path)
     shutil.copytree(tmp_path / "20" / "test", tmp_path / "16" / "test")
     with pytest.raises(UserError, match=r"20 x 20 pixels and others have 16 x 16.*--image_size"):
         load(tmp_path / "16", tmp_path / "cache", val_fraction=0)
-
-
-def test_bad_image_leaves_nothing(tmp_path, image_root):
-    bad = image_root / "train" / "class_2" / "bad.png"
-    bad.write_bytes(b"no image")
-    with pytest.raises(UserError, match=f"{bad} cannot be read: not an image"):
-        load(image_root, tmp_path / "cache")
-    assert left(tmp_path / "cache") == []
-    bad.unlink()
-    load(image_root, tmp_path / "cache")
 
 
 def test_image_that_changes_while_it_is_read_is_named(tmp_path, image_root, monkeypatch):
@@ -704,20 +594,17 @@ def test_blocks_are_as_small_as_their_limit(tmp_path, image_root, monkeypatch):
 # ---- Commands
 
 
-def config_of(image_root: pathlib.Path, tmp_path: pathlib.Path, **options) -> TrainConfig:
-    return TrainConfig.from_flags(
+def test_training_and_evaluation_use_the_cache_of_the_run(tmp_path, image_root, decoded):
+    run = Run(tmp_path / "run")
+    config = TrainConfig.from_flags(
         model="lenet5",
         data=f"folder:{image_root}",
         image_size=32,
         batch_size=8,
         epochs=1,
-        **options,
+        cache_dir=str(tmp_path / "cache"),
+        export=False,
     )
-
-
-def test_training_and_evaluation_use_the_cache_of_the_run(tmp_path, image_root, decoded):
-    run = Run(tmp_path / "run")
-    config = config_of(image_root, tmp_path, cache_dir=str(tmp_path / "cache"), export=False)
     trainer.train(config, run)
     assert len(left(tmp_path / "cache")) == 2
     decoded.clear()
@@ -739,11 +626,6 @@ def test_run_of_the_first_version_is_evaluated(trained_run, tmp_path):
     del config["flags"]["cache_dir"]
     run.config.write_text(json.dumps(config))
     assert evaluator.evaluate_run(run, "test")["count"] == 30
-
-
-def test_evaluation_finds_images_that_were_not_resized(trained_run, decoded):
-    evaluator.evaluate_run(trained_run, "test")
-    assert decoded == []
 
 
 # ---- Memory
@@ -794,46 +676,39 @@ def test_training_on_what_is_on_disk_takes_no_memory_for_it(tmp_path):
         block = np.random.default_rng(0).integers(0, 256, (100, 64, 64, 3), np.uint8)
 
         def fill(write):
-            for start in range(0, 25_000, 100):
+            for start in range(0, 14_000, 100):
                 write(start, block)
-            return np.arange(25_000) % 10
+            return np.arange(14_000) % 10
 
         result = {{}}
         with Peak() as peak:
-            split = Cache({str(tmp_path)!r}).make({{"source": "x"}}, (25_000, 64, 64, 3), "x", fill)
+            split = Cache({str(tmp_path)!r}).make({{"source": "x"}}, (14_000, 64, 64, 3), "x", fill)
         result["make"] = peak.most
-        train, val = split.take(np.arange(20_000)), split.take(np.arange(20_000, 25_000))
-        arguments = dict(classes=10, batch_size=128)
-        with Peak() as peak:
-            batches = training_batches(train, augment="flip", seed=0, **arguments)
-            for images, labels in batches.take(156):
-                pass
-        result["pipeline"] = peak.most
+        train, val = split.take(np.arange(13_000)), split.take(np.arange(13_000, 14_000))
         with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
             model = keras.Sequential([keras.Input((64, 64, 3)), keras.layers.Lambda(
                 lambda x: tf.reduce_mean(tf.cast(x, tf.float32), (1, 2)), output_shape=(3,)
             ), keras.layers.Dense(10, "softmax")])
             model.compile("sgd", "categorical_crossentropy")
         with Peak() as peak:
-            batches = training_batches(train, augment="", seed=0, **arguments)
-            model.fit(batches, steps_per_epoch=100, verbose=0, shuffle=False)
-            model.evaluate(evaluation_batches(val, **arguments), verbose=0)
+            batches = training_batches(train, 10, 128, augment="flip", seed=0)
+            model.fit(batches, steps_per_epoch=101, verbose=0, shuffle=False)
+            model.evaluate(evaluation_batches(val, 10, 128), verbose=0)
         result["fit"] = peak.most
         print(json.dumps(result))
     """)
-    shutil.rmtree(tmp_path)  # 307 MB
+    shutil.rmtree(tmp_path)  # 172 MB
     assert max(result.values()) < 100, result
 
 
 @needs_proc
 def test_reading_a_folder_takes_no_memory_for_all_of_it(tmp_path):
     root = tmp_path / "images"
-    for split, count in (("train", 1000), ("test", 4)):
+    for split, count in (("train", 560), ("test", 4)):
         (root / split / "a").mkdir(parents=True)
         for index in range(count):
-            Image.new("RGB", (2, 2), (index % 256, 0, 0)).save(
-                root / split / "a" / f"{index:04}.bmp"
-            )
+            image = Image.new("RGB", (2, 2), (index % 256, 0, 0))
+            image.save(root / split / "a" / f"{index:04}.bmp")
     result = peaks(f"""
         import json
         from keras_cifar import data
@@ -848,6 +723,6 @@ def test_reading_a_folder_takes_no_memory_for_all_of_it(tmp_path):
             result[name] = peak.most
         print(json.dumps(result))
     """)
-    shutil.rmtree(tmp_path)  # 249 MB
+    shutil.rmtree(tmp_path)  # 139 MB
     assert result["first"] < 100, result
     assert result["second"] < 30, result
