@@ -24,10 +24,8 @@ class CompareOptions:
     )
 
     def __post_init__(self):
-        check(
-            self.out is None or self.out.lower().endswith(".png"),
-            f"--out={self.out} must end with .png",
-        )
+        png = self.out is None or self.out.lower().endswith(".png")
+        check(png, f"--out={self.out} must end with .png")
 
 
 def main(options: CompareOptions, arguments: list[str]) -> None:

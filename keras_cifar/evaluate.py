@@ -47,14 +47,12 @@ class EvaluateOptions:
 
 
 def main(options: EvaluateOptions) -> None:
-    """Runs the command."""
     from keras_cifar.evaluation import evaluator, robustness, text
 
     run, split = Run(options.run), options.split
     source = evaluator.DataSource(options.data, options.data_dir, options.cache_dir)
     if options.disturb:
-        seed, max_images = options.disturb_seed, options.max_images
-        record = robustness.disturb_run(run, split, source, seed, max_images)
+        record = robustness.disturb(run, split, source, options.disturb_seed, options.max_images)
         print(f"{text.disturbance_table(record)}\n\n{split} {text.disturbance_summary(record)}")
         print(f"metrics     {run.disturbances(split)}\nimages      {run.gallery(split)}")
         return

@@ -12,19 +12,16 @@ import sys
 from keras_cifar.core import cli, environment
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError
-from keras_cifar.core.options import check, option
+from keras_cifar.core.options import POSITIVE, Options, check, option
 from keras_cifar.core.run_directory import default_run_dir
 from keras_cifar.distributed import launcher
 
 
 @dataclasses.dataclass(frozen=True)
-class LaunchOptions:
+class LaunchOptions(Options):
     """The command's flags."""
 
-    workers: int = option(0, "how many processes to start, at least 1", "Workers")
-
-    def __post_init__(self):
-        check(self.workers > 0, f"--workers={self.workers} must be at least 1")
+    workers: int = option(0, "how many processes to start, at least 1", "Workers", limit=POSITIVE)
 
 
 def main(options: LaunchOptions, train_flags: list[str]) -> None:

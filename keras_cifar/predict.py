@@ -6,38 +6,36 @@ python -m keras_cifar.predict --model pretrained:NAME dog.png
 """
 
 import dataclasses
-import math
 import os
 import sys
 
 from keras_cifar import pretrained
 from keras_cifar.core import cli, environment
-from keras_cifar.core.options import check, option
+from keras_cifar.core.options import POSITIVE, Options, check, option
 
 PREDICTION, WITH_URL = "Prediction", "With a URL"
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictOptions:
+class PredictOptions(Options):
     """The command's flags."""
 
     model: str = option("", "a run, an export, its URL, or pretrained:NAME", PREDICTION)
     list_pretrained: bool = option(False, "print the cards of pretrained models", PREDICTION)
-    top_k: int = option(3, "classes to name for each image", PREDICTION)
+    top_k: int = option(3, "classes to name for each image", PREDICTION, limit=POSITIVE)
     format: str = option("text", "of what goes to stdout", PREDICTION, ("text", "csv", "json"))
     features: str | None = option(None, "also write feature vectors to this .npz file", PREDICTION)
     explain: str | None = option(
         None, "also write Grad-CAM overlays into this folder; needs a run or pretrained", PREDICTION
     )
-    timeout: float = option(60.0, "seconds that a server has for a batch", WITH_URL)
+    timeout: float = option(60.0, "seconds that a server has for a batch", WITH_URL, limit=POSITIVE)
     labels: str | None = option(
         None, "a file with a class name a line, for servers that do not tell them", WITH_URL
     )
 
     def __post_init__(self):
+        super().__post_init__()
         check(self.model or self.list_pretrained, "--model=RUN_or_EXPORT_or_URL is needed")
-        check(self.top_k > 0, f"--top_k={self.top_k} must be greater than 0")
-        check(0 < self.timeout < math.inf, f"--timeout={self.timeout} must be greater than 0")
         remote = self.model.startswith(("http://", "https://"))
         check(not (self.explain and remote), "--explain needs a run; a server gives no gradients")
 

@@ -24,14 +24,11 @@ def main(options: ReportOptions, arguments: list[str]) -> None:
     from keras_cifar.reporting import gallery, page, record
 
     check(arguments, "name at least one run directory")
-    check(
-        len(arguments) <= page.MAX_RUNS,
-        f"{len(arguments)} runs are too many for one report; name at most {page.MAX_RUNS}",
-    )
+    too_many = f"{len(arguments)} runs are too many for one report; name at most {page.MAX_RUNS}"
+    check(len(arguments) <= page.MAX_RUNS, too_many)
     runs = [Run(argument) for argument in arguments]
     records = record.load_all(runs)
-    mistakes, alone = gallery.MISTAKES // len(runs), len(runs) == 1
-    galleries = [gallery.load(*pair, mistakes, alone) for pair in zip(runs, records, strict=True)]
+    galleries = [gallery.load(*pair, len(runs)) for pair in zip(runs, records, strict=True)]
     out = pathlib.Path(options.out).expanduser() if options.out else runs[0].report
     page.write(out, records, galleries)
     for one, images in zip(records, galleries, strict=True):

@@ -8,45 +8,41 @@ machine, put a proxy in front of it.
 """
 
 import dataclasses
-import math
 import os
 import re
 
 from keras_cifar.core import cli
 from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import UserError
-from keras_cifar.core.options import check, option
+from keras_cifar.core.options import NOT_NEGATIVE, POSITIVE, Options, check, option
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeOptions:
+class ServeOptions(Options):
     """The command's flags."""
 
     model: str = option("", "a run, an export or its version", "Model")
     # The name in TensorFlow Serving's own image.
     name: str = option("model", "its name in the addresses, /v1/models/NAME", "Model")
-    poll: float = option(1.0, "seconds between looks for a new version", "Model")
+    poll: float = option(1.0, "seconds between looks for a new version", "Model", limit=POSITIVE)
     host: str = option("127.0.0.1", "the address to listen at; 0.0.0.0 is all", "Server")
     port: int = option(8501, "0 is any that is free", "Server")
-    max_request_mb: float = option(32.0, "the largest request, in MiB", "Server")
-    timeout: float = option(30.0, "seconds for a request to arrive", "Server")
-    max_batch_size: int = option(BATCH_SIZE, "images computed together", "Batches")
+    max_request_mb: float = option(32.0, "the largest request, in MiB", "Server", limit=POSITIVE)
+    timeout: float = option(30.0, "seconds for a request to arrive", "Server", limit=POSITIVE)
+    max_batch_size: int = option(BATCH_SIZE, "images computed together", "Batches", limit=POSITIVE)
     batch_wait: float = option(
         0.002,
         "seconds that a batch waits for requests that are arriving; a single client never waits",
         "Batches",
+        limit=NOT_NEGATIVE,
     )
 
     def __post_init__(self):
+        super().__post_init__()
         check(self.model, "--model=RUN_or_EXPORT is needed")
         valid = re.fullmatch(r"[A-Za-z0-9_.-]+", self.name)
         check(valid, f"--name={self.name} may have only letters, digits and _.-")
         check(0 <= self.port < 2**16, f"--port={self.port} must be from 0 to 65535")
-        check(self.max_batch_size > 0, f"--max_batch_size={self.max_batch_size} must be above 0")
-        for name in ("poll", "max_request_mb", "timeout"):
-            value = getattr(self, name)
-            check(0 < value < math.inf, f"--{name}={value} must be above 0")
-        check(0 <= self.batch_wait < math.inf, f"--batch_wait={self.batch_wait} must be 0 or more")
 
 
 def main(options: ServeOptions) -> None:

@@ -34,19 +34,17 @@ def main(config: TrainConfig) -> None:
     if metrics is None:
         print("this worker is done; worker 0 has the results")
         return
-    files = [("model", run.model), ("history", run.history), ("curves", run.curves)]
-    files += [("test", run.evaluation("test")), ("confusion", run.confusion("test"))]
-    files += [("logs", f"{run.tensorboard}  (tensorboard --logdir {run.tensorboard})")]
-    if run.report.exists():
-        files += [("report", run.report)]
-    if run.export.exists():
-        files += [("export", run.export)]
+    files = {"model": run.model, "history": run.history, "curves": run.curves}
+    files |= {"test": run.evaluation("test"), "confusion": run.confusion("test")}
+    files |= {"logs": run.tensorboard, "report": run.report, "export": run.export}
     print(
         f"\ntest accuracy {metrics['accuracy']:.4f}, error {1 - metrics['accuracy']:.2%}, loss "
         f"{metrics['loss']:.4f} on {metrics['count']:,} images"
     )
-    for name, path in files:
-        print(f"{name:<10}{path}")
+    for name, path in files.items():
+        if path.exists():
+            hint = f"  (tensorboard --logdir {path})" if name == "logs" else ""
+            print(f"{name:<10}{path}{hint}")
     if run.export.exists():
         print(f"\nclassify images: python -m keras_cifar.predict --model {run.path} IMAGE ...")
 

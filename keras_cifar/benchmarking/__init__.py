@@ -2,7 +2,11 @@
 process of its own.
 """
 
+import contextlib
+import importlib.metadata
+
 from keras_cifar.benchmarking.options import BenchmarkOptions
+from keras_cifar.core import environment
 
 
 def measure(options: BenchmarkOptions) -> dict:
@@ -17,27 +21,14 @@ def measure(options: BenchmarkOptions) -> dict:
 
     augmentation.parse(options.augment)
     network = models.build(options.model).deployable
-    if options.distribution:
-        result = {"distribution": distribution.measure(options)}
-    elif options.serving:
-        result = {"serving": serving.measure(options)}
-    elif options.growth:
-        result = {"growth": growth.measure(options)}
-    else:
-        # A multiplication and an addition; forward, and twice that backward.
-        result = comparison.measure(options, 6 * models.count_multiply_adds(network))
-    return {"machine": machine()} | result
-
-
-def machine() -> str:
-    """The processors of this machine and the versions of the frameworks, in a line."""
-    import contextlib
-    import importlib.metadata
-
-    from keras_cifar.core import environment
-
-    found = [environment.machine()]
+    machine = [environment.machine()]
     for name in ("tensorflow", "keras", "torch", "paddlepaddle"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return ", ".join(found)
+            machine.append(f"{name} {importlib.metadata.version(name)}")
+    result = {"machine": ", ".join(machine)}
+    kinds = {"distribution": distribution, "serving": serving, "growth": growth}
+    for name, kind in kinds.items():
+        if getattr(options, name):
+            return result | {name: kind.measure(options)}
+    # A multiplication and an addition; forward, and twice that backward.
+    return result | comparison.measure(options, 6 * models.count_multiply_adds(network))

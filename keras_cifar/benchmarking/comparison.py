@@ -1,19 +1,10 @@
 """The training step, `fit`, the input pipeline and prediction, beside what other frameworks reach."""
 
 import pathlib
-import subprocess
-import sys
 import tempfile
 import time
 
-from keras_cifar.benchmarking.contest import (
-    Contest,
-    columns,
-    package_environment,
-    print_table,
-    show,
-    spread,
-)
+from keras_cifar.benchmarking.contest import Contest, columns, print_table, run_python, show, spread
 from keras_cifar.benchmarking.options import BenchmarkOptions
 
 STEP, FIT, PIPELINE, PREDICT = "training step", "whole fit", "input pipeline", "prediction"
@@ -26,12 +17,7 @@ ARITHMETIC = 0.6  # from this share of the matrix-multiply rate on, little but a
 
 
 def measure(options: BenchmarkOptions, flops: int) -> dict:
-    """Measures and prints this comparison.
-
-    Args:
-        options: of the command.
-        flops: additions and multiplications of a training step for each image.
-    """
+    """Measures and prints; `flops` are the operations of a training step for each image."""
     with tempfile.TemporaryDirectory() as scratch, Contest(options) as contest:
         export = pathlib.Path(scratch) / "export"
         _add_ours(contest, export)
@@ -43,23 +29,27 @@ def measure(options: BenchmarkOptions, flops: int) -> dict:
         cold = cold_start(options.rounds, export)
         shares = contest.add("profile", "ours", what="profile").turn().get("shares", {})
     fraction = measured[STEP]["median"] * flops / 1e9 / measured[GEMM]["median"]
-    result = {
+    limit = bound(measured, fraction, shares)
+    _print(options, measured, cold)
+    print(f"{fraction:>8.2f}  training step / matrix multiply")
+    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+    print(f"\ntime of the step's kernels: {kinds}\nbound by {limit}")
+    return {
         "figures": measured,
         "cold_start": cold,
         "flops_an_image": flops,
         "fraction_of_matrix_multiply": fraction,
         "shares": shares,
-        "bound": bound(measured, fraction, shares),
+        "bound": limit,
     }
-    _print(options, result)
-    return result
 
 
 def _add_ours(contest: Contest, export: pathlib.Path) -> None:
     step, options = contest.add(STEP, "ours", what="step"), contest.options
     if step.error:
         raise RuntimeError(step.error)
-    images = step.turn(counted=False)["rate"] * options.seconds
+    images = step.turn()["rate"] * options.seconds
+    step.turns.clear()
     contest.add(FIT, "ours", what="fit", steps=max(3, round(images / options.batch_size)))
     contest.add(PIPELINE, "ours", what="pipeline")
     contest.add(PREDICT, "ours", what="predict", export=str(export), warm_up=1, count=PREDICTED)
@@ -93,12 +83,7 @@ def cold_start(rounds: int, export: pathlib.Path) -> dict:
         show(f"cold start {number} of {rounds}")
         for name, command in commands.items():
             start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, *command],
-                env=package_environment(),
-                capture_output=True,
-                check=True,
-            )
+            run_python(*command)
             if number:  # The first fills the disk's cache.
                 seconds[name].append(time.perf_counter() - start)
     show("")
@@ -108,16 +93,12 @@ def cold_start(rounds: int, export: pathlib.Path) -> dict:
 def bound(measured: dict, fraction: float, shares: dict) -> str:
     """A sentence that says what limits the speed of training.
 
-    Args:
-        measured: the measurements of each contender.
-        fraction: of the matrix-multiply rate that the step reaches.
-        shares: of each kind of kernel in the time of a step, the largest first.
+    `fraction` is that of the matrix-multiply rate that the step reaches, and `shares` are those of
+    each kind of kernel in the time of a step, the largest first.
     """
     step, fit, pipe = (measured[name]["median"] for name in (STEP, FIT, PIPELINE))
     if pipe < step:
-        return (
-            f"the input pipeline: it makes {pipe:,.0f} images a second, the step takes {step:,.0f}"
-        )
+        return f"the input pipeline: {pipe:,.0f} images a second, while the step takes {step:,.0f}"
     if fit < SLOWER * step:
         return (
             f"what surrounds the step: fit has {fit / step:.2f} of its rate, while the pipeline alone "
@@ -131,23 +112,19 @@ def bound(measured: dict, fraction: float, shares: dict) -> str:
     )
 
 
-def _print(options: BenchmarkOptions, result: dict) -> None:
-    measured, cold = result["figures"], result["cold_start"]
-    flags = options.model, f"batches of {options.batch_size}", options.dtype_policy, options.data
-    print(", ".join(flags), end="\n\n")
+def _print(options: BenchmarkOptions, measured: dict, cold: dict) -> None:
+    print(f"{options.model}, batches of {options.batch_size}", end=", ")
+    print(f"{options.dtype_policy}, {options.data}", end="\n\n")
     print_table("images a second", "median", 34, measured)
     for name, title in (("predict", "predict one image, s"), ("import", "import tensorflow, s")):
         print(f"{title:<34}{columns(cold[name], 2)}")
     print("\nratios of medians")
     ours = (STEP, FIT, PIPELINE, PREDICT, GEMM)
     pairs = [(FIT, STEP), (PIPELINE, STEP)]
-    for name in (name for name in measured if name not in ours):
-        pairs.append((PREDICT if name == PLAIN_PREDICT else STEP, name))
+    pairs += [
+        (PREDICT if name == PLAIN_PREDICT else STEP, name) for name in measured if name not in ours
+    ]
     for mine, other in pairs:
         ratio = measured[mine]["median"] / measured[other]["median"]
         print(f"{ratio:>8.2f}  {mine} / {other}")
-    print(f"{result['fraction_of_matrix_multiply']:>8.2f}  training step / matrix multiply")
     print(f"{cold['predict']['median'] - cold['import']['median']:>8.2f}  s more than the import")
-    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in result["shares"].items())
-    print(f"\ntime of the step's kernels: {shares}")
-    print(f"bound by {result['bound']}")

@@ -23,12 +23,11 @@ class Worker:
     def __init__(self, script: str, settings: dict, variables: dict[str, str | None]):
         """Starts the process and waits until it is ready.
 
-        Args:
-            script: of WORKERS. "ours" gets the switches of `core.environment`, the peers do not.
-            variables: of the process's environment, to set or (None) to remove.
+        "ours" gets the switches of `core.environment`, the peers do not. `variables` are of the
+        process's environment, to set or (None) to remove.
         """
         if script == "ours":
-            env, command = package_environment(), ["-m", f"keras_cifar.benchmarking.{script}"]
+            env, command = package_environment(), ["-m", "keras_cifar.benchmarking.ours"]
         else:
             env = {k: v for k, v in os.environ.items() if k not in environment.changed}
             command = [str(WORKERS / f"{script}.py")]
@@ -45,23 +44,19 @@ class Worker:
         self.turns = []
         self.error = self._read().get("error")
 
-    def turn(self, counted: bool = True) -> dict:
+    def turn(self) -> dict:
         """Lets the process work for one turn and returns what it reports."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         report = self._read()
         self.error = report.get("error")
-        if counted and not self.error:
+        if not self.error:
             self.turns.append(report)
         return report
 
     def close(self) -> None:
-        """Ends the process."""
-        self._process.kill()
-        self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._errors.close()
+        with self._errors, self._process:
+            self._process.kill()
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()
@@ -71,7 +66,6 @@ class Worker:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return {"error": f"failed: {lines[-1] if lines else 'without a message'}"}
 
-    @property
     def measurements(self) -> dict[str, float]:
         """Median, lowest and highest rate of the turns, and the peak memory in bytes."""
         peak = max(turn["peak_memory"] for turn in self.turns)
@@ -89,9 +83,8 @@ class Contest(contextlib.ExitStack):
         """Starts a contender; one that cannot start is reported and left out."""
         show(f"starting {name}")
         common = dataclasses.asdict(self.options) | {"warm_up": WARM_UP}
-        worker = Worker(script, common | settings, variables or {})
+        worker = self.workers[name] = Worker(script, common | settings, variables or {})
         self.callback(worker.close)
-        self.workers[name] = worker
         if worker.error:
             show(f"{name} {worker.error}\n")
         return worker
@@ -106,13 +99,21 @@ class Contest(contextlib.ExitStack):
                     if worker.error:
                         show(f"{name} {worker.error}\n")
         show("")
-        return {name: w.measurements for name, w in self.workers.items() if not w.error}
+        return {name: w.measurements() for name, w in self.workers.items() if not w.error}
 
 
 def package_environment() -> dict[str, str]:
     """The environment in which `-m keras_cifar...` finds this very package."""
     paths = [str(WORKERS.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def run_python(*arguments: str) -> None:
+    """Runs Python in a new process; raises RuntimeError with its stderr if that fails."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=package_environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -1,14 +1,11 @@
 """The cost of replicas and processes on this machine, and a model's prediction for many GPUs."""
 
 import csv
-import dataclasses
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 
-from keras_cifar.benchmarking.contest import columns, package_environment, show, spread
+from keras_cifar.benchmarking.contest import columns, run_python, show, spread
 from keras_cifar.benchmarking.options import BenchmarkOptions
 
 EPOCHS = 4  # of a turn; the first is not counted, as it traces
@@ -31,46 +28,38 @@ MACHINE = 8  # GPUs
 INPUT_RATE, CORES = 50_000 * 32 * 32, 8  # in pixels, as larger images take longer
 
 
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """The communication between replicas in a training step.
+def traffic(model) -> dict[str, int]:
+    """What a training step of a Classifier in float32 communicates.
 
-    Attributes:
-        collectives: all-reduces, each of which waits for the one before it.
-        bytes: of one replica that all of them reduce.
+    Gradients and metrics are all-reduced once, the statistics of each normalization twice.
+
+    Returns:
+        The number of collectives, each of which waits for the one before it, and the bytes of one
+        replica that all of them reduce.
     """
-
-    collectives: int
-    bytes: int
-
-
-def traffic(model) -> Traffic:
-    """The traffic of a Classifier in float32: gradients and metrics once, each normalization twice."""
     import keras
 
     norms = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization)]
     gradients = sum(4 * v.value.shape.num_elements() for v in model.trainable_variables)
     # Count, means and mean squares in float64, forward; their gradients, backward.
-    statistics_bytes = sum(2 * 8 * (2 * x.gamma.shape[0] + 1) for x in norms)
-    return Traffic(1 + 2 * len(norms), gradients + 3 * 4 + statistics_bytes)
+    statistics = sum(2 * 8 * (2 * x.gamma.shape[0] + 1) for x in norms)
+    return {"collectives": 1 + 2 * len(norms), "bytes": gradients + 3 * 4 + statistics}
 
 
 def predict(
-    found: Traffic, multiply_adds: int, layers: int, pixels: int, batch: int, gpus: int
+    found: dict, multiply_adds: int, layers: int, pixels: int, batch: int, gpus: int
 ) -> dict[str, float]:
     """Seconds of a step on `gpus` GPUs with `batch` images each, and the images a second of all.
 
-    compute = 6 multiply_adds batch / GPU_FLOPS + layers LAYER_SECONDS
-    all-reduce = 2 (gpus - 1) / gpus bytes / bandwidth + collectives 2 (gpus - 1) latency, as a ring
-        that does not overlap with the computation
-    input = batch pixels / (CORES INPUT_RATE), beside both
+    The all-reduce does not overlap the computation; reading images overlaps both.
     """
     compute = 6 * multiply_adds * batch / GPU_FLOPS + layers * LAYER_SECONDS
     reach = MACHINE if gpus <= MACHINE else max(BANDWIDTH)
-    reduce = 2 * (gpus - 1) / gpus * found.bytes / BANDWIDTH[reach]
+    reduce = 2 * (gpus - 1) / gpus * found["bytes"] / BANDWIDTH[reach]
+    latency = found["collectives"] * LATENCY[reach]
     # Where NCCL takes a tree instead of a ring, for small messages, it is 2 log2(gpus) hops.
-    ring = reduce + found.collectives * 2 * (gpus - 1) * LATENCY[reach]
-    tree = reduce + found.collectives * 2 * (gpus - 1).bit_length() * LATENCY[reach]
+    ring = reduce + latency * 2 * (gpus - 1)
+    tree = reduce + latency * 2 * (gpus - 1).bit_length()
     source = batch * pixels / (CORES * INPUT_RATE)
     return {
         "compute": compute,
@@ -100,7 +89,7 @@ def _train(options: BenchmarkOptions) -> dict[str, list[float]]:
     train = ["--epochs", str(EPOCHS), "--val_fraction=0", "--precise_bn_batches=0", "--noexport"]
     for name in ("model", "data", "augment", "batch_size", "dtype_policy"):
         train += [f"--{name}={getattr(options, name)}"]
-    train += [f"--steps_per_epoch={options.steps}"]
+    train.append(f"--steps_per_epoch={options.steps}")
     forms = {
         "one device": ["keras_cifar.train", "--strategy=none", *train],
         "2 virtual replicas": ["keras_cifar.train", "--replicas=2", *train],
@@ -111,11 +100,7 @@ def _train(options: BenchmarkOptions) -> dict[str, list[float]]:
         for name, command in forms.items():
             show(f"round {number + 1} of {options.rounds}: {name}")
             with tempfile.TemporaryDirectory() as scratch:
-                command = [sys.executable, "-m", *command, f"--run_dir={scratch}/run"]
-                env = package_environment()
-                done = subprocess.run(command, env=env, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(f"{name}: {done.stderr.strip()}")
+                run_python("-m", *command, f"--run_dir={scratch}/run")
                 with open(pathlib.Path(scratch) / "run" / "history.csv") as file:
                     epochs = [float(row["images_per_second"]) for row in csv.DictReader(file)]
             rates[name].append(statistics.median(epochs[1:]))
@@ -124,7 +109,7 @@ def _train(options: BenchmarkOptions) -> dict[str, list[float]]:
 
 
 def _print_prediction(options: BenchmarkOptions) -> dict:
-    """Prints and returns the prediction for the network at its paper's image size."""
+    """Predicts for the network at its paper's image size."""
     from keras_cifar import models
 
     variant = models.variants()[options.model]
@@ -132,14 +117,14 @@ def _print_prediction(options: BenchmarkOptions) -> dict:
     model = models.build(options.model, (size, size, 3), variant.num_classes)
     found, network = traffic(model), model.deployable
     work = models.count_multiply_adds(network), len(network.layers), size * size
-    print(f"\na step all-reduces {found.bytes:,} bytes in {found.collectives} collectives")
+    print(f"\na step all-reduces {found['bytes']:,} bytes in {found['collectives']} collectives")
     print(f"\npredicted for A100s with {options.batch_size} images of {size} x {size} each")
     print(f"{'GPUs':>6}{'compute, ms':>13}{'ring, ms':>10}{'tree, ms':>10}{'ring':>14}{'tree':>14}")
     rows = {gpus: predict(found, *work, options.batch_size, gpus) for gpus in PREDICTED_GPUS}
     for gpus, row in rows.items():
-        milliseconds = [1e3 * row[key] for key in ("compute", "ring", "tree")]
-        print("{:>6}{:>13.2f}{:>10.2f}{:>10.2f}".format(gpus, *milliseconds), end="")
+        compute, ring, tree = (1e3 * row[key] for key in ("compute", "ring", "tree"))
+        line = f"{gpus:>6}{compute:>13.2f}{ring:>10.2f}{tree:>10.2f}"
         for rate in (row["ring_rate"], row["tree_rate"]):
-            print(f"{rate:>9,.0f}{rate / gpus / rows[1]['ring_rate']:>5.0%}", end="")
-        print()
-    return {"traffic": dataclasses.asdict(found), "predicted": rows}
+            line += f"{rate:>9,.0f}{rate / gpus / rows[1]['ring_rate']:>5.0%}"
+        print(line)
+    return {"traffic": found, "predicted": rows}

@@ -12,16 +12,16 @@ GROWTH = {
 
 def measure(options: BenchmarkOptions) -> dict:
     """Measures and prints a table for each of GROWTH."""
+    settings = {
+        "batch_size": lambda value: {"what": "step", "batch_size": value},
+        "depth": lambda value: {"what": "step", "model": f"resnet{value}"},
+        "images": lambda value: {"what": "pipeline", "data": None, "images": value},
+    }
     tables = {}
     for what, values in GROWTH.items():
         with Contest(options) as contest:
             for value in values:
-                settings = {
-                    "batch_size": {"what": "step", "batch_size": value},
-                    "depth": {"what": "step", "model": f"resnet{value}"},
-                    "images": {"what": "pipeline", "data": None, "images": value},
-                }[what]
-                contest.add(f"{value:,}", "ours", **settings)
+                contest.add(f"{value:,}", "ours", **settings[what](value))
             tables[what] = contest.take_turns()
         print_table(what, "images/s", 12, tables[what])
         print(flush=True)

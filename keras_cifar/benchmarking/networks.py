@@ -1,6 +1,7 @@
 """The networks of the peers, and which of them the settings ask for. Standard library only."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 from turns import Turns
@@ -19,21 +20,16 @@ def blocks(depth: int) -> Iterator[tuple[int, int]]:
 def build(turns: Turns, resnet: Callable, vgg_bn_drop: Callable):
     """The network of the settings: `resnet(depth)` or `vgg_bn_drop()`."""
     name = turns.settings["model"]
-    depth = re.fullmatch(r"resnet(\d+)", name)
-    if not depth and name != "vgg_bn_drop":
-        turns.fail(f"has no {name}")
-    return resnet(int(depth[1])) if depth else vgg_bn_drop()
+    if depth := re.fullmatch(r"resnet(\d+)", name):
+        return resnet(int(depth[1]))
+    return vgg_bn_drop() if name == "vgg_bn_drop" else sys.exit(f"has no {name}")
 
 
 def build_modules(turns: Turns, nn, module: type, d: str, bias: str):
     """The network of the settings from modules of PyTorch, or of PaddlePaddle, which has the same ones.
 
-    Args:
-        turns: of the peer.
-        nn: `torch.nn` or `paddle.nn`.
-        module: the base class of all modules.
-        d: the last letter of "Conv2d" in that framework.
-        bias: the argument of a convolution that is False where it has no bias.
+    `nn` is torch.nn or paddle.nn, `module` its base class, `d` its last letter of "Conv2d", and `bias`
+    the argument of a convolution that is False where it has no bias.
     """
 
     def layer(name: str, *arguments, **options):

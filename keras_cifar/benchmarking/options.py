@@ -11,26 +11,14 @@ class BenchmarkOptions(Options):
     """What is measured, and for how long."""
 
     model: str = option("resnet32", "network; peers have resnetN and vgg_bn_drop", "Work")
-    data: str = option(
-        "digits", "as of train; README's numbers are of CIFAR-10, --data=folder:PATH", "Work"
-    )
+    data: str = option("digits", "as of train", "Work")
     augment: str = option("crop(4)|flip", "as of train", "Work")
     batch_size: int = option(128, "images a step", "Work", limit=POSITIVE)
     dtype_policy: str = option("float32", "of ours; the peers have float32", "Work", DTYPE_POLICIES)
     peers: bool = option(False, "compare with plain Keras, PyTorch and PaddlePaddle", "Comparison")
-    growth: bool = option(
-        False, "instead: speed and memory by batch size, depth and number of images", "Comparison"
-    )
-    distribution: bool = option(
-        False,
-        "instead: the cost of two replicas and two processes here, and a prediction for many GPUs",
-        "Comparison",
-    )
-    serving: bool = option(
-        False,
-        "instead: requests a second and latency of serve, beside Model.predict in FastAPI",
-        "Comparison",
-    )
+    growth: bool = option(False, "instead: by batch size, depth, number of images", "Comparison")
+    distribution: bool = option(False, "instead: the cost of replicas and workers", "Comparison")
+    serving: bool = option(False, "instead: serve beside FastAPI with Model.predict", "Comparison")
     steps: int = option(20, "of an epoch, with --distribution", "Comparison", limit=POSITIVE)
     rounds: int = option(5, "turns of each contender", "Comparison", limit=POSITIVE)
     seconds: float = option(5.0, "of a turn", "Comparison", limit=POSITIVE)

@@ -20,7 +20,7 @@ from keras_cifar.core.run_directory import Run
 from keras_cifar.exporters import saved_model
 from keras_cifar.inference.predictor import Predictor
 from keras_cifar.training import optimizers, trainer
-from keras_cifar.training import plan as planning
+from keras_cifar.training.plan import prepare
 
 SHAPE = (32, 32, 3)
 CLASSES = 10
@@ -68,9 +68,7 @@ def profile(turns: Turns) -> None:
         run()
     turns.wait()
     with tempfile.TemporaryDirectory() as directory:
-        options = tf.profiler.experimental.ProfilerOptions(
-            host_tracer_level=2, python_tracer_level=0
-        )
+        options = tf.profiler.experimental.ProfilerOptions(python_tracer_level=0)
         with tf.profiler.experimental.Profile(directory, options):
             for _ in range(PROFILED_STEPS):
                 run()
@@ -102,10 +100,8 @@ def kernel_times(directory: pathlib.Path) -> collections.Counter:
 def batches_of(turns: Turns) -> None:
     """Images a second of the input pipeline alone."""
     settings, size = turns.settings, turns.settings["batch_size"]
-    if settings["data"]:
-        split = data.load(settings["data"], val_fraction=0).train
-    else:
-        split = random_split(settings["images"])
+    source = settings["data"]
+    split = data.load(source, val_fraction=0).train if source else random_split(settings["images"])
     batches = iter(data.training_batches(split, CLASSES, size, settings["augment"], 0))
     turns.repeat(lambda: next(batches), size)
 
@@ -136,9 +132,8 @@ def fit(turns: Turns) -> None:
     names = ("model", "data", "augment", "batch_size", "dtype_policy")
     flags = {name: turns.settings[name] for name in names}
     flags |= {"steps_per_epoch": turns.settings["steps"], "epochs": 10**6, "val_fraction": 0.0}
+    plan = prepare(TrainConfig.from_flags(**flags))
     with tempfile.TemporaryDirectory() as directory:
-        config = TrainConfig.from_flags(**flags)
-        plan = planning.prepare(config)
         trainer.fit(plan, Run(pathlib.Path(directory)), callbacks=(TakesTurns(turns),))
 
 

@@ -6,10 +6,7 @@ from turns import Turns
 turns = Turns()
 settings = turns.settings
 
-try:
-    import paddle
-except ImportError:
-    turns.fail("is not installed (pip install paddlepaddle)")
+import paddle
 from paddle import nn
 
 batch_size = settings["batch_size"]

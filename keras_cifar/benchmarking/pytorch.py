@@ -6,10 +6,7 @@ from turns import Turns
 turns = Turns()
 settings = turns.settings
 
-try:
-    import torch
-except ImportError:
-    turns.fail("is not installed (pip install torch)")
+import torch
 from torch import nn
 
 batch_size = settings["batch_size"]

@@ -9,6 +9,7 @@ import io
 import json
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -62,7 +63,6 @@ def measure(options: BenchmarkOptions) -> dict:
 
 
 def _take_turns(options: BenchmarkOptions, urls: dict[str, str], bodies: list[bytes]) -> dict:
-    """The measurements of each server with each number of clients, after all rounds."""
     turns = {}  # (server, clients) -> (rate, latencies) of each round
     for number in range(options.rounds):
         for clients in CLIENTS:
@@ -77,13 +77,11 @@ def _take_turns(options: BenchmarkOptions, urls: dict[str, str], bodies: list[by
     show("")
     measured = {name: {} for name in urls}
     for (name, clients), rounds in turns.items():
-        latencies = np.concatenate([latencies for _, latencies in rounds])
-        measured[name][clients] = {
-            "rate": float(np.median([rate for rate, _ in rounds])),
-            "p50": float(np.percentile(latencies, 50)),
-            "p99": float(np.percentile(latencies, 99)),
-            "requests": len(latencies),
-        }
+        rates, latencies = zip(*rounds, strict=True)
+        latencies = np.concatenate(latencies)
+        p50, p99 = np.percentile(latencies, (50, 99)).tolist()
+        rate, requests = statistics.median(rates), len(latencies)
+        measured[name][clients] = {"rate": rate, "p50": p50, "p99": p99, "requests": requests}
     return measured
 
 
@@ -97,23 +95,17 @@ def _body(image: np.ndarray) -> bytes:
 @contextlib.contextmanager
 def _server(command: list[str]) -> Iterator[str]:
     """Starts `python -m COMMAND`, waits until it prints its address, and stops it at the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=package_environment(),
-    )
-    try:
-        for line in process.stdout:
-            if found := re.match(r"address +(\S+)", line):
-                break
-        else:
-            raise RuntimeError(f"{command[0]} did not start")
-        yield found[1]
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    argv, env = [sys.executable, "-m", *command], package_environment()
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            for line in process.stdout:
+                if found := re.match(r"address +(\S+)", line):
+                    break
+            else:
+                raise RuntimeError(f"{command[0]} did not start")
+            yield found[1]
+        finally:
+            process.kill()
 
 
 def _load(url: str, bodies: list[bytes], clients: int, seconds: float) -> list[float]:

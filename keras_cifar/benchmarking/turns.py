@@ -7,7 +7,6 @@ turn after another.
 import json
 import os
 import pathlib
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -32,8 +31,10 @@ class Turns:
             os._exit(0)  # Nothing needs to be cleaned up, and threads may still be at work.
 
     def report(self, rate: float, **more) -> None:
-        """Ends a turn with a rate a second and other measurements."""
-        self._send({"rate": rate, "peak_memory": peak_memory()} | more)
+        """Ends a turn with a rate a second, the process's peak memory in bytes, and `more`."""
+        status = pathlib.Path("/proc/self/status").read_text()
+        peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        self._send({"rate": rate, "peak_memory": peak} | more)
 
     def repeat(self, once: Callable[[], None], amount: float) -> None:
         """Reports the rate of `once`, which does `amount` of work, in turn after turn."""
@@ -47,20 +48,5 @@ class Turns:
                 done += 1
             self.report(done * amount / seconds)
 
-    def fail(self, reason: str) -> None:
-        """Reports why this contender cannot run, and ends the process."""
-        self._send({"error": reason})
-        sys.exit(0)
-
     def _send(self, message: dict) -> None:
         self._out.write(json.dumps(message) + "\n")
-
-
-def peak_memory() -> int:
-    """The peak memory of this process, in bytes."""
-    try:
-        status = pathlib.Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        # Not Linux, where this number would include what the parent held when it forked.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,17 +12,10 @@ from collections.abc import Callable
 
 from absl import flags
 
-from keras_cifar.core import environment, recipes
-from keras_cifar.core.errors import (
-    LostWorkerError,
-    StoppedError,
-    UsageError,
-    UserError,
-    one_line,
-    reason,
-    unknown,
-)
+from keras_cifar.core import environment, errors, recipes
 from keras_cifar.core.options import build, fields
+
+OUT_OF_MEMORY = "out of memory; a smaller --batch_size or --image_size needs less"
 
 
 def run(
@@ -37,11 +30,11 @@ def run(
 
     Args:
         name: the module of the command in this package, or the path of a script.
-        main: takes the options and, if `arguments` is given, the list of positional arguments. It
-            returns the exit status; None is 0.
+        main: takes the options and, if `arguments` is given, the positional arguments; returns the
+            exit status, or None for 0.
         options_class: a frozen dataclass whose fields were made with `options.option`.
-        doc: the description of the command for --help.
-        arguments: the positional arguments as --help shows them; empty if there are none.
+        doc: the description for --help.
+        arguments: the positional arguments as --help shows them.
         tensorflow: whether to import TensorFlow, without its start-up messages, before `main`.
     """
     argv = sys.argv[1:]
@@ -60,41 +53,39 @@ def _execute(
     argv: list,
     tensorflow: bool = True,
 ) -> int:
+    def fail(message: str, status: int = 1) -> int:
+        print(f"{name}: error: {errors.one_line(message)}", file=sys.stderr)
+        return status
+
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
         options, positional = parse(options_class, argv)
         if positional and not arguments:
-            raise UsageError(f"unexpected argument {positional[0]!r}; flags begin with --")
+            raise errors.UsageError(f"unexpected argument {positional[0]!r}; flags begin with --")
         if tensorflow:
             environment.import_tensorflow()
         status = main(options, positional) if arguments else main(options)
         sys.stdout.flush()
         return status or 0
-    except (LostWorkerError, StoppedError) as error:
-        _fail(name, str(error), error.status)
+    except (errors.LostWorkerError, errors.StoppedError) as error:
+        fail(str(error))
         sys.stdout.flush()
         os._exit(error.status)
-    except UserError as error:
-        return _fail(name, str(error), error.status)
+    except errors.UserError as error:
+        return fail(str(error), error.status)
     except KeyboardInterrupt:
-        return _fail(name, "interrupted", 130)
+        return fail("interrupted", 130)
     except BrokenPipeError:
         # The reader (`| head`) has closed the pipe; nothing more can be written.
         sys.stdout = None
         return 1
-    except MemoryError:
-        return _fail(name, "out of memory; a smaller --batch_size or --image_size needs less", 1)
     except OSError as error:
-        return _fail(
-            name, f"{reason(error)}: {error.filename}" if error.filename else str(error), 1
-        )
+        return fail(f"{errors.reason(error)}: {error.filename}" if error.filename else str(error))
     except Exception as error:
-        # By name, so that this module does not import TensorFlow.
-        if type(error).__name__ == "ResourceExhaustedError":
-            return _fail(
-                name, "out of memory; a smaller --batch_size or --image_size needs less", 1
-            )
+        # TensorFlow's by name, so that this module does not import it.
+        if type(error).__name__ in ("MemoryError", "ResourceExhaustedError"):
+            return fail(OUT_OF_MEMORY)
         raise
 
 
@@ -111,41 +102,33 @@ def parse(options_class: type, argv: list) -> tuple:
     if recipe := given.get("recipe"):
         given, positional = _read(options_class, [f"--flagfile={recipes.find(recipe)}", *argv])
     for field in fields(options_class):
-        _check_choice(field, given[field.name])
+        value, choices = given[field.name], field.metadata["choices"]
+        if why := field.metadata["refused"].get(value):
+            raise errors.UsageError(f"--{field.name}={value}: {why}")
+        if choices and value not in choices:
+            raise errors.unknown(f"--{field.name}", value, choices)
     return build(options_class, given), positional
 
 
 def _read(options_class: type, argv: list) -> tuple[dict, list]:
     """(the value of each flag, positional arguments) of a command line."""
-    values = flags.FlagValues()
-    for field in fields(options_class):
-        _define(field, values)
-    values.set_gnu_getopt(True)
-    try:
-        positional = values(["", *argv])[1:]
-    except (flags.Error, ValueError) as error:  # the latter of `--noexport=`
-        raise UsageError(f"{reason(error)} (--help lists the flags)") from None
-    return {f.name: values[f.name].value for f in fields(options_class)}, positional
-
-
-def _define(field: dataclasses.Field, values: flags.FlagValues) -> None:
     define: dict[type, Callable] = {
         str: flags.DEFINE_string,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         bool: flags.DEFINE_boolean,
     }
-    define[_kind(field)](field.name, field.default, "", flag_values=values)
-    for alias in field.metadata["aliases"]:
-        flags.DEFINE_alias(alias, field.name, flag_values=values)
-
-
-def _check_choice(field: dataclasses.Field, value) -> None:
-    choices = field.metadata["choices"]
-    if choices and value not in choices:
-        if value in field.metadata["refused"]:
-            raise UsageError(f"--{field.name}={value}: {field.metadata['refused'][value]}")
-        raise unknown(f"--{field.name}", value, choices)
+    values = flags.FlagValues()
+    for field in fields(options_class):
+        define[_kind(field)](field.name, field.default, "", flag_values=values)
+        for alias in field.metadata["aliases"]:
+            flags.DEFINE_alias(alias, field.name, flag_values=values)
+    values.set_gnu_getopt(True)
+    try:
+        positional = values(["", *argv])[1:]
+    except (flags.Error, ValueError) as error:  # the latter of `--noexport=`
+        raise errors.UsageError(f"{errors.reason(error)} (--help lists the flags)") from None
+    return {f.name: values[f.name].value for f in fields(options_class)}, positional
 
 
 def _kind(field: dataclasses.Field) -> type:
@@ -167,19 +150,10 @@ def usage(options_class: type, doc: str, command: str, arguments: str = "") -> s
             head = f"--[no]{field.name}"
         else:
             head = f"--{field.name} {'|'.join(choices) if choices else kind.__name__.upper()}"
-        default = "" if field.default in (None, "", False) else f" (default: {field.default})"
-        if kind is bool and field.default:
-            default = " (default: on)"
+        default = "on" if field.default is True else field.default
+        default = f" (default: {default})" if default else ""
         text = textwrap.wrap(field.metadata["help"] + default, 66)
-        if len(head) > 22:
-            lines.append(f"  {head}")
-        else:
-            lines.append(f"  {head:<24}{text.pop(0)}")
+        lines.append(f"  {head}" if len(head) > 22 else f"  {head:<24}{text.pop(0)}")
         lines += [" " * 26 + line for line in text]
     lines += ["", "  --flagfile FILE         reads flags from a file, one a line"]
     return "\n".join(lines)
-
-
-def _fail(name: str, message: str, status: int) -> int:
-    print(f"{name}: error: {one_line(message)}", file=sys.stderr)
-    return status

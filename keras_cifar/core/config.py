@@ -5,6 +5,7 @@ functions take their own part or plain values, never the whole. Standard library
 """
 
 import dataclasses
+import functools
 import typing
 
 from keras_cifar.core.options import (
@@ -34,21 +35,27 @@ DTYPE_POLICIES = ("auto", "float32", "float64", "mixed_float16", "mixed_bfloat16
 BATCH_SIZE = 128
 SPLITS = ("train", "val", "test")
 
+_model, _data, _training, _optimizer = (
+    functools.partial(option, group=group) for group in ("Model", "Data", "Training", "Optimizer")
+)
+_devices, _output = (
+    functools.partial(option, group=group, compared=False) for group in ("Devices", "Output")
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Options):
     """The network and its first weights."""
 
-    model: str = option("resnet32", "network; --list_models shows them", "Model")
-    init_from: str | None = option(
+    model: str = _model("resnet32", "network; --list_models shows them")
+    init_from: str | None = _model(
         None,
         "a run directory, .keras file or pretrained:NAME of the same network whose weights a new run "
         "starts with; the last layer is new if the classes differ",
-        "Model",
         shared=False,  # The chief sends its state to all workers.
     )
-    freeze: str | None = option(
-        None, "a layer: its weights and those of all layers before it stay as they are", "Model"
+    freeze: str | None = _model(
+        None, "a layer: its weights and those of all layers before it stay as they are"
     )
 
 
@@ -56,54 +63,47 @@ class ModelConfig(Options):
 class DataConfig(Options):
     """The images: where they are, how they are split and augmented."""
 
-    data: str = option(
+    data: str = _data(
         "cifar10",
         "a TFDS name, folder:PATH, archive:PATH (the official CIFAR files) or digits (built in)",
-        "Data",
     )
-    data_dir: str | None = option(
-        None, "where TFDS keeps its data sets", "Data", compared=False, shared=False
+    data_dir: str | None = _data(
+        None, "where TFDS keeps its data sets", compared=False, shared=False
     )
-    cache_dir: str | None = option(
+    cache_dir: str | None = _data(
         None,
         "where decoded images of folders and TFDS are cached; it may be deleted "
         "(default: $XDG_CACHE_HOME/keras_cifar or ~/.cache/keras_cifar)",
-        "Data",
         compared=False,
         shared=False,
     )
-    image_size: int | None = option(
+    image_size: int | None = _data(
         None,
         "height and width in pixels to which images are resized (default: their own size)",
-        "Data",
         limit=POSITIVE,
     )
-    val_fraction: float = option(
+    val_fraction: float = _data(
         0.1,
         "share of train held out for validation if the data has no validation split; "
         "0 trains on all images and keeps the last model",
-        "Data",
         limit=FRACTION,
     )
-    on_bad_image: str = option(
+    on_bad_image: str = _data(
         "error",
         "what to do about unreadable images of folder:PATH: stop, or skip them and list them in "
         "RUN/skipped.csv",
-        "Data",
-        ("error", "skip"),
+        choices=("error", "skip"),
     )
-    max_bad_share: float = option(
+    max_bad_share: float = _data(
         0.05,
         "share of unreadable images in train, val or test above which --on_bad_image=skip stops too",
-        "Data",
         limit=FRACTION,
         compared=False,
     )
-    augment: str = option(
+    augment: str = _data(
         "",
         "augmentations in order, such as 'crop(4)|flip|cutout(8)|mixup(0.2)'; also altflip, "
         "color(0.4), randaugment(2,9), cutmix(1.0)",
-        "Data",
     )
 
 
@@ -111,50 +111,43 @@ class DataConfig(Options):
 class FitConfig(Options):
     """How long and in which steps the model is trained."""
 
-    epochs: int = option(10, "passes over the training images", "Training", limit=POSITIVE)
-    steps_per_epoch: int | None = option(
-        None, "steps between validations (default: one pass)", "Training", limit=POSITIVE
+    epochs: int = _training(10, "passes over the training images", limit=POSITIVE)
+    steps_per_epoch: int | None = _training(
+        None, "steps between validations (default: one pass)", limit=POSITIVE
     )
-    batch_size: int = option(
-        128, "images a step, over all replicas together", "Training", limit=POSITIVE
-    )
-    accumulate_steps: int = option(
+    batch_size: int = _training(128, "images a step, over all replicas together", limit=POSITIVE)
+    accumulate_steps: int = _training(
         1,
         "microbatches in which a batch is computed one after another, to save memory; batch "
         "normalization sees a microbatch",
-        "Training",
         limit=POSITIVE,
     )
-    precise_bn_batches: int = option(
+    precise_bn_batches: int = _training(
         10,
         "training batches from which the statistics of batch normalization are recomputed after "
         "each epoch; 0 keeps the moving averages",
-        "Training",
         limit=NOT_NEGATIVE,
         aliases=("calibration_batches",),
     )
-    on_nan: str = option(
+    on_nan: str = _training(
         "stop",
         "when the loss is not finite: stop, or rollback to the last checkpoint with half the "
         "learning rate, at most 3 times",
-        "Training",
-        ("stop", "rollback"),
+        choices=("stop", "rollback"),
         compared=False,
     )
-    early_stopping: int = option(
+    early_stopping: int = _training(
         0,
         "epochs without a better validation accuracy before training stops; 0 never stops",
-        "Training",
         limit=NOT_NEGATIVE,
     )
-    seed: int = option(
-        0, "of initial weights, dropout, splits, order and augmentation", "Training", limit=SEED
+    seed: int = _training(
+        0, "of initial weights, dropout, splits, order and augmentation", limit=SEED
     )
-    seeds: int = option(
+    seeds: int = _training(
         0,
         "train this many runs, RUN/seed_N for each N from --seed on, and write mean and standard "
         "deviation of their test accuracy; 0 trains one run in RUN itself",
-        "Training",
         limit=NOT_NEGATIVE,
         compared=False,
     )
@@ -172,41 +165,35 @@ class FitConfig(Options):
 class OptimizerConfig(Options):
     """The loss, the update rule and the learning rate."""
 
-    optimizer: str = option("adam", "update rule", "Optimizer", OPTIMIZERS)
-    learning_rate: float = option(1e-3, "the peak of the schedule", "Optimizer", limit=POSITIVE)
-    momentum: float = option(0.9, "of sgd", "Optimizer", limit=FRACTION)
-    nesterov: bool = option(False, "Nesterov momentum, of sgd", "Optimizer")
-    bias_rate: float = option(
-        1.0, "factor of the learning rate of biases and normalization, of sgd", "Optimizer"
+    optimizer: str = _optimizer("adam", "update rule", choices=OPTIMIZERS)
+    learning_rate: float = _optimizer(1e-3, "the peak of the schedule", limit=POSITIVE)
+    momentum: float = _optimizer(0.9, "of sgd", limit=FRACTION)
+    nesterov: bool = _optimizer(False, "Nesterov momentum, of sgd")
+    bias_rate: float = _optimizer(
+        1.0, "factor of the learning rate of biases and normalization, of sgd"
     )
-    lr_schedule: str = option(
+    lr_schedule: str = _optimizer(
         "constant",
         "constant, linear, cosine, step(0.5,0.75) (a tenth at these fractions of the run) or onecycle",
-        "Optimizer",
     )
-    warmup_epochs: float = option(
-        0.0, "epochs of linear warm-up from zero", "Optimizer", limit=NOT_NEGATIVE
-    )
-    weight_decay: float = option(
+    warmup_epochs: float = _optimizer(0.0, "epochs of linear warm-up from zero", limit=NOT_NEGATIVE)
+    weight_decay: float = _optimizer(
         0.0,
         "on kernels, not on biases and normalization: decoupled with adamw, else L2 in the gradient",
-        "Optimizer",
         limit=NOT_NEGATIVE,
     )
-    label_smoothing: float = option(
-        0.0, "share of each label spread over all classes", "Optimizer", limit=FRACTION
+    label_smoothing: float = _optimizer(
+        0.0, "share of each label spread over all classes", limit=FRACTION
     )
-    ema: float = option(
+    ema: float = _optimizer(
         0.0,
         "decay of the exponential moving average of the weights, such as 0.999; the averages are "
         "validated and saved",
-        "Optimizer",
         limit=FRACTION,
     )
-    global_clipnorm: float = option(
+    global_clipnorm: float = _optimizer(
         0.0,
         "global gradient norm above which all gradients are scaled down to it; 0 does not clip",
-        "Optimizer",
         limit=NOT_NEGATIVE,
     )
 
@@ -215,64 +202,46 @@ class OptimizerConfig(Options):
 class DevicesConfig(Options):
     """Devices, workers and precision."""
 
-    strategy: str = option(
+    strategy: str = _devices(
         "auto",
         "auto: multiworker in a cluster (--workers, TF_CONFIG or SLURM), else mirrored with several "
         "GPUs or --replicas",
-        "Devices",
-        STRATEGIES,
+        choices=STRATEGIES,
         refused=REFUSED_STRATEGIES,
-        compared=False,
     )
-    replicas: int | None = option(
+    replicas: int | None = _devices(
         None,
         "replicas on this machine (default: one for each GPU); virtual CPU devices without a GPU",
-        "Devices",
         limit=POSITIVE,
-        compared=False,
     )
-    workers: str | None = option(
-        None,
-        "host:port,host:port,... of all workers; the first is the chief, which writes",
-        "Devices",
-        compared=False,
+    workers: str | None = _devices(
+        None, "host:port,host:port,... of all workers; the first is the chief, which writes"
     )
-    worker_index: int | None = option(
-        None, "which of --workers this process is, from 0", "Devices", compared=False, shared=False
+    worker_index: int | None = _devices(
+        None, "which of --workers this process is, from 0", shared=False
     )
-    startup_timeout: float = option(
-        120.0,
-        "seconds to wait for all workers at the start",
-        "Devices",
-        limit=POSITIVE,
-        compared=False,
-        shared=False,
+    startup_timeout: float = _devices(
+        120.0, "seconds to wait for all workers at the start", limit=POSITIVE, shared=False
     )
-    peer_timeout: float = option(
+    peer_timeout: float = _devices(
         45.0,
         "seconds that a worker may keep the others waiting before they give up",
-        "Devices",
         limit=POSITIVE,
-        compared=False,
     )
-    steps_per_execution: int = option(
-        1,
-        "steps between returns to Python; more are faster on GPUs",
-        "Devices",
-        limit=POSITIVE,
-        compared=False,
+    steps_per_execution: int = _devices(
+        1, "steps between returns to Python; more are faster on GPUs", limit=POSITIVE
     )
-    dtype_policy: str = option(
+    dtype_policy: str = _devices(
         "auto",
         "auto: mixed_bfloat16 on GPUs with bfloat16 tensor cores, else float32",
-        "Devices",
-        DTYPE_POLICIES,
+        choices=DTYPE_POLICIES,
+        compared=True,
     )
-    deterministic: bool = option(
+    deterministic: bool = _devices(
         False,
         "the same bits on GPUs too, which is slower and copies all images into memory; on CPUs the "
         "bits are always the same",
-        "Devices",
+        compared=True,
     )
 
     def __post_init__(self):
@@ -287,43 +256,29 @@ class DevicesConfig(Options):
 class OutputConfig(Options):
     """What is written, where and when."""
 
-    run_dir: str | None = option(
+    run_dir: str | None = _output(
         None,
         "where everything is written (default: runs/MODEL-DATA-TIME); an existing run resumes",
-        "Output",
-        compared=False,
         shared=False,
     )
-    checkpoint_every: int = option(
+    checkpoint_every: int = _output(
         0,
         "steps between checkpoints, besides those after each epoch; 0: by time alone",
-        "Output",
         limit=NOT_NEGATIVE,
-        compared=False,
     )
-    checkpoint_seconds: float = option(
-        600.0,
-        "seconds between checkpoints; 0: none between the ends of epochs",
-        "Output",
-        limit=NOT_NEGATIVE,
-        compared=False,
+    checkpoint_seconds: float = _output(
+        600.0, "seconds between checkpoints; 0: none between the ends of epochs", limit=NOT_NEGATIVE
     )
-    export: bool = option(
-        True, "write RUN/export/1, a SavedModel, at the end", "Output", compared=False, shared=False
-    )
-    recipe: str | None = option(
+    export: bool = _output(True, "write RUN/export/1, a SavedModel, at the end", shared=False)
+    recipe: str | None = _output(
         None,
         "flags that give a known result; flags on the command line override them; --list_recipes "
         "shows the recipes",
-        "Output",
-        compared=False,
         shared=False,
     )
-    dry_run: bool = option(
-        False, "print what would be done, without training", "Output", compared=False
-    )
-    list_models: bool = option(False, "print the networks and exit", "Output", compared=False)
-    list_recipes: bool = option(False, "print the recipes and exit", "Output", compared=False)
+    dry_run: bool = _output(False, "print what would be done, without training")
+    list_models: bool = _output(False, "print the networks and exit")
+    list_recipes: bool = _output(False, "print the recipes and exit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,9 +296,7 @@ class TrainConfig:
     def from_flags(cls, **flags) -> "TrainConfig":
         """The configuration of flags by their names; the others have their defaults.
 
-        Raises:
-            UsageError: a value is out of its range.
-            TypeError: there is no such flag.
+        Raises UsageError for a value out of its range, TypeError for an unknown flag.
         """
         return build(cls, flags)
 
@@ -351,8 +304,7 @@ class TrainConfig:
     def from_json(cls, flags: dict) -> "TrainConfig":
         """The configuration of flags from a config.json; unknown flags are ignored.
 
-        Raises:
-            UsageError: a value has another type or is out of its range.
+        Raises UsageError for a value of another type or out of its range.
         """
         known = {field.name: field for field in fields(cls)}
         flags = {name: value for name, value in canonical(flags).items() if name in known}

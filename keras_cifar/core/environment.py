@@ -46,7 +46,6 @@ CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
 # Compute capability of NVIDIA's Ampere, the first GPUs with bfloat16 tensor cores.
 BFLOAT16_CAPABILITY = (8, 0)
 
-
 # The variables that `configure` has set in this process.
 changed: set[str] = set()
 
@@ -73,8 +72,7 @@ def cpu_quota() -> int | None:
 def shares(count: int) -> list[dict[str, str]]:
     """The environment of each of `count` workers on this machine: equal shares of CPUs and GPUs.
 
-    Raises:
-        UsageError: the machine has GPUs, but fewer than workers.
+    Raises UsageError if the machine has GPUs, but fewer than workers.
     """
     # TF_CONFIG may describe another cluster.
     common = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
@@ -92,8 +90,8 @@ def shares(count: int) -> list[dict[str, str]]:
             "CUDA_VISIBLE_DEVICES= before the command hides them all"
         )
     size = len(gpus) // count  # all get the same number, as the strategy demands
-    parts = [gpus[index * size : (index + 1) * size] for index in range(count)]
-    return [common | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+    starts = range(0, size * count, size)
+    return [common | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i : i + size])} for i in starts]
 
 
 def visible_gpus() -> list[str]:
@@ -124,11 +122,7 @@ def use_xla(strategy: str) -> tuple[bool, str]:
 
 
 def make_deterministic(wanted: bool) -> bool:
-    """Makes TensorFlow's kernels on GPUs deterministic if `wanted`.
-
-    Returns:
-        Whether training is deterministic.
-    """
+    """Makes TensorFlow's kernels on GPUs deterministic if `wanted`; whether training is so now."""
     import tensorflow as tf
 
     if not tf.config.list_physical_devices("GPU"):
@@ -156,8 +150,7 @@ def dtype_policy(name: str) -> tuple[str, str]:
 def import_tensorflow() -> None:
     """Imports TensorFlow and hides its start-up messages unless TF_CPP_MIN_LOG_LEVEL is below 3.
 
-    TensorFlow 2.21 writes some lines (oneDNN, missing CUDA) before its log level takes effect, so the
-    level alone does not hide them.
+    The level alone does not: some lines (oneDNN, missing CUDA) are written before it takes effect.
     """
     if "tensorflow" in sys.modules:
         return

@@ -61,8 +61,7 @@ def reason(error: BaseException) -> str:
 def unwritten(path: pathlib.Path, error: BaseException) -> UserError:
     """The error for a file that TensorFlow could not write."""
     # The message starts with the node and the file and ends with the system's reason.
-    lines = str(getattr(error, "message", error)).splitlines()
-    why = lines[0].rpartition("; ")[2] if lines else type(error).__name__
+    why = reason(error).rpartition("; ")[2]
     return UserError(f"{path} cannot be written: {why}; files that were saved before are intact")
 
 
@@ -75,11 +74,7 @@ def check_utf8(flag: str, path: str | pathlib.Path) -> None:
 
 
 def check_directory(path: str | pathlib.Path, what: str) -> pathlib.Path:
-    """`path` as a pathlib.Path.
-
-    Raises:
-        UserError: it is not a directory.
-    """
+    """`path` as a pathlib.Path; raises UserError unless it is a directory."""
     path = pathlib.Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{what} {path} does not exist")

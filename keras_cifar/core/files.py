@@ -89,13 +89,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def new_version(base: pathlib.Path, version: int | None = None) -> Iterator[tuple]:
     """(a directory to create and fill, `base/<version>`); it is renamed when the body succeeds.
 
-    Args:
-        version: an integer; None is the next one.
+    `version` is an integer, or None for the one after the highest.
 
     Raises:
         FileExistsError: the version exists already.
     """
-    target = base / str(version or next_version(base))
+    target = base / str(version or max(versions(base), default=0) + 1)
     if target.exists():
         raise FileExistsError(17, "this version exists already", str(target))
     base.mkdir(parents=True, exist_ok=True)
@@ -115,11 +114,6 @@ def sync(path: pathlib.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def next_version(base: pathlib.Path) -> int:
-    """The integer after the highest version below `base`; 1 if there is none."""
-    return max(versions(base), default=0) + 1
 
 
 def versions(base: pathlib.Path) -> list[int]:

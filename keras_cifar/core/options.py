@@ -36,8 +36,6 @@ def option(
     """A dataclass field that `cli` turns into a flag.
 
     Args:
-        default: its type is the flag's.
-        help: the text of --help.
         group: the heading of --help under which it stands.
         choices: the only values, if the flag has a fixed list.
         refused: value -> why it is refused, for values that users of other tools expect.
@@ -47,16 +45,9 @@ def option(
             rounding at most: where files are, when checkpoints are written, on which devices it runs.
         shared: whether all workers of a run must have the same value.
     """
-    metadata = {
-        "help": help,
-        "group": group,
-        "choices": choices,
-        "refused": refused or {},
-        "limit": limit,
-        "aliases": aliases,
-        "compared": compared,
-        "shared": shared,
-    }
+    metadata: dict[str, typing.Any] = {"help": help, "group": group, "choices": choices}
+    metadata |= {"refused": refused or {}, "limit": limit, "aliases": aliases}
+    metadata |= {"compared": compared, "shared": shared}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -67,11 +58,7 @@ def check(condition: bool, message: str) -> None:
 
 
 class Options:
-    """Base of dataclasses of flags: checks the numbers against their limits.
-
-    Raises:
-        UsageError: a value is out of its range.
-    """
+    """Base of dataclasses of flags: raises UsageError for a number out of its range."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -24,7 +25,9 @@ LOCK = ".lock"
 
 
 class Run:
-    """The paths of a run directory; it is created when something is written.
+    """A run directory; it is created when something is written.
+
+    The methods that read a file raise UserError if it is damaged.
 
     Args:
         path: the directory.
@@ -46,63 +49,40 @@ class Run:
         self.seeds = self.path / "seeds.json"
 
     def read_metrics(self, split: str, data: str) -> dict | None:
-        """The metrics of a split of `data`; None if it was not evaluated.
-
-        None too if `evaluate --data` has replaced them with the metrics of other images.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """The metrics of a split of `data`; None if there are none, or only those of other data."""
         path = self.evaluation(split)
         if not path.exists():
             return None
-        try:
+        with _damage(path):
             metrics = json.loads(read(path, MAX_METRICS))
             float(metrics["accuracy"]), metrics["data"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} is damaged: {reason(error)}") from None
         return metrics if metrics["data"] == data else None
 
     def read_history(self) -> list[dict[str, float]]:
-        """The rows of history.csv, one for each epoch; empty before the first.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """The rows of history.csv, one for each epoch; empty before the first."""
         if not self.history.exists():
             return []
-        try:
+        with _damage(self.history):
             lines = read(self.history, MAX_HISTORY).decode("utf-8").splitlines()
             history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
             for row in history:
                 int(row["epoch"]), row["seconds"], row["images_per_second"], row["accuracy"]
-        except (OSError, ValueError, OverflowError, KeyError, TypeError, csv.Error) as error:
-            raise UserError(f"{self.history} is damaged: {reason(error)}") from None
         return history
 
     def of_seed(self, seed: int) -> "Run":
         """The run of a seed below a directory of several."""
         return Run(self.path / f"seed_{seed}", restart=self.path)
 
-    def evaluation(self, split: str) -> pathlib.Path:
-        """The file with the metrics of a split."""
-        return self.path / "eval" / f"{split}.json"
+    def _of_split(self, suffix: str, split: str) -> pathlib.Path:
+        return self.path / "eval" / f"{split}{suffix}"
 
-    def predictions(self, split: str) -> pathlib.Path:
-        """The file with the labels and probabilities of a split."""
-        return self.path / "eval" / f"{split}.npz"
-
-    def confusion(self, split: str) -> pathlib.Path:
-        """The plot of the confusion matrix of a split."""
-        return self.path / "eval" / f"{split}_confusion.png"
-
-    def disturbances(self, split: str) -> pathlib.Path:
-        """The file with the accuracy of a split under disturbances."""
-        return self.path / "eval" / f"{split}_disturbances.json"
-
-    def gallery(self, split: str) -> pathlib.Path:
-        """The plot of an image of a split under all disturbances."""
-        return self.path / "eval" / f"{split}_disturbances.png"
+    # The files of a split: its metrics, its labels and probabilities, the plot of its confusion
+    # matrix, its accuracy under disturbances, and a plot of an image under all of them.
+    evaluation = functools.partialmethod(_of_split, ".json")
+    predictions = functools.partialmethod(_of_split, ".npz")
+    confusion = functools.partialmethod(_of_split, "_confusion.png")
+    disturbances = functools.partialmethod(_of_split, "_disturbances.json")
+    gallery = functools.partialmethod(_of_split, "_disturbances.png")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -153,13 +133,19 @@ class Run:
         check_directory(self.path, "run directory")
         if not self.config.exists():
             raise UserError(f"{self.path} is not a run directory: it has no config.json")
-        try:
+        with _damage(self.config):
             config = json.loads(read(self.config, MAX_CONFIG).decode("utf-8"))
             _check_config(config)
             config["flags"] = canonical(config["flags"])
-        except Exception as error:  # A damaged file can raise almost anything.
-            raise UserError(f"{self.config} is damaged: {reason(error)}") from None
         return config
+
+
+@contextlib.contextmanager
+def _damage(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # A damaged file can raise almost anything.
+        raise UserError(f"{path} is damaged: {reason(error)}") from None
 
 
 def default_run_dir(config: TrainConfig) -> str:
@@ -200,10 +186,9 @@ def _check_config(config: dict) -> None:
     names, shape = config["class_names"], config["image_shape"]
     if type(names) is not list or not names or any(type(name) is not str for name in names):
         raise TypeError("class_names is not a list of names")
+    valid = type(shape) is list and all(type(side) is int for side in shape)
     # A larger model does not fit into memory.
-    if type(shape) is not list or len(shape) != 3 or shape[2] != 3:
-        raise TypeError("image_shape is not [height, width, 3]")
-    if any(type(side) is not int or not 0 < side <= 2**14 for side in shape):
+    if not valid or shape[2:] != [3] or not all(0 < side <= 2**14 for side in shape):
         raise TypeError("image_shape is not [height, width, 3]")
     for split in config["splits"].values():
         if type(split["count"]) is not int or type(split["fingerprint"]) is not str:

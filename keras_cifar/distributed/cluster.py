@@ -9,38 +9,29 @@ import tensorflow as tf
 
 from keras_cifar.core.config import DevicesConfig
 from keras_cifar.core.errors import UsageError, reason
+from keras_cifar.core.options import check
 from keras_cifar.distributed.rendezvous import PORTS, parse_address
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The workers of a run.
+    """The workers of a run; the first of them is the chief, the only one that writes."""
 
-    Attributes:
-        addresses: host:port of each; the first is the chief, the only one that writes.
-        index: the position of this process among them.
-        source: where the addresses come from, for messages.
-    """
-
-    addresses: tuple[str, ...]
-    index: int
-    source: str
+    addresses: tuple[str, ...]  # "host:port" of each
+    index: int  # of this process among them
+    source: str  # where the addresses come from, for messages
 
     def __post_init__(self):
+        count = len(self.addresses)
         for address in self.addresses:
-            try:
-                parse_address(address)
-            except UsageError:
-                raise UsageError(
-                    f"{self.source}: {address!r} is not of the form host:port"
-                ) from None
-        if len(set(self.addresses)) < len(self.addresses):
-            raise UsageError(f"{self.source}: two workers have the same address")
-        if not 0 <= self.index < len(self.addresses):
-            raise UsageError(
-                f"{self.source}: worker {self.index} is not among the {len(self.addresses)} workers "
-                "0, 1, ..."
-            )
+            parse_address(address, f"{self.source}: ")
+        check(
+            len(set(self.addresses)) == count, f"{self.source}: two workers have the same address"
+        )
+        check(
+            0 <= self.index < count,
+            f"{self.source}: worker {self.index} is not among the {count} workers 0, 1, ...",
+        )
 
 
 def find_cluster(config: DevicesConfig, environ: Mapping[str, str] = os.environ) -> Cluster | None:

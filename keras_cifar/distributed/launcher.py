@@ -110,7 +110,6 @@ def _start(function: typing.Callable, *arguments) -> threading.Thread:
 
 
 def _join(threads: list[threading.Thread], seconds: float) -> None:
-    """Waits until all threads have ended, or the time is over."""
     deadline = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
@@ -139,29 +138,20 @@ def _wait(index: int, pid: int, events: queue.SimpleQueue) -> None:
 def _copy(
     index: int, pipe: io.BufferedReader, target: int, lock, events: queue.SimpleQueue
 ) -> None:
-    """Writes each line of a worker's pipe to a file descriptor as soon as it is complete."""
+    """Writes each line of a worker's pipe to a file descriptor as soon as it is complete.
+
+    Of a line with carriage returns only what a terminal shows: the text after the last one.
+    """
     with pipe:
         try:
-            for line in _lines(pipe):
-                text = b"[%d] %s\n" % (index, line)
+            for line in pipe:
+                shown = line.rstrip(b"\r\n").rpartition(b"\r")[2]
+                if not shown.strip() and not line.endswith(b"\n"):
+                    continue  # a progress bar that was erased
+                text = b"[%d] %s\n" % (index, shown)
                 with lock:
                     while text:
                         text = text[os.write(target, text) :]
             events.put(None)
         except OSError as error:
             events.put(error)
-
-
-def _lines(pipe: io.BufferedReader) -> typing.Iterator[bytes]:
-    rest = b""
-    while chunk := pipe.read1(1 << 16):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (_last_state(line).rstrip(b"\r") for line in lines)
-        rest = _last_state(rest)
-    if rest.strip():
-        yield rest.rstrip(b"\r")
-
-
-def _last_state(line: bytes) -> bytes:
-    """What a terminal shows of a line: the text after its last carriage return."""
-    return line[line.rstrip(b"\r").rfind(b"\r") + 1 :]

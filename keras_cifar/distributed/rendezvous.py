@@ -66,11 +66,9 @@ class Rendezvous:
         self._results: queue.SimpleQueue[tuple] = queue.SimpleQueue()  # of (content, failure)
         self._line: str | None = None
         self._ended = threading.Event()
-        if len(self.addresses) == 1:
-            return
         deadline = time.monotonic() + startup_timeout
         try:
-            self._start_thread(self._watch)
+            _start_thread(self._watch)
             if index == 0:
                 self._accept_workers(deadline)
             else:
@@ -87,8 +85,6 @@ class Rendezvous:
             UserError: a worker ended, or was silent for too long.
         """
         value = json.loads(json.dumps(value))  # as the others will receive it
-        if len(self.addresses) == 1:
-            return [value]
         if self.index == 0:
             self._collect(0, value)
         else:
@@ -118,7 +114,6 @@ class Rendezvous:
     # ---- Joining
 
     def _accept_workers(self, deadline: float) -> None:
-        """As the chief, accepts connections until all workers have joined."""
         with listen(self.addresses[0], 0) as listener:
             listener.settimeout(ACCEPT_SECONDS)
             while self._missing() and not self._ended.is_set():
@@ -126,7 +121,7 @@ class Rendezvous:
                     self._end(self._not_started(self._missing()))
                 with contextlib.suppress(OSError):
                     connection, (host, *_) = listener.accept()
-                    self._start_thread(self._admit, connection, host.removeprefix("::ffff:"))
+                    _start_thread(self._admit, connection, host.removeprefix("::ffff:"))
         self._send_to_all("ready")
         self._results.put((None, None))
 
@@ -147,7 +142,6 @@ class Rendezvous:
             self._read(hello["worker"], file, stack.pop_all())
 
     def _problem(self, hello: dict, host: str) -> str | None:
-        """Why a client cannot be a worker of this run."""
         own, worker = self._hello(), hello.get("worker")
         who = f"worker {worker} at {host}"
         if hello.get("version") != own["version"]:
@@ -166,7 +160,6 @@ class Rendezvous:
         return {"worker": self.index, "version": version, "workers": workers, "error": error}
 
     def _join_chief(self, deadline: float) -> None:
-        """Connects to the chief as soon as it is there."""
         error = None
         try:
             listen(self.addresses[self.index], self.index).close()  # TensorFlow will listen there.
@@ -194,7 +187,7 @@ class Rendezvous:
             if kind != "accepted":
                 raise ConnectionError("another program answers there")
             self._add(0, connection)
-            self._start_thread(self._read, 0, file, stack.pop_all())
+            _start_thread(self._read, 0, file, stack.pop_all())
 
     def _add(self, worker: int, connection: socket.socket) -> None:
         connection.settimeout(None)
@@ -207,7 +200,6 @@ class Rendezvous:
     # ---- Messages
 
     def _read(self, worker: int, file: typing.BinaryIO, resources: contextlib.ExitStack) -> None:
-        """Handles the messages of a worker until it closes the connection, then closes too."""
         with contextlib.suppress(OSError), resources:
             while True:
                 kind, content = receive(file, MAX_MESSAGE_BYTES)
@@ -228,8 +220,7 @@ class Rendezvous:
         with self._changed:
             self._values[worker] = value
             if len(self._values) == len(self.addresses):
-                values = [self._values[i] for i in range(len(self.addresses))]
-                self._values = {}
+                values = [self._values.pop(i) for i in range(len(self.addresses))]
                 self._send_to_all("values", values)
                 self._results.put((values, None))
 
@@ -281,9 +272,6 @@ class Rendezvous:
         # After the others have been told, as the caller may end the process.
         self._results.put((None, failure or "the rendezvous is closed"))
 
-    def _start_thread(self, function: typing.Callable, *arguments) -> None:
-        threading.Thread(target=function, args=arguments, daemon=True).start()
-
     def _name(self, worker: int) -> str:
         return f"worker {worker} ({self.addresses[worker]})"
 
@@ -300,8 +288,11 @@ class Rendezvous:
         )
 
 
+def _start_thread(function: typing.Callable, *arguments) -> None:
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
+
 def encode(kind: str, content=None) -> bytes:
-    """A message as it is sent."""
     return json.dumps([kind, content]).encode() + b"\n"
 
 
@@ -321,11 +312,11 @@ def receive(file: typing.BinaryIO, limit: int) -> tuple:
     return kind, content
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """(host, port) of "host:port" or "[::1]:port"."""
+def parse_address(address: str, source: str = "") -> tuple[str, int]:
+    """(host, port) of "host:port" or "[::1]:port"; `source` begins the message of the UsageError."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"{address!r} is not the host:port of a worker")
+        raise UsageError(f"{source}{address!r} is not of the form host:port")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -337,10 +328,9 @@ def listen(address: str, worker: int) -> socket.socket:
     """
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
+    port = parse_address(address)[1]
     try:
-        return socket.create_server(
-            ("", parse_address(address)[1]), family=family, dualstack_ipv6=both
-        )
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise UserError(f"worker {worker} cannot use {address}: {why}") from None

@@ -14,12 +14,6 @@ class ReplicaRange:
     count: int = 1
     total: int = 1
 
-    @classmethod
-    def of_input_context(cls, context: tf.distribute.InputContext) -> "ReplicaRange":
-        """The range of the process that `strategy.distribute_datasets_from_function` asks for."""
-        count = context.num_replicas_in_sync // context.num_input_pipelines
-        return cls(context.input_pipeline_id * count, count, context.num_replicas_in_sync)
-
 
 def bounds(examples: int, replicas: int) -> list[int]:
     """Splits examples as equally as possible: the boundaries of the shards, replicas + 1 positions."""
@@ -28,16 +22,11 @@ def bounds(examples: int, replicas: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class ShardedBatches:
-    """Batches that are split into per-replica shards. Iterate over this object, not over `dataset`.
+    """Batches that are split into per-replica shards. Iterate over this object, not over `dataset`."""
 
-    Attributes:
-        dataset: yields a shard (images, labels) for each replica of this process; endless if `steps`
-            is given.
-        steps: batches in a pass; None means until the data set ends.
-    """
-
+    # Yields a shard (images, labels) for each replica of this process; endless if `steps` is given.
     dataset: tf.data.Dataset | tf.distribute.DistributedDataset
-    steps: int | None
+    steps: int | None  # batches in a pass; None means until the data set ends
 
     def __iter__(self) -> Iterator:
         return iter(self.dataset)
@@ -49,10 +38,13 @@ def shard_batches(
     steps: int | None,
 ) -> ShardedBatches:
     """Distributes shards: `make(replicas)` yields them one after another for a range of replicas."""
-    dataset = strategy.distribute_datasets_from_function(
-        lambda context: make(ReplicaRange.of_input_context(context))
-    )
-    return ShardedBatches(dataset, steps)
+
+    def for_process(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        total = context.num_replicas_in_sync
+        count = total // context.num_input_pipelines
+        return make(ReplicaRange(context.input_pipeline_id * count, count, total))
+
+    return ShardedBatches(strategy.distribute_datasets_from_function(for_process), steps)
 
 
 def split_batches(
@@ -99,7 +91,6 @@ def split_batches(
 
 
 def _steps(strategy: tf.distribute.Strategy, dataset: tf.data.Dataset, steps: int | None):
-    """The batches in a pass; None where one device reads until the data set ends."""
     known = int(dataset.cardinality())
     if known == 0:
         raise ValueError("the data set is empty")
@@ -115,7 +106,6 @@ def _steps(strategy: tf.distribute.Strategy, dataset: tf.data.Dataset, steps: in
 
 
 def _pad(values: tf.Tensor, size: int) -> tf.Tensor:
-    """Appends zeros along the first axis, up to `size` examples."""
     missing = tf.maximum(size - tf.shape(values)[0], 0)
     return tf.pad(values, [[0, missing], *[[0, 0]] * (values.shape.rank - 1)])
 

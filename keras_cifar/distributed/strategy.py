@@ -32,19 +32,12 @@ LOST_WORKER_ERRORS = (
 
 @dataclasses.dataclass(frozen=True)
 class StrategySpec:
-    """The devices that a run computes on, before anything is started.
+    """The devices that a run computes on, before anything is started."""
 
-    Attributes:
-        name: none, mirrored or multiworker.
-        reason: why this one was chosen.
-        devices: those of this process, such as GPU:0.
-        cluster: the workers, for multiworker.
-    """
-
-    name: str
-    reason: str
-    devices: tuple[str, ...]
-    cluster: Cluster | None = None
+    name: str  # none, mirrored or multiworker
+    reason: str  # why this one was chosen
+    devices: tuple[str, ...]  # those of this process, such as GPU:0
+    cluster: Cluster | None = None  # for multiworker
 
     @property
     def replicas(self) -> int:
@@ -72,25 +65,26 @@ def choose(config: DevicesConfig) -> StrategySpec:
         if replicas:
             raise UsageError("--replicas is for one machine: a worker has one for each of its GPUs")
         devices = tuple(f"GPU:{i}" for i in range(gpus)) or ("CPU:0",)
-        kind = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU"
-        why = (
-            f"{len(cluster.addresses)} workers by {cluster.source}, this is {cluster.index}, {kind}"
-        )
+        kind = _count(gpus, "GPU") if gpus else "the CPU"
+        workers = f"{len(cluster.addresses)} workers by {cluster.source}"
+        why = f"{workers}, this is {cluster.index}, {kind}"
         return StrategySpec("multiworker", why, devices, cluster)
+    device = "GPU" if gpus else "CPU"
     wanted = replicas or max(gpus, 1)
     if name == "auto":
         name = "mirrored" if wanted > 1 else "none"
     if name == "none":
         if (replicas or 1) > 1:
             raise UsageError(f"--replicas={replicas} needs --strategy=mirrored or auto")
-        return StrategySpec(
-            "none", "one GPU" if gpus else "the CPU", ("GPU:0" if gpus else "CPU:0",)
-        )
+        return StrategySpec("none", "one GPU" if gpus else "the CPU", (f"{device}:0",))
     if gpus and wanted > gpus:
         raise UsageError(f"--replicas={wanted} is more than this machine's {gpus} GPUs")
-    kind = "GPU" if gpus else "virtual CPU device"
-    devices = tuple(f"{'GPU' if gpus else 'CPU'}:{i}" for i in range(wanted))
-    return StrategySpec("mirrored", f"{wanted} {kind}{'s' if wanted > 1 else ''}", devices)
+    why = _count(wanted, "GPU" if gpus else "virtual CPU device")
+    return StrategySpec("mirrored", why, tuple(f"{device}:{i}" for i in range(wanted)))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 class DistributedContext:
@@ -122,17 +116,15 @@ class DistributedContext:
         if not start or spec.name == "none":
             self.strategy = tf.distribute.get_strategy()
         elif spec.cluster is None:
-            self.strategy = _mirrored(spec)
+            if spec.devices[0].startswith("CPU"):
+                _split_cpu(len(spec.devices))
+            self.strategy = tf.distribute.MirroredStrategy(list(spec.devices))
         else:
-            self._rendezvous = Rendezvous(
-                spec.cluster.addresses,
-                spec.cluster.index,
-                config.startup_timeout,
-                config.peer_timeout,
-            )
+            workers, limits = spec.cluster, (config.startup_timeout, config.peer_timeout)
+            self._rendezvous = Rendezvous(workers.addresses, workers.index, *limits)
             with self:
                 self.check_equal(facts or {})
-                self.strategy = _multiworker(spec.cluster, spec.devices, config.peer_timeout)
+                self.strategy = _multiworker(workers, spec.devices, config.peer_timeout)
 
     @property
     def is_chief(self) -> bool:
@@ -140,10 +132,9 @@ class DistributedContext:
         return self.spec.cluster is None or self.spec.cluster.index == 0
 
     def check_equal(self, facts: Mapping) -> None:
-        """Waits for all workers and compares their values, which have the same names in each.
+        """Waits for all workers; raises UserError if a value differs from the chief's.
 
-        Raises:
-            UserError: a value differs from the chief's.
+        The names are the same in all workers.
         """
         if self._rendezvous is None or self.spec.cluster is None:
             return
@@ -224,17 +215,12 @@ def describe_lost_worker(error: tf.errors.OpError, cluster: Cluster, timeout: fl
         tasks = {0}  # The chief runs it.
     names = [f"worker {i} ({cluster.addresses[i]})" for i in sorted(tasks)]
     who = " and ".join(names) or ("a worker" if late else "another worker")
+    why = "ended or cannot be reached"
     if late:
-        who += f" kept the others waiting for more than --peer_timeout={timeout:g} s"
-    else:
-        who += " ended or cannot be reached"
-    return f"{who}; nothing that was saved is lost: start all workers again to resume from there"
-
-
-def _mirrored(spec: StrategySpec) -> tf.distribute.Strategy:
-    if spec.devices[0].startswith("CPU"):
-        _split_cpu(len(spec.devices))
-    return tf.distribute.MirroredStrategy(list(spec.devices))
+        why = f"kept the others waiting for more than --peer_timeout={timeout:g} s"
+    return (
+        f"{who} {why}; nothing that was saved is lost: start all workers again to resume from there"
+    )
 
 
 def _multiworker(
@@ -260,39 +246,31 @@ def _multiworker(
 
 
 def _limit_start(cluster: Cluster, timeout: float) -> None:
-    """Limits how long TensorFlow's servers look for each other, if this TensorFlow allows it.
+    """Limits how long TensorFlow's servers look for each other.
 
     The default is an hour, in which Python cannot run: neither Ctrl-C nor a failure is noticed.
     """
-    seconds = max(MIN_CONNECT_SECONDS, CONNECT_SHARE * timeout)
-    # The strategy has no argument for it, but respects this configuration. It is private: another
-    # version of TensorFlow may keep its own limit.
-    try:
-        from tensorflow.python.eager import context
+    # The strategy has no argument for it, but respects this configuration, which is private.
+    from tensorflow.python.eager import context
 
-        job = context.coordination_config_pb2.CoordinatedJob(
-            name="worker", num_tasks=len(cluster.addresses)
-        )
-        tensorflow = context.context()
-        tensorflow.configure_coordination_service(
-            service_type="standalone",
-            service_leader="/job:worker/replica:0/task:0",
-            coordinated_jobs=[job],
-            cluster_register_timeout_in_ms=int(1000 * seconds),
-        )
-        tensorflow.coordination_service.cluster_register_with_barrier = True
-    except (ImportError, AttributeError, TypeError):
-        pass
+    seconds = max(MIN_CONNECT_SECONDS, CONNECT_SHARE * timeout)
+    job = context.coordination_config_pb2.CoordinatedJob(
+        name="worker", num_tasks=len(cluster.addresses)
+    )
+    tensorflow = context.context()
+    tensorflow.configure_coordination_service(
+        service_type="standalone",
+        service_leader="/job:worker/replica:0/task:0",
+        coordinated_jobs=[job],
+        cluster_register_timeout_in_ms=int(1000 * seconds),
+    )
+    tensorflow.coordination_service.cluster_register_with_barrier = True
 
 
 def _split_cpu(count: int) -> None:
-    """Splits the CPU into `count` virtual devices."""
-    cpus = tf.config.get_visible_devices("CPU")
-    if not cpus:
-        raise UsageError("this process sees no CPU device")
     virtual = [tf.config.LogicalDeviceConfiguration()] * count
     try:
-        tf.config.set_logical_device_configuration(cpus[0], virtual)
+        tf.config.set_logical_device_configuration(tf.config.get_visible_devices("CPU")[0], virtual)
     except RuntimeError:
         # TensorFlow has started already, which is fine if it has enough devices.
         if len(tf.config.list_logical_devices("CPU")) < count:

@@ -1,17 +1,9 @@
 """Disturbances of images, each at five strengths; the literature calls them corruptions.
 
 The tutorial begins with a figure of what makes a class hard to recognise. These are its causes, except
-the variation within a class, and what cameras add:
-
-| in the figure | here |
-|---|---|
-| viewpoint | rotation, perspective |
-| scale | scale |
-| deformation | elastic |
-| occlusion | occlusion |
-| illumination | brightness, contrast, saturation |
-| background clutter | clutter |
-| (cameras and files) | noise, blur, jpeg |
+the variation within a class: viewpoint (rotation, perspective), scale, deformation (elastic),
+occlusion, illumination (brightness, contrast, saturation), background clutter; and what cameras and
+files add (noise, blur, jpeg).
 
 The five strengths and the mean accuracy over all of them follow CIFAR-10-C (Hendrycks and Dietterich
 2019, arXiv:1903.12261), but no result compares with a published one: `noise`, `contrast`, `jpeg` and,
@@ -54,8 +46,6 @@ DISTURBANCES: dict[str, Disturbance] = {}
 
 
 def _register(unit: str, *strengths: float):
-    """Adds the decorated function to DISTURBANCES, with its five strengths and their unit."""
-
     def add(function):
         DISTURBANCES[function.__name__] = Disturbance(function, unit, strengths)
         return function
@@ -73,11 +63,8 @@ def apply(
         images: uint8 [n, H, W, 3] of any size. Clutter is taken from these.
         strength: from 0, which changes nothing, to 5.
         seed: of everything random.
-        first_row: the row of the first image, where images are disturbed in batches; it makes the
-            random numbers of each batch different.
+        first_row: of a batch, so that the random numbers of each batch differ.
     """
-    if not 0 <= strength <= LEVELS:
-        raise ValueError(f"a strength is from 0 to {LEVELS}, not {strength}")
     if strength == 0 or not images.size:
         return images.copy()
     disturbance = DISTURBANCES[name]
@@ -112,8 +99,7 @@ def perspective(images, random, angle: float):
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     direction = random.uniform(0, 2 * np.pi, (len(images), 1, 1))
     ahead, across = np.sin(direction), np.cos(direction)
-    height, width = images.shape[1:3]
-    side = min(height, width)
+    side = min(images.shape[1:3])
     y, x = (part / side for part in _grid(images))
     # p is along the direction of the tilt, q along the axis. The ray through each of these points
     # meets the tilted image at `along`, `beside`.
@@ -135,9 +121,8 @@ def scale(images, random, factor: float):
 @_register("of a side, root mean square", 0.015, 0.03, 0.045, 0.06, 0.08)
 def elastic(images, random, amount: float):
     """Moves each point by a smooth random field (Simard et al. 2003, Best practices for CNNs)."""
-    count, height, width, _ = images.shape
-    side = min(height, width)
-    noise = random.standard_normal((2, count, height, width), np.float32)
+    side = min(images.shape[1:3])
+    noise = random.standard_normal((2, *images.shape[:3]), np.float32)
     field = scipy.ndimage.gaussian_filter(noise, SMOOTHNESS * side, axes=(2, 3))
     size = np.sqrt((field**2).sum(axis=0).mean(axis=(1, 2), keepdims=True))
     y, x = _grid(images)
@@ -160,9 +145,8 @@ def clutter(images, random, share: float):
     count = len(images)
     for _ in range(BOXES):
         # Any image but itself, where there is another.
-        others = (
-            np.arange(count) + random.integers(min(1, count - 1), max(count, 2), count)
-        ) % count
+        steps = random.integers(min(1, count - 1), max(count, 2), count)
+        others = (np.arange(count) + steps) % count
         _, rows, columns = _boxes(images, random, share / BOXES)
         place = _boxes(images, random, share / BOXES)
         disturbed[place] = images[others[:, None, None], rows, columns]
@@ -236,12 +220,11 @@ def jpeg(images, random, quality: int):
 
 
 def _signs(images, random) -> np.ndarray:
-    """float32 [n, 1, 1]: 1 or -1 for each image."""
     return random.choice(np.array([-1, 1], np.float32), (len(images), 1, 1))
 
 
 def _grid(images) -> tuple[np.ndarray, np.ndarray]:
-    """(y float32 [1, H, 1], x float32 [1, 1, W]): coordinates of the pixels from the centre."""
+    """(y float32 [1, H, 1], x float32 [1, 1, W]) of the pixels from the centre."""
     height, width = images.shape[1:3]
     y = np.arange(height, dtype=np.float32) - (height - 1) / 2
     x = np.arange(width, dtype=np.float32) - (width - 1) / 2
@@ -249,40 +232,20 @@ def _grid(images) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sample(images, y, x) -> np.ndarray:
-    """Samples images at points by bilinear interpolation; they are mirrored beyond their edges.
-
-    Args:
-        y, x: float, in pixels from the centre; they broadcast to [n, H, W].
-    """
+    """Interpolates bilinearly at points y, x [n, H, W], in pixels from the centre of each image."""
     count, height, width, channels = images.shape
-    y, x = ((part + (size - 1) / 2).astype(np.float32) for part, size in ((y, height), (x, width)))
-    y, x = np.broadcast_arrays(y, x)
-    top, left = np.floor(y), np.floor(x)
-    down, right = (y - top)[..., None], (x - left)[..., None]
-    top, left = top.astype(np.int32), left.astype(np.int32)
-    pixels = images.reshape(-1, channels)
-    starts = np.arange(count, dtype=np.int32)[:, None, None] * (height * width)
-
-    def row(offset):
-        line = starts + _mirrored(top + offset, height) * width
-        a, b = (pixels[line + _mirrored(left + side, width)] for side in (0, 1))
-        return a + right * (b.astype(np.float32) - a)
-
-    above = row(0)
-    return _to_uint8(above + down * (row(1) - above))
-
-
-def _mirrored(index, size: int) -> np.ndarray:
-    """Maps an index beyond [0, size) to the pixel that it mirrors: ... 1 0 | 0 1 ... 1 0 | 0 1 ..."""
-    index = index % (2 * size)
-    return np.minimum(index, 2 * size - 1 - index)
+    y, x = np.broadcast_arrays(y + (height - 1) / 2, x + (width - 1) / 2)
+    sampled = np.empty(images.shape, np.float32)
+    for row, channel in np.ndindex(count, channels):
+        plane, points = images[row, ..., channel], (y[row], x[row])
+        scipy.ndimage.map_coordinates(
+            plane, points, sampled[row, ..., channel], order=1, mode="reflect"
+        )
+    return _to_uint8(sampled)
 
 
 def _boxes(images, random, share: float) -> tuple:
-    """Indices (image [n, 1, 1], row [n, h, 1], column [n, 1, w]) of a random box in each image.
-
-    The box lies inside the image and has the given share of its area, at least one pixel.
-    """
+    """Indices (image [n, 1, 1], row [n, h, 1], column [n, 1, w]) of a random box inside each image."""
     count = len(images)
     indices = []
     for axis, size in enumerate(images.shape[1:3]):

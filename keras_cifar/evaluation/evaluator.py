@@ -42,11 +42,7 @@ def evaluate(
     """Evaluates a model on a split and writes its metrics, predictions and confusion matrix.
 
     The files are `RUN/eval/<name>.json`, `.npz` (labels int64 [N], probabilities float32 [N, K]) and
-    `_confusion.png`. Returns what the JSON holds.
-
-    Args:
-        name: of the split: train, val or test.
-        spec: the --data of the split, for the record.
+    `_confusion.png`. Returns what the JSON holds; `spec` is the --data of the split, for the record.
     """
     probabilities = predict(model, split)
     with replacing(run.predictions(name)) as temporary:
@@ -60,13 +56,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """Where the images of an evaluation come from; None stands for the run's own value.
-
-    Attributes:
-        data: as --data; it must have the classes of the run.
-        data_dir: where TFDS keeps its data sets.
-        cache_dir: where decoded images are kept.
-    """
+    """Where the images of an evaluation come from, as the flags; None is the run's own value."""
 
     data: str | None = None
     data_dir: str | None = None
@@ -77,33 +67,24 @@ RUNS_OWN = DataSource()
 
 
 def evaluate_run(run: Run, name: str, source: DataSource = RUNS_OWN) -> dict:
-    """`evaluate` of a run's selected model.
-
-    Args:
-        name: of the split: train, val or test.
-
-    Raises:
-        UserError: the run or the data is missing, damaged, or not what the run was made with.
-    """
+    """`evaluate` of a run's selected model on its split `name`; errors as `load_run`."""
     model, dataset, spec = load_run(run, name, source)
     return evaluate(model, name, dataset.split(name), dataset.class_names, spec, run)
 
 
-def load_run(
-    run: Run, name: str, source: DataSource = RUNS_OWN
-) -> tuple[keras.Model, data.Dataset, str]:
-    """(the run's selected model, the data, its --data); arguments and errors as `evaluate_run`."""
+def load_run(run: Run, name: str, source: DataSource = RUNS_OWN) -> tuple:
+    """(the run's selected model, the data, its --data).
+
+    Raises:
+        UserError: the run or the data is missing, damaged, or not what the run was made with.
+    """
     config = run.read_config()
     model = models.load(run.model)
     return model, load_data(config, name, source), source.data or config["flags"]["data"]
 
 
 def load_data(config: dict, name: str, source: DataSource = RUNS_OWN) -> data.Dataset:
-    """The data from which a split is to be evaluated.
-
-    Args:
-        config: the contents of the run's config.json.
-        name: of the split: train, val or test.
+    """The data from which a split is to be evaluated; `config` holds the run's config.json.
 
     Raises:
         UserError: the data is missing, or its classes or images are not those of the run.
@@ -119,11 +100,9 @@ def load_data(config: dict, name: str, source: DataSource = RUNS_OWN) -> data.Da
         # Other data needs no validation split for an evaluation of train.
         flags["val_fraction"] if own or name == "val" else 0.0,
         flags["seed"],
-        source.cache_dir or _existing(flags.get("cache_dir")),  # Old runs have no cache_dir.
+        source.cache_dir or _existing(flags["cache_dir"]),
         # In other data every image counts.
-        data.BadImages(
-            own and flags.get("on_bad_image") == "skip", flags.get("max_bad_share", 0.0)
-        ),
+        data.BadImages(own and flags["on_bad_image"] == "skip", flags["max_bad_share"]),
     )
     if dataset.class_names != class_names:
         raise UserError(

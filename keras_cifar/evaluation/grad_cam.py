@@ -5,9 +5,6 @@ gradient of the class's logit and added up; negative values become 0. Small maps
 VGG at 32 x 32 pixels, show little more than a corner.
 """
 
-import pathlib
-import re
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -15,8 +12,9 @@ from matplotlib import colormaps
 
 from keras_cifar.core.config import BATCH_SIZE
 
-# Layers that keep the meaning of the maps of a convolution.
-_PASSES_ON = (
+# Layers whose outputs are not the maps of a convolution; most only pass them on.
+_SKIPPED = (
+    keras.layers.InputLayer,
     keras.layers.MaxPooling2D,
     keras.layers.AveragePooling2D,
     keras.layers.Dropout,
@@ -29,17 +27,13 @@ OPACITY = 0.7  # of the colour at heat 1
 
 
 def last_maps(model: keras.Model) -> keras.KerasTensor:
-    """The last feature maps [M, h, w, C] before the layer `logits`.
-
-    Raises:
-        ValueError: the model has none.
-    """
+    """The last feature maps [M, h, w, C] before the layer `logits`; ValueError if there are none."""
     names = [layer.name for layer in model.layers]
     for layer in reversed(model.layers[: names.index("logits")]):
-        if not isinstance(layer, (*_PASSES_ON, keras.layers.InputLayer)):
-            output = layer.output
-            if len(output.shape) == 4 and keras.backend.is_float_dtype(output.dtype):
-                return output
+        output = layer.output
+        is_maps = len(output.shape) == 4 and keras.backend.is_float_dtype(output.dtype)
+        if is_maps and not isinstance(layer, _SKIPPED):
+            return output
     raise ValueError(f"{model.name} has no feature maps")
 
 
@@ -52,23 +46,14 @@ class GradCam:
         self._logits = keras.Model(maps, model.get_layer("logits").output)
 
     def heat(self, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        """The heat of a class in each image.
+        """The heat, float32 [N, H, W] in [0, 1], of `classes` int [N] in `images` uint8 [N, H, W, 3].
 
-        Args:
-            images: uint8 [N, H, W, 3], N of any size.
-            classes: int [N].
-
-        Returns:
-            float32 [N, H, W] in [0, 1]. The maximum of each image is 1, or 0 where nothing speaks for
-            the class.
+        The maximum of each image is 1, or 0 where nothing speaks for the class.
         """
-        heats = [np.empty((0, *images.shape[1:3]), np.float32)]
-        for start in range(0, len(images), BATCH_SIZE):
-            batch = slice(start, start + BATCH_SIZE)
-            heats.append(self._heat(tf.constant(images[batch]), tf.constant(classes[batch])))
-        return np.concatenate(heats)
+        batches = (np.s_[at : at + BATCH_SIZE] for at in range(0, len(images), BATCH_SIZE))
+        return np.concatenate([self._heat(tf.constant(images[b]), classes[b]) for b in batches])
 
-    def _heat(self, images: tf.Tensor, classes: tf.Tensor) -> np.ndarray:
+    def _heat(self, images: tf.Tensor, classes: np.ndarray) -> np.ndarray:
         # Eager: tracing takes longer than the few images that most calls explain.
         maps = self._maps(images, training=False)
         with tf.GradientTape() as tape:
@@ -86,28 +71,8 @@ class GradCam:
 
 
 def overlay(images: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Draws heat over images: grey where there is none, then purple, orange and yellow.
-
-    Args:
-        images: uint8 [N, H, W, 3].
-        heat: float [N, H, W] in [0, 1].
-
-    Returns:
-        uint8 [N, H, W, 3].
-    """
+    """Draws heat [N, H, W] in [0, 1] over images uint8 [N, H, W, 3]: grey, purple, orange, yellow."""
     grey = images.mean(axis=3, keepdims=True)
     colour = 255 * HEAT(heat)[..., :3]
     share = OPACITY * heat[..., np.newaxis]
     return np.round(grey * (1 - share) + colour * share).astype(np.uint8)
-
-
-def enlarge(images: np.ndarray, side: int) -> np.ndarray:
-    """Enlarges images uint8 [N, H, W, 3] by a whole factor to at least `side` pixels a side."""
-    times = -(-side // min(images.shape[1:3]))
-    return images.repeat(times, axis=1).repeat(times, axis=2)
-
-
-def file_name(number: int, source: str) -> str:
-    """The name of the overlay of a file: plain letters, unique by its number."""
-    stem = re.sub(r"[^A-Za-z0-9]+", "_", pathlib.PurePath(source).stem)
-    return f"{number:05}_{stem[:60]}.png"

@@ -7,7 +7,6 @@ TINY = float(np.finfo(np.float32).tiny)  # replaces a probability that was round
 
 LEVEL = 0.95  # of the intervals
 RESAMPLES = 1000
-RESAMPLED = 2**20  # images of resamples in memory at a time
 
 PER_CLASS = ("precision", "recall", "f1", "count")
 
@@ -17,18 +16,13 @@ MAX_MISTAKES = 48  # images
 
 
 def summarize(probabilities: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> dict:
-    """Loss, accuracy and top-5 accuracy with intervals, metrics of each class, confusion, calibration.
+    """The metrics of probabilities float [N, K], of images with labels int [N].
 
-    Args:
-        probabilities: float [N, K].
-        labels: int [N], the true classes.
-
-    Returns:
-        What `RUN/eval/<split>.json` holds beside the split's name. `loss` is the mean cross-entropy in
-        nats. `confusion` has a row for each true class. Undefined precision, recall and F1 are 0.
-        `intervals` are those of `bootstrap`, `calibration` is the result of `calibration_error`.
-        `confused` lists the most confused pairs of classes, most images first; `mistakes` lists the
-        wrong predictions, most confident first. Equal entries keep their order.
+    They are what `RUN/eval/<split>.json` holds beside the split's name and data. `loss` is the mean
+    cross-entropy in nats. `confusion` has a row for each true class. Undefined precision, recall and F1
+    are 0. `intervals` are those of `bootstrap`, `calibration` is the result of `calibration_error`.
+    `confused` lists the most confused pairs of classes, most images first; `mistakes` the wrong
+    predictions, most confident first. Equal entries keep their order.
     """
     classes = range(len(class_names))
     predicted = probabilities.argmax(axis=1)
@@ -67,34 +61,26 @@ def bootstrap(values: np.ndarray) -> list[float]:
 
     Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13. It estimates how much the
     metric would change with other test images of the same kind. Equal values have no spread: 20 right
-    predictions out of 20 give [1, 1].
-
-    Args:
-        values: float or bool [N], one an image.
+    predictions out of 20 give [1, 1]. `values` are float or bool [N], one an image.
     """
     random, count = np.random.default_rng(0), len(values)
     if values.dtype == bool:
         means = random.binomial(count, values.mean(), RESAMPLES) / count
     else:
-        rows = max(1, RESAMPLED // count)
-        sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
-        drawn = (random.integers(0, count, (size, count), np.int32) for size in sizes)
-        means = np.concatenate([values[chosen].mean(axis=1) for chosen in drawn])
+        drawn = (random.integers(0, count, count, np.int32) for _ in range(RESAMPLES))
+        means = [values[rows].mean() for rows in drawn]
     return np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> dict:
     """The expected calibration error, and the bins of a reliability diagram (Guo et al., section 2).
 
-    Args:
-        probabilities: float [N, K].
-        labels: int [N].
+    Takes probabilities float [N, K] and labels int [N]. A bin has the images whose largest probability
+    is above low and at most high; its confidence and accuracy are means over them, or None without
+    images. The error is the mean over all images of the distance between the two.
 
     Returns:
-        {"expected_calibration_error", "bins": [{"low", "high", "count", "confidence", "accuracy"}]}. A
-        bin has the images whose largest probability is above low and at most high; its confidence and
-        accuracy are means over them, or None without images. The error is the mean over all images of
-        the distance between the two.
+        {"expected_calibration_error", "bins": [{"low", "high", "count", "confidence", "accuracy"}]}
     """
     confidence = probabilities.max(axis=1).astype(np.float64)
     right = probabilities.argmax(axis=1) == labels
@@ -120,15 +106,11 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> dict:
 
 def _confused(matrix: np.ndarray, class_names: tuple[str, ...]) -> list[dict]:
     wrong = matrix - np.diag(np.diag(matrix))
-    true, predicted = np.nonzero(wrong)
-    order = np.argsort(-wrong[true, predicted], kind="stable")[:MAX_CONFUSED]
+    pairs = np.argwhere(wrong)
+    order = np.argsort(-wrong[tuple(pairs.T)], kind="stable")[:MAX_CONFUSED]
     return [
-        {
-            "true": class_names[true[i]],
-            "predicted": class_names[predicted[i]],
-            "count": int(wrong[true[i], predicted[i]]),
-        }
-        for i in order
+        {"true": class_names[i], "predicted": class_names[j], "count": int(wrong[i, j])}
+        for i, j in pairs[order]
     ]
 
 

@@ -1,6 +1,7 @@
 """Writes Grad-CAM overlays of classified image files."""
 
 import pathlib
+import re
 
 import keras
 import numpy as np
@@ -23,14 +24,16 @@ class OverlayWriter:
 
     def __call__(self, batch: list[tuple], predictions: list[dict]) -> None:
         """Writes the overlays of a batch of (file, pixels or None, error or None)."""
+        first, self._files = self._files + 1, self._files + len(batch)
         good = [i for i, (_, _, error) in enumerate(batch) if error is None]
-        if good:
-            images = np.stack([batch[i][1] for i in good])
-            classes = np.array([predictions[i]["top"][0]["index"] for i in good])
-            heat = self._grad_cam.heat(images, classes)
-            overlays = grad_cam.enlarge(grad_cam.overlay(images, heat), SIDE)
-            for i, pixels in zip(good, overlays, strict=True):
-                name = grad_cam.file_name(self._files + i + 1, batch[i][0])
-                with replacing(self._folder / name) as temporary:
-                    Image.fromarray(pixels).save(temporary)
-        self._files += len(batch)
+        if not good:
+            return
+        images = np.stack([batch[i][1] for i in good])
+        classes = np.array([predictions[i]["top"][0]["index"] for i in good])
+        overlays = grad_cam.overlay(images, self._grad_cam.heat(images, classes))
+        times = -(-SIDE // min(images.shape[1:3]))
+        for i, pixels in zip(good, overlays, strict=True):
+            # Plain letters, and a number that makes the name unique.
+            stem = re.sub(r"[^A-Za-z0-9]+", "_", pathlib.PurePath(batch[i][0]).stem)[:60]
+            with replacing(self._folder / f"{first + i:05}_{stem}.png") as temporary:
+                Image.fromarray(pixels.repeat(times, 0).repeat(times, 1)).save(temporary)

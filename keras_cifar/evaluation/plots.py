@@ -22,6 +22,7 @@ MAX_NAME = 20  # letters of such a name
 MAX_MARKED = 30  # epochs of a curve with a marker at each
 
 SMALL = (4.3, 2.8)  # inches of a chart that is readable on a phone
+CURVES = (("", "--", "train"), ("val_", "-", "validation"))
 
 # Colours for a white background. An HTML page has a variable for each, for light and dark.
 LINES = ("#1f6feb", "#c2410c", "#15803d", "#9333ea", "#8a6500", "#0e7490", "#be185d", "#4d5562")
@@ -57,30 +58,22 @@ def curves(
 ) -> Figure:
     """Loss and error over the epochs, as in the tutorial: training dashed, validation solid.
 
-    Args:
-        histories: of each run, a dict an epoch with epoch, loss, accuracy and, where validated,
-            val_*; None stands for a value that is not finite.
-        metrics: loss, error or both.
-        size: in inches.
+    `histories` has of each run a dict an epoch: epoch, loss, accuracy and, where validated, val_*. None
+    stands for a value that is not finite. `size` is in inches.
     """
     figure = Figure(size, layout="constrained")
-    for axes, metric in zip(
-        figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
-    ):
+    columns = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(columns, metrics, strict=True):
+        column = "loss" if metric == "loss" else "accuracy"
         for number, history in enumerate(histories):
-            for offset, (prefix, what) in enumerate((("", "train"), ("val_", "validation"))):
-                column = prefix + ("loss" if metric == "loss" else "accuracy")
-                values = np.array([row.get(column) for row in history], float)
+            epochs = [row["epoch"] for row in history]
+            for offset, (prefix, style, what) in enumerate(CURVES):
+                values = np.array([row.get(prefix + column) for row in history], float)
                 if np.isnan(values).all():
                     continue
-                axes.plot(
-                    [row["epoch"] for row in history],
-                    values if metric == "loss" else 1 - values,
-                    "-" if prefix else "--",
-                    marker=_marker(values),
-                    color=LINES[number if len(histories) > 1 else offset],
-                    label=what,
-                )
+                values = values if metric == "loss" else 1 - values
+                color = LINES[number if len(histories) > 1 else offset]
+                axes.plot(epochs, values, style, marker=_marker(values), color=color, label=what)
         axes.set(xlabel="epoch", ylabel="cross-entropy" if metric == "loss" else metric)
         axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", integer=True)
@@ -91,11 +84,11 @@ def curves(
 
 @styled
 def progress(runs: Sequence[tuple]) -> Figure:
-    """Accuracy of runs over epochs and over time; of several seeds, the mean within a band.
+    """Accuracy of runs over epochs and over time.
 
     Args:
         runs: (name, what was measured, accuracy [R, E], seconds so far [R, E]) of each, of R seeds
-            after E epochs. The band is a standard deviation on each side, time the mean of the seeds.
+            after E epochs. Shown are means over the seeds, with a standard deviation on each side.
     """
     longest = max(seconds.mean(axis=0)[-1] for *_, seconds in runs)
     units = {"hours": 3600, "minutes": 60, "seconds": 1}
@@ -103,12 +96,9 @@ def progress(runs: Sequence[tuple]) -> Figure:
     figure = Figure((10, 4), layout="constrained")
     for axes, label in zip(figure.subplots(1, 2, sharey=True), ("epoch", unit), strict=True):
         for name, what, values, seconds in runs:
-            mean = values.mean(axis=0)
-            x = (
-                np.arange(1, len(mean) + 1)
-                if label == "epoch"
-                else seconds.mean(axis=0) / units[unit]
-            )
+            mean, x = values.mean(axis=0), np.arange(1, values.shape[1] + 1)
+            if label == unit:
+                x = seconds.mean(axis=0) / units[unit]
             text = one_line(f"{name} ({what})")
             (line,) = axes.plot(x, mean, marker=_marker(mean), label=text)
             if len(values) > 1:
@@ -116,9 +106,10 @@ def progress(runs: Sequence[tuple]) -> Figure:
                 band = mean - spread, mean + spread
                 axes.fill_between(x, *band, alpha=0.25, color=line.get_color())
         axes.set(xlabel=label)
-    figure.axes[0].set(ylabel="accuracy")
-    figure.axes[0].locator_params(axis="x", integer=True)
-    figure.axes[0].legend(fontsize=8)
+    first = figure.axes[0]
+    first.set(ylabel="accuracy")
+    first.locator_params(axis="x", integer=True)
+    first.legend(fontsize=8)
     return figure
 
 
@@ -139,7 +130,8 @@ def confusion(matrix: list[list[int]], class_names: Sequence[str]) -> Figure:
     figure = Figure((length, length), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap=HEAT, vmin=0, vmax=1, interpolation="none")
-    names = [_short(name) for name in class_names] if classes <= MAX_NAMED else []
+    names = [one_line(name) for name in class_names] if classes <= MAX_NAMED else []
+    names = [x if len(x) <= MAX_NAME else f"{x[: MAX_NAME - 1]}…" for x in names]
     style = {"fontsize": size, "ha": "right", "va": "center", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(names)), names, rotation=90, **style)
     axes.set_yticks(range(len(names)), names, **style)
@@ -152,22 +144,12 @@ def confusion(matrix: list[list[int]], class_names: Sequence[str]) -> Figure:
     return figure
 
 
-def _short(name: str) -> str:
-    name = one_line(name)
-    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
-
-
 @styled
 def reliability(bins: list[dict]) -> Figure:
-    """Accuracy of the images whose probability is in each bin, beside the diagonal.
-
-    Args:
-        bins: as `metrics.calibration_error` gives them.
-    """
-    bins = [row for row in bins if row["count"]]
-    low, high, confidence, accuracy = (
-        np.array([row[key] for row in bins]) for key in ("low", "high", "confidence", "accuracy")
-    )
+    """Accuracy of the images in each bin of `metrics.calibration_error`, beside the diagonal."""
+    keys = ("low", "high", "confidence", "accuracy")
+    rows = [[row[key] for key in keys] for row in bins if row["count"]]
+    low, high, confidence, accuracy = np.reshape(rows, (-1, 4)).T
     figure = Figure(SMALL, layout="constrained")
     axes = figure.subplots()
     axes.bar(low, accuracy, 0.95 * (high - low), align="edge", alpha=0.55)
@@ -180,8 +162,7 @@ def reliability(bins: list[dict]) -> Figure:
 def gallery(images: dict[str, np.ndarray]) -> Figure:
     """An image under all disturbances: one a column, the strengths from top to bottom.
 
-    Args:
-        images: for each name uint8 [6, H, W, 3], as `disturbances.gallery` gives them.
+    `images` has uint8 [6, H, W, 3] for each name, as `disturbances.gallery` gives them.
     """
     every = np.stack(list(images.values()), axis=1)  # [6, names, H, W, 3]
     rows, columns, height, width, _ = every.shape
@@ -214,9 +195,8 @@ def save(figure: Figure, path: pathlib.Path) -> None:
 def svg(figure: Figure, title: str, identifier: str) -> str:
     """A figure as an <svg> element, in the colours and the font of the HTML page around it.
 
-    Args:
-        title: describes it to readers who do not see it.
-        identifier: begins all identifiers in it, so that a page can have several figures.
+    `title` describes it to readers who do not see it. `identifier` begins all ids in it, so that a page
+    can have several figures.
     """
     file = io.StringIO()
     _write(figure, file, format="svg", facecolor="none", metadata={"Date": None})
@@ -227,10 +207,8 @@ def svg(figure: Figure, title: str, identifier: str) -> str:
         return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{identifier}-", text)
 
     # Without the header and the style sheet, which would be that of the whole page.
-    text = file.getvalue()
-    body = re.sub(
-        "<[^>]*>", adapt, text[text.index('<g id="figure_1">') :]
-    )  # Texts have no < or >.
+    _, start, rest = file.getvalue().partition('<g id="figure_1">')
+    body = re.sub("<[^>]*>", adapt, start + rest)  # Texts have no < or >.
     width, height = 72 * figure.get_size_inches()
     box = f'width="{width:g}" viewBox="0 0 {width:g} {height:g}"'
     return f'<svg {box} role="img" aria-label="{html.escape(one_line(title))}">{body}'

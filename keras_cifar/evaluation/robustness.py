@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import keras
 import numpy as np
 import tqdm
 
@@ -10,55 +9,42 @@ from keras_cifar.core.files import write_json
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
 from keras_cifar.evaluation import disturbances, evaluator, plots
-from keras_cifar.evaluation.evaluator import DataSource
+from keras_cifar.evaluation.evaluator import BATCH_SIZE, DataSource
 
 DISTURBED_BYTES = 2**22  # of the images that are disturbed at a time; each byte needs some twenty
 
 
-def disturb_run(run: Run, name: str, source: DataSource, seed: int, max_images: int | None) -> dict:
-    """`disturb` of a run's selected model; `source` and errors as `evaluator.evaluate_run`."""
-    model, dataset, spec = evaluator.load_run(run, name, source)
-    return disturb(model, name, dataset.split(name), spec, run, seed, max_images)
+def disturb(run: Run, name: str, source: DataSource, seed: int, max_images: int | None) -> dict:
+    """Evaluates a run's selected model on disturbed images of its split `name`.
 
-
-def disturb(
-    model: keras.Model,
-    name: str,
-    split: Split,
-    spec: str,
-    run: Run,
-    seed: int,
-    max_images: int | None,
-) -> dict:
-    """Writes `RUN/eval/<name>_disturbances.json` and `.png`; returns the contents of the JSON.
+    Writes `RUN/eval/<name>_disturbances.json` and `.png`. Errors as `evaluator.load_run`.
 
     Args:
-        name: of the split: train, val or test.
-        spec: the --data of the split, for the record.
         seed: of everything random in the disturbances.
         max_images: evaluated, as in `choose`; None is all.
 
     Returns:
-        The accuracy under each disturbance at each strength, without any (`clean_accuracy`) and the
-        mean over all disturbances and strengths (`mean_accuracy`). `count` is the number of evaluated
-        images, `fingerprint` that of the whole split.
+        The contents of the JSON: the accuracy under each disturbance at each strength, without any
+        (`clean_accuracy`) and the mean over all disturbances and strengths (`mean_accuracy`). `count`
+        is the number of evaluated images, `fingerprint` that of the whole split.
     """
+    model, dataset, spec = evaluator.load_run(run, name, source)
+    split = dataset.split(name)
     chosen = choose(split, seed, max_images)
     count, levels = len(chosen), range(1, disturbances.LEVELS + 1)
     size = max(1, DISTURBED_BYTES // int(np.prod(split.image_shape)))
     step = evaluator.compiled(model, split.image_shape)
     table = disturbances.DISTURBANCES
-    correct = {key: np.zeros(len(levels), int) for key in table}
-    clean = 0
+    correct, clean = {key: np.zeros(len(levels), int) for key in table}, 0
     with tqdm.tqdm(total=count * len(table), desc="disturbing", leave=False, disable=None) as bar:
         for start in range(0, count, size):
             batch = chosen.take(np.arange(start, min(start + size, count)))
-            images = batch.images
-            clean += _count_correct(step, images, batch.labels)
+            images, labels = batch.images, batch.labels
+            clean += _count_correct(step, images, labels)
             for key in table:
                 for level in levels:
                     disturbed = disturbances.apply(key, images, level, seed, start)
-                    correct[key][level - 1] += _count_correct(step, disturbed, batch.labels)
+                    correct[key][level - 1] += _count_correct(step, disturbed, labels)
                 bar.update(len(batch))
     record = {
         "split": name,
@@ -93,6 +79,5 @@ def choose(split: Split, seed: int, max_images: int | None) -> Split:
 
 
 def _count_correct(step: Callable, images: np.ndarray, labels: np.ndarray) -> int:
-    batch = evaluator.BATCH_SIZE
-    outputs = [step(images[at : at + batch]).numpy() for at in range(0, len(images), batch)]
-    return int((np.concatenate(outputs).argmax(axis=1) == labels).sum())
+    batches = (np.s_[at : at + BATCH_SIZE] for at in range(0, len(images), BATCH_SIZE))
+    return sum(int((step(images[b]).numpy().argmax(axis=1) == labels[b]).sum()) for b in batches)

@@ -25,8 +25,7 @@ def export_run(
 ) -> tuple[pathlib.Path, str]:
     """Exports a run's selected model; the arguments are the flags of `export`.
 
-    Returns:
-        (the version's directory, the results of temperature scaling and verification as text).
+    Returns (the version's directory, the results of temperature scaling and verification as text).
 
     Raises:
         UserError: the run or the labels are missing or invalid, the format needs images that are
@@ -51,9 +50,8 @@ def export_run(
     samples = None
     try:
         split = "val" if "val" in config["splits"] else "test"
-        samples = verification.of_dataset(
-            evaluator.load_data(config, split), config["flags"]["data"]
-        )
+        dataset = evaluator.load_data(config, split)
+        samples = verification.of_dataset(dataset, config["flags"]["data"])
     except UserError as error:
         if exporter.NEEDS_IMAGES:
             raise
@@ -63,19 +61,14 @@ def export_run(
 
 
 def read_labels(path: str, count: int) -> tuple[str, ...]:
-    """The names in a text file, one a line.
-
-    Raises:
-        UserError: the file cannot be read, or does not hold `count` class names.
-    """
+    """The names in a text file, one a line; UserError unless it holds `count` class names."""
     try:
         names = tuple(read(pathlib.Path(path).expanduser(), MAX_LABELS).decode().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels={path} cannot be read: {reason(error)}") from None
     if len(names) != count:
-        raise UserError(
-            f"--labels={path} has {len(names):,} names and the run has {count:,} classes"
-        )
+        counts = f"{len(names):,} names and the run has {count:,} classes"
+        raise UserError(f"--labels={path} has {counts}")
     for name in names:
         check_class_name(name, f"--labels={path}")
     return names

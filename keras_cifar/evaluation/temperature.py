@@ -16,16 +16,11 @@ from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
 from keras_cifar.evaluation import evaluator, metrics
 
-# The range of T: outside of it, probabilities are nearly one-hot or nearly equal.
-RANGE = (0.05, 20.0)
+RANGE = (0.05, 20.0)  # of T; outside of it, probabilities are nearly one-hot or nearly equal
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> dict:
-    """Fits the temperature.
-
-    Args:
-        logits: float [N, K].
-        labels: int [N].
+    """Fits the temperature to logits float [N, K] and labels int [N].
 
     Returns:
         {"temperature", "loss_before", "loss_after", "ece_before", "ece_after", "images"}: the mean
@@ -44,8 +39,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> dict:
     temperature = float(np.exp(found.x))
 
     def error(logits: np.ndarray) -> float:
-        found = metrics.calibration_error(scipy.special.softmax(logits, 1), labels)
-        return found["expected_calibration_error"]
+        probabilities = scipy.special.softmax(logits, axis=1)
+        return metrics.calibration_error(probabilities, labels)["expected_calibration_error"]
 
     return {
         "temperature": temperature,
@@ -62,8 +57,8 @@ def find_temperature(text: str, run: Run) -> dict:
 
     Args:
         text: a number; `auto`, which fits the run's model on its validation images; or the directory
-            of another run with the same flags, which fits that run's model on that run's validation
-            images, so that this run may have trained on all images.
+            of another run with the same flags, whose model and validation images are used instead, so
+            that this run may have trained on all images.
 
     Returns:
         {"temperature"} for a number, otherwise the result of `fit_temperature`.

@@ -41,7 +41,7 @@ def disturbance_summary(record: dict) -> str:
 def disturbance_table(record: dict) -> str:
     """The accuracy under each disturbance: a line a disturbance, a column a strength."""
     disturbances = record["disturbances"]
-    levels = max((len(row["accuracy"]) for row in disturbances.values()), default=0)
+    levels = max(len(row["accuracy"]) for row in disturbances.values())
     rows = [("disturbance", *map(str, range(1, levels + 1)), "mean", "strengths")]
     for name, row in disturbances.items():
         accuracies = (f"{value:.4f}" for value in [*row["accuracy"], np.mean(row["accuracy"])])
@@ -63,11 +63,6 @@ def temperature_summary(fitted: dict) -> str:
 def aligned(rows: list[tuple[str, ...]], left: int) -> str:
     """A table as text: the first `left` columns are aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            f"{cell:<{width}}" if index < left else f"{cell:>{width}}"
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    signs = "<" * left + ">" * (len(widths) - left)
+    layout = "  ".join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
+    return "\n".join(layout.format(*row).rstrip() for row in rows)

@@ -25,11 +25,7 @@ def labels_text(class_names: tuple[str, ...]) -> str:
 
 
 def import_extra(name: str):
-    """Imports a module of the extra `formats`.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Imports a module of the extra `formats`; raises UserError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

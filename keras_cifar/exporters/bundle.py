@@ -27,10 +27,7 @@ NOTES = "SERVING.md"
 def write_warmup(path: pathlib.Path, name: str, size: tuple[int, int]) -> None:
     """Writes a TFRecord of PredictionLog: a request for each signature and each of BATCHES.
 
-    Args:
-        path: the file.
-        name: the model's.
-        size: (height, width) of the input images, in pixels.
+    `name` is the model's, `size` the (height, width) of its images.
     """
     grey = np.full((*size, 3), 128, np.uint8)
     files = tf.constant([_encoded(grey, "JPEG"), _encoded(grey, "PNG")])
@@ -74,15 +71,9 @@ def write_notes(base: pathlib.Path) -> None:
         f"model_config_list {{\n  config {{\n    name: '{name}'\n"
         f"    base_path: '/models/{name}'\n    model_platform: 'tensorflow'\n  }}\n}}\n"
     )
-    for file, text in ((CONFIG, config), (NOTES, _notes(name, base))):
-        with replacing(base / file) as path:
-            path.write_text(text, "utf-8")
-
-
-def _notes(name: str, base: pathlib.Path) -> str:
     url = f"http://localhost:8501/v1/models/{name}"
     lines = "\n".join(f"{purpose}:\n\n    {line}\n" for purpose, line in commands(base).items())
-    return f"""# {name}
+    notes = f"""# {name}
 
 A TensorFlow Serving model base path. {CONFIG} is for several models in one server
 (`--model_config_file=/models/{name}/{CONFIG}`).
@@ -92,6 +83,9 @@ Image files of any size go to the signature `serving_bytes`. A file that is not 
 "", the index -1 and probabilities NaN, which TensorFlow Serving writes as the bare word NaN. The
 model's status is at {url}, its metadata at {url}/metadata.
 """
+    for file, text in ((CONFIG, config), (NOTES, notes)):
+        with replacing(base / file) as path:
+            path.write_text(text, "utf-8")
 
 
 def commands(base: pathlib.Path) -> dict[str, str]:

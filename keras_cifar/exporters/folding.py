@@ -18,16 +18,12 @@ FOLDABLE = (keras.layers.Conv2D, keras.layers.Dense)
 
 
 def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
-    """Returns a copy of a functional model with batch normalization folded where possible.
+    """Returns a copy of a functional, channels-last model with batch normalization folded.
 
     A BatchNormalization over channels is folded if its input is a linear convolution or dense layer
-    that nothing else uses. It becomes an Identity, so that all layers keep their names. The copy
-    computes `model(..., training=False)` up to rounding, in float32 where a mixed policy uses half
-    precision; the model itself is not changed.
-
-    Args:
-        model: functional, channels last.
-        kept: the name of a layer whose output is used too, which is not folded into.
+    that nothing else uses; `kept` names a layer whose output is used too. It becomes an Identity, so
+    that all layers keep their names. The copy computes `model(..., training=False)` up to rounding,
+    in float32 where a mixed policy uses half precision.
     """
     # A plain model: a copy of a compiled one would be compiled too.
     model = keras.Model(model.input, model.output, name=model.name)
@@ -53,10 +49,9 @@ def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
     for layer in model.layers:
         copy = folded.get_layer(layer.name)
         if layer.name in normalized:
-            for variable, value in zip(
-                (copy.kernel, copy.bias), _weights(layer, normalized[layer.name]), strict=True
-            ):
-                variable.assign(value)
+            kernel, bias = _weights(layer, normalized[layer.name])
+            copy.kernel.assign(kernel)
+            copy.bias.assign(bias)
         elif layer.name not in norms:
             copy.set_weights(layer.get_weights())
     return folded
@@ -65,8 +60,7 @@ def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
 def function(model: keras.Model) -> tf.Module:
     """Returns a module whose `classify` is the folded model as one TensorFlow function.
 
-    It takes `images` uint8 [N, H, W, 3] and returns `probabilities` float32 [N, K] and `label_index`
-    int64 [N].
+    `images` uint8 [N, H, W, 3] -> `probabilities` float32 [N, K], `label_index` int64 [N].
     """
     folded = fold(model)
     pixels = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="images")
@@ -116,7 +110,7 @@ def _foldable(model: keras.Model, kept: str | None) -> dict[str, keras.Layer]:
 
 
 def _sources(stored) -> Iterator[str]:
-    """Yields the names of the layers whose outputs are among the stored arguments of calls."""
+    """The names of the layers whose outputs are among the stored arguments of calls."""
     if isinstance(stored, dict):
         if "keras_history" in stored:
             yield stored["keras_history"][0]

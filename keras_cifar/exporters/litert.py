@@ -30,12 +30,8 @@ def export(
 ) -> pathlib.Path:
     """Writes `base/<version>/` with model.tflite, model_int8.tflite and labels.txt.
 
-    Arguments are as in `saved_model.export`. Both models have the inputs and outputs of
+    Arguments and errors are those of `saved_model.export`. Both models have the inputs and outputs of
     `folding.function`; the integers have the ranges of the network's values on `samples.training`.
-
-    Raises:
-        UserError: there are no training images, the extra `formats` is not installed, or LiteRT
-            differs from the model.
     """
     interpreter = import_extra("ai_edge_litert.interpreter")
     if samples is None or samples.training is None:

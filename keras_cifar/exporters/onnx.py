@@ -23,13 +23,10 @@ def export(
     samples: Samples | None = None,
     **record: object,
 ) -> pathlib.Path:
-    """Writes `base/<version>/` with model.onnx and labels.txt; arguments as `saved_model.export`.
+    """Writes `base/<version>/` with model.onnx and labels.txt.
 
-    The model has the inputs and outputs of `folding.function`. Its metadata `class_names` holds the
-    class names, one a line.
-
-    Raises:
-        UserError: the extra `formats` is not installed, or ONNX Runtime differs from the model.
+    Arguments and errors are those of `saved_model.export`. The model has the inputs and outputs of
+    `folding.function`; its metadata `class_names` holds the class names, one a line.
     """
     tf2onnx, runtime, onnx = map(import_extra, ("tf2onnx", "onnxruntime", "onnx"))
     classify = folding.function(model).classify

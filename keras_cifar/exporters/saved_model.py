@@ -31,9 +31,6 @@ def export(
         samples: images to verify with; None is random ones.
         record: further values to store with the results of verification.
 
-    Returns:
-        The new directory.
-
     Raises:
         UserError: the disk is full, or the export differs from the model.
     """
@@ -41,16 +38,15 @@ def export(
         # `save` copies the asset's file, so it must exist until then.
         labels = saved.parent / LABELS
         labels.write_text(labels_text(class_names), "utf-8")
-        module = functions(model, class_names)
+        module, signatures = functions(model, class_names)
         module.labels = tf.saved_model.Asset(str(labels))
         try:
-            tf.saved_model.save(module, str(saved), signatures=signatures(module))
-            bundle.write_warmup(
-                saved / bundle.WARMUP, bundle.model_name(base), model.input_shape[1:3]
-            )
+            tf.saved_model.save(module, str(saved), signatures=signatures)
+            name = bundle.model_name(base)
+            bundle.write_warmup(saved / bundle.WARMUP, name, model.input_shape[1:3])
         except tf.errors.OpError as error:
             raise unwritten(target, error) from None
-        loaded = tf.saved_model.load(str(saved))
+        loaded = tf.saved_model.load(str(saved))  # It owns the variables of its signatures.
 
         def serving_default(images):
             return loaded.signatures["serving_default"](images=tf.constant(images))["probabilities"]
@@ -65,8 +61,11 @@ def export(
     return target
 
 
-def functions(model: keras.Model, class_names: tuple[str, ...]) -> tf.Module:
-    """The functions to serve, in plain TensorFlow: they load without Keras and this package."""
+def functions(model: keras.Model, class_names: tuple[str, ...]) -> tuple[tf.Module, dict]:
+    """(the owner of the weights, the functions to serve by the names of their signatures).
+
+    They are plain TensorFlow: they load without Keras and this package.
+    """
     size = model.input_shape[1:3]
     model = folding.fold(model, kept="features")
     features = keras.Model(model.inputs[0], model.get_layer("features").output)
@@ -82,11 +81,8 @@ def functions(model: keras.Model, class_names: tuple[str, ...]) -> tf.Module:
     def serving_default(images):
         probabilities = tf.cast(model(images, training=False), tf.float32)
         index = tf.argmax(probabilities, axis=1)
-        return {
-            "probabilities": probabilities,
-            "label": tf.gather(names, index),
-            "label_index": index,
-        }
+        label = tf.gather(names, index)
+        return {"probabilities": probabilities, "label": label, "label_index": index}
 
     @tf.function(input_signature=[encoded], autograph=False)
     def serving_bytes(image_bytes):
@@ -109,13 +105,5 @@ def functions(model: keras.Model, class_names: tuple[str, ...]) -> tf.Module:
     module.serving_default = serving_default
     module.serving_bytes = serving_bytes
     module.features_of = features_of
-    return module
-
-
-def signatures(module: tf.Module) -> dict:
-    """The functions by the names of their signatures."""
-    return {
-        "serving_default": module.serving_default,
-        "serving_bytes": module.serving_bytes,
-        "features": module.features_of,
-    }
+    signatures = {"serving_default": serving_default, "serving_bytes": serving_bytes}
+    return module, signatures | {"features": features_of}

@@ -27,28 +27,18 @@ HALF_BOUND = 0.1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """Images to verify an export with: uint8 [N, H, W, 3], and a description of them.
-
-    `training` are images of the training split, from which integer formats measure their ranges.
-    """
+    """Images to verify an export with, uint8 [N, H, W, 3]."""
 
     images: np.ndarray
-    origin: str
-    training: np.ndarray | None = None
+    origin: str  # where they are from, for messages
+    training: np.ndarray | None = None  # from which integer formats measure their ranges
 
 
 def of_dataset(dataset: Dataset, spec: str) -> Samples:
     """Validation images, or test images where nothing was held out; their labels are not used."""
     name = "test" if dataset.val is None else "val"
-    split = dataset.split(name)
-    training = dataset.train.spread(IMAGES).images
-    return Samples(split.spread(IMAGES).images, f"{name} images of {spec}", training)
-
-
-def noise(size: tuple[int, int]) -> Samples:
-    """Random pixels, where no images of the run are available."""
-    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES // 8, *size, 3), np.uint8)
-    return Samples(pixels, "images of random pixels")
+    images, training = (s.spread(IMAGES).images for s in (dataset.split(name), dataset.train))
+    return Samples(images, f"{name} images of {spec}", training)
 
 
 def bound(model: keras.Model) -> float:
@@ -67,9 +57,8 @@ def in_batches(classify: Callable, images: np.ndarray) -> np.ndarray:
 def compare(expected: np.ndarray, found: np.ndarray) -> dict:
     """Measures the difference between probabilities [N, K]; NaN counts as a difference of 1.
 
-    Returns:
-        {"largest_difference", "mean_difference", "label_agreement"}: the largest of all, the mean over
-        images of the largest of each image, and the fraction of images with the same label.
+    `mean_difference` is the mean over images of the largest of each image, `label_agreement` the
+    fraction of images with the same label.
     """
     difference = np.nan_to_num(np.abs(expected - found), nan=1.0).max(axis=1)
     return {
@@ -94,11 +83,11 @@ def verify(
         classifiers: the functions of the export by name, uint8 [n, H, W, 3] -> probabilities [n, K].
         limits: the largest values of `compare` by function; `bound` where there is none.
         record: further values to store.
-
-    Raises:
-        UserError: the export differs too much.
     """
-    samples = samples or noise(model.input_shape[1:3])
+    if samples is None:
+        shape = (IMAGES // 8, *model.input_shape[1:])
+        pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        samples = Samples(pixels, "images of random pixels")
     # GPUs would round products to the 10 bits of TensorFloat-32.
     tensor_float = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)

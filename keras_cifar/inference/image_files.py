@@ -45,30 +45,24 @@ def find(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
 
 def _in_folder(folder: str) -> list[tuple[str, str | None]]:
     """(file, None) of each image below a folder, (folder, error) of each unreadable folder."""
+    errors: list[OSError] = []
     found = []
-
-    def unreadable(error: OSError) -> None:
-        found.append((error.filename, reason(error)))
-
-    for directory, folders, names in os.walk(folder, onerror=unreadable):  # follows no links
+    for directory, folders, names in os.walk(folder, onerror=errors.append):  # follows no links
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
             (os.path.join(directory, name), None)
             for name in names
             if os.path.splitext(name)[1].lower() in images.SUFFIXES and not name.startswith(".")
         ]
+    found += [(error.filename, reason(error)) for error in errors]
     return sorted(found, key=lambda item: item[0].split(os.sep))
 
 
 def decode(files: Iterator[tuple[str, str | None]], size: tuple[int, int]) -> Iterator[list[tuple]]:
-    """Yields batches, lists of (file, pixels or None, error or None), in order.
+    """Yields batches, lists of (file, pixels uint8 [*size, 3] or None, error or None), in order.
 
-    While the caller works on a batch the next AHEAD are decoded, and no more: a folder of any size
-    takes the same memory.
-
-    Args:
-        files: as from `find`.
-        size: (height, width) of the pixels, uint8 [H, W, 3].
+    `files` is as from `find`. While the caller works on a batch the next AHEAD are decoded, and no
+    more: a folder of any size takes the same memory.
     """
     started = collections.deque()  # (files to decode, decoded, tasks) of each batch
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -94,10 +88,7 @@ def decode(files: Iterator[tuple[str, str | None]], size: tuple[int, int]) -> It
 
 
 def _decode(waiting: collections.deque, decoded: list, size: tuple[int, int]) -> None:
-    """Decodes the (position, (file, error or None)) of `waiting` into `decoded`.
-
-    Several threads run this at once; each takes the next file.
-    """
+    """Decodes the (position, (file, error or None)) of `waiting`, which threads share, in `decoded`."""
     while waiting:
         try:
             position, (file, error) = waiting.popleft()

@@ -23,8 +23,7 @@ def classify_files(
     """Classifies all image files that the arguments name; shows the progress on a terminal.
 
     Args:
-        predictor: a Predictor or a RemotePredictor.
-        arguments: files, folders and globs, as `image_files.find` takes them.
+        arguments: as `image_files.find` takes them.
         on_batch: is called with each batch of `image_files.decode` and its predictions.
 
     Returns:
@@ -64,17 +63,14 @@ def _top_classes(predictor, images: np.ndarray, top_k: int) -> list[list[dict]]:
 
 def write(predictions: list[dict], format: str, file: TextIO) -> None:
     """Writes predictions as `text`, `csv` or `json`."""
-    {"text": _write_text, "csv": _write_csv, "json": _write_json}[format](predictions, file)
-
-
-def _write_text(predictions: list[dict], file: TextIO) -> None:
-    for row in predictions:
-        classes = ", ".join(f"{c['label']} {c['probability']:.1%}" for c in row["top"])
-        print(one_line(f"{row['file']}: {classes or 'error: ' + row['error']}"), file=file)
-
-
-def _write_json(predictions: list[dict], file: TextIO) -> None:
-    print(to_json(predictions), file=file)
+    if format == "csv":
+        _write_csv(predictions, file)
+    elif format == "json":
+        print(to_json(predictions), file=file)
+    else:
+        for row in predictions:
+            classes = ", ".join(f"{c['label']} {c['probability']:.1%}" for c in row["top"])
+            print(one_line(f"{row['file']}: {classes or 'error: ' + row['error']}"), file=file)
 
 
 def _write_csv(predictions: list[dict], file: TextIO) -> None:

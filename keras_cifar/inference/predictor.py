@@ -15,8 +15,7 @@ MAX_LABELS = 2**26  # bytes of labels.txt; ImageNet-21k's take under a megabyte
 def find(path: str) -> pathlib.Path:
     """Finds a SavedModel: the directory itself, its newest version, or a run's newest export.
 
-    Raises:
-        UserError: there is none.
+    Raises UserError if there is none.
     """
     root = pathlib.Path(path).expanduser()
     if "://" in path:
@@ -38,17 +37,13 @@ class Predictor:
     """A loaded SavedModel.
 
     Attributes:
-        path: the model's directory.
         size: (height, width) of the input images, in pixels.
         class_names: in the order of the probabilities.
         signatures: the model's functions, by name.
     """
 
     def __init__(self, path: str):
-        """Loads the model.
-
-        Args:
-            path: as in `find`.
+        """Loads the model that `find(path)` finds.
 
         Raises:
             UserError: there is none, it is damaged, or it has other signatures than ours.

@@ -34,17 +34,12 @@ class RemotePredictor:
     Images are sent as PNG to `serving_bytes`: PNG is lossless and a fifth of the numbers in JSON. They
     have the model's size already, so the server does not resize and the predictions are those of the
     model on the pixels.
-
-    Attributes:
-        url: the model's, .../v1/models/NAME.
-        size, class_names: as Predictor has them.
     """
 
     def __init__(self, url: str, timeout: float, labels: str | None = None):
         """Requests the model's metadata.
 
         Args:
-            url: http://HOST:PORT/v1/models/NAME, optionally with /versions/N.
             timeout: seconds that a request may take.
             labels: a file with a class name a line, for servers that do not tell them.
 
@@ -78,7 +73,11 @@ class RemotePredictor:
 
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Probabilities float32 [N, K] of uint8 [N, H, W, 3], N of any size."""
-        encoded = [_png(image) for image in images]
+        encoded = []
+        for image in images:
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "PNG", compress_level=1)
+            encoded.append({"b64": base64.b64encode(file.getvalue()).decode()})
         rows = self._in_batches("serving_bytes", "image_bytes", "probabilities", encoded)
         return rows.reshape(-1, len(self.class_names))
 
@@ -94,7 +93,7 @@ class RemotePredictor:
         return np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
 
     def _batch(self, signature: str, name: str, output: str, values: list) -> np.ndarray:
-        """Requests an output of a signature, float32 [N, ...]; splits a request that is too large."""
+        """An output of a signature, float32 [N, ...]; splits a request that is too large."""
         request = {"signature_name": signature, "inputs": {name: values}}
         try:
             response = self._request(":predict", json.dumps(request).encode())
@@ -118,11 +117,7 @@ class RemotePredictor:
         return rows
 
     def _request(self, suffix: str, body: bytes | None = None) -> object:
-        """Sends a request, repeatedly if necessary, and returns the JSON of the response.
-
-        Raises:
-            UserError: the server cannot be reached or fails.
-        """
+        """Sends a request, repeatedly if necessary, and returns the JSON of the response."""
         for delay in DELAYS:
             with contextlib.suppress(_TemporaryError):
                 return self._request_once(suffix, body)
@@ -164,14 +159,7 @@ class _TooLargeError(UserError):
     """The request is too large for the server."""
 
 
-def _png(image: np.ndarray) -> dict[str, str]:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", compress_level=1)
-    return {"b64": base64.b64encode(file.getvalue()).decode()}
-
-
 def _message(error: urllib.error.HTTPError) -> str:
-    """The text of an error response."""
     try:
         return str(json.loads(error.read(2**16))["error"])
     except (ValueError, KeyError, TypeError, RecursionError, OSError, http.client.HTTPException):

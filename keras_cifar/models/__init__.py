@@ -41,9 +41,8 @@ class Variant:
 
     Attributes:
         builder: (input_shape, num_classes, name) -> Classifier.
-        paper: authors, year and arXiv number or venue.
-        image_size, num_classes: of the paper's images; their side in pixels.
-        min_size: the smallest side that it takes, in pixels.
+        image_size, num_classes: those of the paper; sides are in pixels.
+        min_size: the smallest side that it takes.
     """
 
     builder: Callable[..., Classifier]
@@ -105,21 +104,17 @@ def count_multiply_adds(model: keras.Model) -> int:
     """Multiply-adds of one image's forward pass: those of convolutions and dense layers."""
     total = 0
     for layer in model.layers:
-        if isinstance(layer, keras.layers.Conv2D):
-            total += int(np.prod(layer.kernel.shape)) * int(np.prod(layer.output.shape[1:3]))
-        elif isinstance(layer, keras.layers.Dense):
-            total += int(np.prod(layer.kernel.shape))
+        if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
+            # A dense layer's output has no sides: the product of none is 1.
+            total += int(np.prod(layer.kernel.shape)) * int(np.prod(layer.output.shape[1:-1]))
     return total
 
 
 def describe(name: str) -> tuple[str, int, int, int, str]:
-    """(name, image size, parameters, multiply-adds, paper) at the paper's size and classes.
-
-    The weights are not allocated.
-    """
+    """(name, image size, parameters, multiply-adds, paper) at the paper's size and classes."""
     variant = variants()[name]
     shape = (variant.image_size, variant.image_size, 3)
-    with keras.StatelessScope(initialize_variables=False):
+    with keras.StatelessScope(initialize_variables=False):  # allocates no weights
         model = build(name, shape, variant.num_classes).deployable
-    parameters, multiply_adds = count_parameters(model), count_multiply_adds(model)
-    return name, variant.image_size, parameters, multiply_adds, variant.paper
+    sizes = count_parameters(model), count_multiply_adds(model)
+    return name, variant.image_size, *sizes, variant.paper

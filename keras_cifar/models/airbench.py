@@ -27,16 +27,10 @@ LOGIT_SCALE = 1 / 9  # section 3 of the paper
 def group(x, filters: int, name: str):
     """Convolution -> pool -> BN -> GELU -> convolution -> BN -> GELU."""
     for index in (1, 2):
-        x = keras.layers.Conv2D(
-            filters,
-            3,
-            padding="same",
-            use_bias=False,
-            kernel_initializer=layers.IdentityPlus(),
-            name=f"{name}_{index}_conv",
-        )(x)
+        options = {"bias": False, "initializer": layers.IdentityPlus()}
+        x = layers.conv(x, filters, 3, name=f"{name}_{index}_conv", **options)
         if index == 1:
-            x = layers.max_pool(x, 2, 2, name=f"{name}_pool")
+            x = keras.layers.MaxPooling2D(2, name=f"{name}_pool")(x)
         x = layers.BatchNormalization(scale=False, name=f"{name}_{index}_bn")(x)
         x = layers.SigmoidGelu(name=f"{name}_{index}_gelu")(x)
     return x
@@ -44,15 +38,11 @@ def group(x, filters: int, name: str):
 
 def airbench(
     widths: tuple[int, ...] = (64, 256, 256),
-    input_shape: tuple[int, int, int] = (32, 32, 3),
+    input_shape: classifier.Shape = (32, 32, 3),
     num_classes: int = 10,
     name: str = "airbench94",
 ) -> classifier.Classifier:
-    """Builds the network.
-
-    Args:
-        widths: number of filters in each group.
-    """
+    """Builds the network; `widths` are the numbers of filters in each group."""
     images, x = classifier.image_input(input_shape)
     x = layers.AddMirrored(name="mirrored")(x)
     x = layers.Whitening(2, name="whitening")(x)
@@ -66,13 +56,8 @@ def airbench(
     return classifier.Classifier.build_from(images, logits, name)
 
 
+_PAPER = "Jordan 2024, arXiv:2404.00498"
 VARIANTS = {
-    name: Variant(
-        functools.partial(airbench, widths),
-        "Jordan 2024, arXiv:2404.00498",
-        image_size=32,
-        num_classes=10,
-        min_size=9,
-    )
+    name: Variant(functools.partial(airbench, widths), _PAPER, 32, 10, min_size=9)
     for name, widths in (("airbench94", (64, 256, 256)), ("airbench_small", (64, 128, 128)))
 }

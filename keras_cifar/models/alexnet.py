@@ -31,9 +31,7 @@ def halved_conv(x, filters: int, size: int, name: str):
 
 
 def alexnet(
-    input_shape: tuple[int, int, int] = (224, 224, 3),
-    num_classes: int = 1000,
-    name: str = "alexnet",
+    input_shape: classifier.Shape = (224, 224, 3), num_classes: int = 1000, name: str = "alexnet"
 ) -> classifier.Classifier:
     """Builds the network."""
 
@@ -47,14 +45,14 @@ def alexnet(
         x = keras.layers.ZeroPadding2D(((2, 1), (2, 1)), name="conv1_pad")(x)
         x = layers.conv(x, 96, 11, 4, name="conv1_conv", padding="valid")
     x = layers.LocalResponseNormalization(name="conv1_lrn")(relu(x, "conv1"))
-    x = layers.max_pool(x, 3, 2, name="conv1_pool")
+    x = keras.layers.MaxPooling2D(3, 2, name="conv1_pool")(x)
     x = relu(halved_conv(x, 256, 5, "conv2"), "conv2")
     x = layers.LocalResponseNormalization(name="conv2_lrn")(x)
-    x = layers.max_pool(x, 3, 2, name="conv2_pool")
-    x = relu(layers.conv(x, 384, 3, name="conv3_conv"), "conv3")
+    x = keras.layers.MaxPooling2D(3, 2, name="conv2_pool")(x)
+    x = layers.conv_relu(x, 384, 3, name="conv3")
     x = relu(halved_conv(x, 384, 3, "conv4"), "conv4")
     x = relu(halved_conv(x, 256, 3, "conv5"), "conv5")
-    x = layers.max_pool(x, 3, 2, name="conv5_pool")
+    x = keras.layers.MaxPooling2D(3, 2, name="conv5_pool")(x)
     x = keras.layers.Flatten(name="flatten")(x)
     x = layers.dense_relu(x, 4096, name="dense1", dropout=DROPOUT)
     x = layers.dense_relu(x, 4096, name="features")

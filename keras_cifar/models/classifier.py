@@ -12,6 +12,8 @@ from keras_cifar.models.precise_batch_norm import PreciseBatchNorm
 from keras_cifar.models.training_step import EVALUATION_METRICS, METRICS, TrainingStep
 from keras_cifar.models.weight_averaging import WeightAverages
 
+Shape = tuple[int, int, int]  # of an image: height, width, 3
+
 # Keras walks a functional model recursively, some levels a layer: 1,202 layers pass Python's 1,000.
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 20_000))
 
@@ -25,18 +27,15 @@ class Classifier(keras.Model):
     cross-entropy of the main classifier alone, against the labels before smoothing, so that training
     and validation compare.
 
-    Make one with `build_from`, which also takes auxiliary classifiers. They are trained with the
-    model, and neither its output nor `deployable` has them.
+    Make one with `build_from`.
     """
 
     @classmethod
     def build_from(cls, images, logits, name: str, auxiliary: Sequence = ()) -> "Classifier":
-        """Builds the model.
+        """Builds the model from the keras.Input of `image_input` to logits [B, K].
 
-        Args:
-            images: the keras.Input of `image_input`.
-            logits: KerasTensor [B, K] of unnormalised log-probabilities.
-            auxiliary: further logits, each trained with AUXILIARY_WEIGHT.
+        Further logits are those of auxiliary classifiers, each trained with AUXILIARY_WEIGHT. Neither
+        the model's output nor `deployable` has them.
         """
         # Probabilities have the type of the variables: float32 under a mixed policy.
         dtype = keras.config.dtype_policy().variable_dtype
@@ -59,7 +58,6 @@ class Classifier(keras.Model):
         weight_decay: float = 0.0,
         ema: float = 0.0,
         accumulate_steps: int = 1,
-        steps_per_execution: int = 1,
         jit_compile: bool = False,
         **kwargs,
     ):
@@ -68,13 +66,12 @@ class Classifier(keras.Model):
         Args:
             optimizer: a Keras optimizer or its name. One that clips gradients clips those of the
                 whole batch, whatever the number of replicas.
-            label_smoothing: share of each label that is spread over all classes, in training only.
+            label_smoothing: share of each label that is spread over all classes, in training.
             weight_decay: factor of the L2 penalty, half the sum of the squared kernels; not on
                 biases and normalization. (Decoupled decay is an option of the optimizer.)
             ema: decay of averaged weights in each step; 0 keeps none. `averaged` uses them.
             accumulate_steps: microbatches, one after another, in which a batch is computed; only
                 batch normalization differs.
-            steps_per_execution: steps between two returns to Python.
             jit_compile: compiles the step with XLA; on one device only.
             **kwargs: of keras.Model.compile, except losses and metrics, which are fixed.
 
@@ -90,12 +87,7 @@ class Classifier(keras.Model):
                 raise ValueError("jit_compile and run_eagerly are for one device, not for replicas")
             layers.check_for_replicas(self.logits_model)
         with strategy.scope():
-            super().compile(
-                optimizer,
-                steps_per_execution=steps_per_execution,
-                jit_compile=jit_compile,
-                **kwargs,
-            )
+            super().compile(optimizer, jit_compile=jit_compile, **kwargs)
             if not self.optimizer.built:
                 self.optimizer.build(self.trainable_variables)
             training_step.check_optimizer(self.optimizer, strategy)
@@ -112,7 +104,7 @@ class Classifier(keras.Model):
     # ---- Functions of TensorFlow
 
     def make_train_function(self, force: bool = False):
-        """Keras's hook; `train_function(iterator, count)` runs steps and sums what they return."""
+        """Keras's hook: `train_function(iterator, count)` sums what `count` steps return."""
         if self.train_function is None or force:
             self.train_function = self._compiled(self._train_steps)
         return self.train_function
@@ -184,30 +176,24 @@ class Classifier(keras.Model):
         Args:
             x: arrays with `y`, a tf.data.Dataset of whole batches (images uint8 [B, H, W, 3], labels
                 float [B, K]) in the same order in every process, or `sharding.ShardedBatches`.
-            validation_data: (images, labels), or a data set as `x`.
             shuffle: shuffles arrays, again in each epoch; data sets stay as they are.
-            steps_per_epoch: with data sets; without it an epoch is one pass.
             initial_step: the step of the initial epoch to resume at; `x` starts with its batch.
             initial_totals: `totals` at that step: the sums of METRICS over the epoch so far.
-            epochs, verbose, callbacks, initial_epoch, validation_*: as in keras.Model.fit.
-
-        Raises:
-            ValueError: the data has another form.
         """
         seed = int(self.optimizer.iterations.numpy()) if shuffle and y is not None else None
         microbatches = self._step.accumulate_steps
         batches = self._batches(x, y, batch_size, steps_per_epoch, microbatches, seed)
         validation = validation_data
         if validation is not None:
-            validation = validation if isinstance(validation, tuple) else (validation, None)
-            validation = self._batches(
-                *validation, validation_batch_size or batch_size, validation_steps
-            )
+            pair = validation if isinstance(validation, tuple) else (validation, None)
+            size = validation_batch_size or batch_size
+            validation = self._batches(*pair, size, validation_steps)
+        callbacks = loop.callback_list(self, callbacks, verbose, batches.steps, epochs, True)
         loop.fit(
             self,
             batches,
             validation,
-            loop.callback_list(self, callbacks, verbose, batches.steps, epochs, add_history=True),
+            callbacks,
             epochs=epochs,
             initial_epoch=initial_epoch,
             initial_step=initial_step,
@@ -226,12 +212,7 @@ class Classifier(keras.Model):
         callbacks=None,
         return_dict: bool = False,
     ):
-        """Loss and accuracy over every example once; as keras.Model.evaluate, on every strategy.
-
-        Args:
-            x: as of `fit`.
-            steps: batches; without it, one pass.
-        """
+        """Loss and accuracy over every example once: keras.Model.evaluate with the data of `fit`."""
         batches = self._batches(x, y, batch_size, steps)
         callbacks = loop.callback_list(self, callbacks, verbose, batches.steps)
         logs = loop.evaluate(self, batches, callbacks)
@@ -256,12 +237,7 @@ class Classifier(keras.Model):
         self._step.request_stop()
 
     def recompute_statistics(self, batches: Iterator, count: int) -> None:
-        """Recomputes the moving statistics of batch normalization; see PreciseBatchNorm.
-
-        Args:
-            batches: an iterator over (images, labels) as in training, split for the replicas.
-            count: batches to use.
-        """
+        """Recomputes the statistics of batch normalization from `count` batches of training."""
         self._precise_batch_norm.recompute(batches, count * self._step.accumulate_steps)
 
     def averaged(self):
@@ -269,7 +245,7 @@ class Classifier(keras.Model):
         return self._averages.in_place()
 
 
-def image_input(input_shape: tuple[int, int, int]) -> tuple:
+def image_input(input_shape: Shape) -> tuple:
     """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same in [-1, 1]."""
     images = keras.Input(input_shape, dtype="uint8", name="images")
     return images, keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(images)

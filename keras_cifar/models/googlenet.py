@@ -41,17 +41,10 @@ AUXILIARY_AFTER = ("4a", "4d")
 DROPOUT, AUXILIARY_DROPOUT = 0.4, 0.7
 
 
-def _conv(x, filters, size, stride=1, *, name, batch_norm):
-    if batch_norm:
-        return layers.conv_norm(x, filters, size, stride, name=name, bias=True)
-    x = layers.conv(x, filters, size, stride, name=f"{name}_conv")
-    return keras.layers.ReLU(name=f"{name}_relu")(x)
-
-
 def inception_block(x, widths: tuple[int, ...], conv, name: str):
     """Four branches, concatenated (figure 2b)."""
     one, three_reduce, three, five_reduce, five, projection = widths
-    pooled = layers.max_pool(x, 3, 1, name=f"{name}_pool", padding="same")
+    pooled = keras.layers.MaxPooling2D(3, 1, "same", name=f"{name}_pool")(x)
     branches = [
         conv(x, one, 1, name=f"{name}_1x1"),
         conv(conv(x, three_reduce, 1, name=f"{name}_3x3_reduce"), three, 3, name=f"{name}_3x3"),
@@ -73,12 +66,12 @@ def auxiliary_classifier(x, num_classes: int, conv, name: str):
 
 def googlenet(
     batch_norm: bool = False,
-    input_shape: tuple[int, int, int] = (224, 224, 3),
+    input_shape: classifier.Shape = (224, 224, 3),
     num_classes: int = 1000,
     name: str = "googlenet",
 ) -> classifier.Classifier:
     """Builds the network with its auxiliary classifiers."""
-    conv = functools.partial(_conv, batch_norm=batch_norm)
+    conv = functools.partial(layers.conv_relu, batch_norm=batch_norm)
 
     def normalise(x, name):
         return x if batch_norm else layers.LocalResponseNormalization(name=name)(x)
@@ -88,16 +81,16 @@ def googlenet(
         x = conv(x, 64, 3, name="stem1")
     else:
         x = conv(x, 64, 7, 2, name="stem1")
-        x = layers.max_pool(x, 3, 2, name="stem1_pool", padding="same")
+        x = keras.layers.MaxPooling2D(3, 2, "same", name="stem1_pool")(x)
     x = normalise(x, "stem1_lrn")
     x = conv(x, 64, 1, name="stem2_reduce")
     x = conv(x, 192, 3, name="stem2")
     x = normalise(x, "stem2_lrn")
-    x = layers.max_pool(x, 3, 2, name="stem2_pool", padding="same")
+    x = keras.layers.MaxPooling2D(3, 2, "same", name="stem2_pool")(x)
     auxiliary = []
     for block, widths in BLOCKS.items():
         if widths is None:
-            x = layers.max_pool(x, 3, 2, name=block, padding="same")
+            x = keras.layers.MaxPooling2D(3, 2, "same", name=block)(x)
             continue
         x = inception_block(x, widths, conv, f"inception{block}")
         if block in AUXILIARY_AFTER:

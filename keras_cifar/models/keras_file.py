@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 import textwrap
 import zipfile
 
@@ -27,12 +28,13 @@ def load(path: pathlib.Path) -> keras.Model:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: the run has not completed an epoch")
+    handled = sys.exception()  # by the caller; it says nothing about the file
     try:
         _check_size(path)
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # A damaged file can fail anywhere in Keras, h5py or zipfile.
         cause = error  # the first of a chain in which Keras repeats the configuration
-        while cause.__context__:
+        while cause.__context__ not in (None, handled):
             cause = cause.__context__
         why = textwrap.shorten(reason(cause), MAX_REASON)
         raise UserError(f"{path} cannot be loaded: {why}") from None

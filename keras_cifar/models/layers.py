@@ -22,10 +22,9 @@ FUSED_DTYPES = ("float32", "float16", "bfloat16")
 class BatchNormalization(keras.layers.BatchNormalization):
     """Keras's BatchNormalization by a fused kernel (Ioffe and Szegedy 2015, arXiv:1502.03167).
 
-    Arguments, weights and results are those of Keras's layer; `momentum` and `epsilon` have other
-    defaults. Keras 3 computes moments and scaling by a dozen elementwise kernels. This layer uses one
-    where it exists: for 4-D input with channels last, in FUSED_DTYPES, on one replica. The moving
-    variance is the biased one (divided by N, not by N - 1), as Keras's.
+    Arguments, weights and results are those of Keras's layer, but for defaults. Keras 3 computes
+    moments and scaling by a dozen elementwise kernels. This layer uses one where it exists: for 4-D
+    input with channels last, in FUSED_DTYPES, on one replica.
 
     Several replicas always use the statistics of the whole batch, however unequal their shards are;
     none may be empty.
@@ -101,17 +100,16 @@ class Dropout(keras.layers.Dropout):
         seed = tf.cast(self.seed_generator.next(), tf.int32)
         context = tf.distribute.get_replica_context()
         if replicas() > 1 and context is not None:
-            replica = context.replica_id_in_sync_group
-            seed = tf.random.experimental.stateless_fold_in(seed, replica)
+            index = context.replica_id_in_sync_group
+            seed = tf.random.experimental.stateless_fold_in(seed, index)
         shape, channels = tf.shape(inputs), inputs.shape[-1]
         if channels is None or channels % 4 or self.rate >= 255 / 256:
             kept = tf.random.stateless_uniform(shape, seed) >= self.rate
         else:
             quarter = tf.concat([shape[:-1], [channels // 4]], 0)
             words = tf.random.stateless_uniform(quarter, seed, None, None, tf.int32)
-            dither = tf.random.stateless_uniform(
-                [], tf.random.experimental.stateless_fold_in(seed, 1)
-            )
+            seed = tf.random.experimental.stateless_fold_in(seed, 1)
+            dither = tf.random.stateless_uniform([], seed)
             threshold = tf.cast(256 * self.rate + dither, tf.uint8)
             kept = tf.reshape(tf.bitcast(words, tf.uint8), shape) >= threshold
         return inputs * (tf.cast(kept, inputs.dtype) * (1 / (1 - self.rate)))
@@ -128,10 +126,8 @@ def check_for_replicas(model: keras.Model) -> None:
     Relatives of dropout would draw the same mask on each replica, and normalization would weigh
     unequal shards of a batch equally.
     """
-    wrong = (
-        *(keras.layers.BatchNormalization, keras.layers.Dropout, keras.layers.AlphaDropout),
-        *(keras.layers.GaussianDropout, keras.layers.GaussianNoise),
-    )
+    names = ("BatchNormalization", "Dropout", "AlphaDropout", "GaussianDropout", "GaussianNoise")
+    wrong = tuple(getattr(keras.layers, name) for name in names)
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             check_for_replicas(layer)
@@ -162,23 +158,16 @@ def conv(
     if padding == "same" and stride > 1:
         x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x) if size > 1 else x
         padding = "valid"
-    return layer(
-        filters,
-        size,
-        stride,
-        padding,
-        use_bias=bias,
-        kernel_initializer=initializer,
-        name=name,
-    )(x)
+    options = {"use_bias": bias, "kernel_initializer": initializer, "name": name}
+    return layer(filters, size, stride, padding, **options)(x)
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class ConvBeforeNorm(keras.layers.Conv2D):
     """A convolution whose bias gets no gradient, since batch normalization subtracts it again.
 
-    The exact gradient is 0. A computed one is rounding noise, which Adam turns into steps of full
-    length, and takes a tenth of the time of a step of `vgg_bn_drop`.
+    The exact gradient is 0. A computed one is rounding noise, which Adam turns into full steps, and
+    takes a tenth of the time of a step of `vgg_bn_drop`.
     """
 
     def call(self, inputs):
@@ -190,18 +179,19 @@ def conv_norm(x, filters: int, size: int, stride: int = 1, *, name: str, relu=Tr
     """Convolution -> BN -> ReLU (unless `relu` is off), the tutorial's `conv_bn_layer`."""
     # Before BN the scale of the weights only sets how fast their direction changes. Glorot's, half
     # the variance of He's, learns more in one pass (ResNet-32: 0.60 against 0.56 test accuracy).
-    x = conv(
-        x,
-        filters,
-        size,
-        stride,
-        name=f"{name}_conv",
-        bias=bias,
-        initializer="glorot_uniform",
-        layer=ConvBeforeNorm if bias else keras.layers.Conv2D,
-    )
+    layer = ConvBeforeNorm if bias else keras.layers.Conv2D
+    options = {"bias": bias, "initializer": "glorot_uniform", "layer": layer}
+    x = conv(x, filters, size, stride, name=f"{name}_conv", **options)
     x = BatchNormalization(name=f"{name}_bn")(x)
     return keras.layers.ReLU(name=f"{name}_relu")(x) if relu else x
+
+
+def conv_relu(x, filters: int, size: int, stride: int = 1, *, name: str, batch_norm=False):
+    """Convolution with a bias (-> BN) -> ReLU."""
+    if batch_norm:
+        return conv_norm(x, filters, size, stride, name=name, bias=True)
+    x = conv(x, filters, size, stride, name=f"{name}_conv")
+    return keras.layers.ReLU(name=f"{name}_relu")(x)
 
 
 def dense_relu(x, units: int, *, name: str, dropout: float = 0.0):
@@ -210,18 +200,11 @@ def dense_relu(x, units: int, *, name: str, dropout: float = 0.0):
     return Dropout(dropout, name=f"{name}_drop")(x) if dropout else x
 
 
-def max_pool(x, size: int, stride: int, *, name: str, padding: str = "valid"):
-    """Max pooling."""
-    return keras.layers.MaxPooling2D(size, stride, padding, name=name)(x)
-
-
 @keras.saving.register_keras_serializable("keras_cifar")
 class LocalResponseNormalization(keras.layers.Layer):
     """Divides by the activity of neighbouring channels (Krizhevsky et al. 2012, section 3.3).
 
-    Args:
-        radius: channels on each side (the paper's n = 5 is radius 2).
-        bias, alpha, beta: the paper's k, alpha and beta; alpha is per channel, not of the sum.
+    The paper's n = 5 is radius 2, and its k is `bias`; alpha is per channel, not of the sum.
     """
 
     def __init__(self, radius=2, bias=2.0, alpha=1e-4, beta=0.75, **kwargs):
@@ -242,10 +225,7 @@ class Whitening(keras.layers.Conv2D):
     The filters are the principal components of the patches, each scaled to a variance of 1, and
     their negatives, since a nonlinearity follows; the bias is trained. Page 2019, "How to train your
     ResNet 8: bag of tricks"; Jordan 2024, arXiv:2404.00498, section 3.2. Before `adapt` the filters
-    are random.
-
-    Args:
-        size: side of the patches, in pixels.
+    are random. `size` is the side of the patches, in pixels.
     """
 
     def __init__(self, size=2, **kwargs):
@@ -262,9 +242,8 @@ class Whitening(keras.layers.Conv2D):
         """Computes the filters from inputs of the layer, float [N, H, W, 3], some thousand images."""
         covariance, count = 0.0, 0
         for image in inputs.astype(np.float64):  # one by one, to save memory
-            windows = np.lib.stride_tricks.sliding_window_view(
-                image, (self.size, self.size), (0, 1)
-            )
+            size = (self.size, self.size)
+            windows = np.lib.stride_tricks.sliding_window_view(image, size, (0, 1))
             # Rows, columns, channels, as in the kernel.
             patches = windows.transpose(0, 1, 3, 4, 2).reshape(-1, self.filters // 2)
             covariance, count = covariance + patches.T @ patches, count + len(patches)
@@ -295,9 +274,6 @@ class IdentityPlus(keras.initializers.Initializer):
 
     The random filters are uniform with a variance of a third of 1 / fan-in, PyTorch's default, as in
     Jordan 2024, arXiv:2404.00498, section 3.3.
-
-    Args:
-        seed: of the random filters; None follows `keras.utils.set_random_seed`.
     """
 
     def __init__(self, seed=None):

@@ -18,7 +18,7 @@ from keras_cifar.models import Variant, classifier
 
 
 def lenet5(
-    input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10, name: str = "lenet5"
+    input_shape: classifier.Shape = (32, 32, 3), num_classes: int = 10, name: str = "lenet5"
 ) -> classifier.Classifier:
     """Builds the network."""
     images, x = classifier.image_input(input_shape)

@@ -41,6 +41,7 @@ def fit(
         if iterator is None or batches.steps is None:
             iterator = iter(batches)
         resumed = epoch == initial_epoch
+        totals = initial_totals if resumed and len(initial_totals) else np.zeros(len(METRICS))
         logs = run_batches(
             function,
             iterator,
@@ -48,8 +49,8 @@ def fit(
             model.steps_per_execution,
             callbacks.on_train_batch_begin,
             on_end,
+            totals,
             initial_step if resumed else 0,
-            initial_totals if resumed and len(initial_totals) else np.zeros(len(METRICS)),
         )
         if validation is not None and (epoch + 1) % validation_freq == 0:
             found = model.evaluate(validation, verbose=0, callbacks=callbacks, return_dict=True)
@@ -72,7 +73,7 @@ def evaluate(
         model.steps_per_execution,
         callbacks.on_test_batch_begin,
         lambda batch, totals: callbacks.on_test_batch_end(batch, means(totals)),
-        totals=np.zeros(len(EVALUATION_METRICS)),
+        np.zeros(len(EVALUATION_METRICS)),
     )
     callbacks.on_test_end(logs)
     return logs
@@ -85,24 +86,17 @@ def run_batches(
     steps_per_execution: int,
     on_begin: Callable,
     on_end: Callable,
+    totals: Sequence[float],
     done: int = 0,
-    totals: Sequence[float] = (),
 ) -> dict[str, float]:
-    """Calls `function` until `steps` batches are done or the batches end.
+    """Calls `function` until `steps` batches are done or the batches end; returns the means.
 
     Args:
         function: (batches, count) -> tensor of the sums of METRICS, or of EVALUATION_METRICS, over
             `count` batches.
         on_begin: called with the index of the next batch.
         on_end: called with the index of the last batch and the totals. Returns whether to stop.
-        done: batches that were done before.
-        totals: of these batches.
-
-    Returns:
-        The means over all examples.
-
-    Raises:
-        ValueError: the batches end too soon.
+        done: batches that were done before, with these `totals`.
     """
     totals = np.array(totals)
     while steps is None or done < steps:
@@ -164,8 +158,7 @@ def as_batches(
 
     Args:
         x, y, batch_size: as in `Classifier.fit`.
-        steps: batches in a pass; None means one pass over the data.
-        microbatches: as of `sharding.split_batches`.
+        steps, microbatches: as in `sharding.split_batches`.
         shuffle_seed: shuffles arrays, again in each pass; the same order in every process.
 
     Raises:

@@ -23,18 +23,17 @@ DROPOUT = 0.5
 def mlpconv(x, size: int, widths: tuple[int, ...], name: str):
     """A convolution and two 1 x 1 convolutions, each with ReLU: section 3.1."""
     for index, filters in enumerate(widths):
-        x = layers.conv(x, filters, size if index == 0 else 1, name=f"{name}_{index + 1}_conv")
-        x = keras.layers.ReLU(name=f"{name}_{index + 1}_relu")(x)
+        x = layers.conv_relu(x, filters, size if index == 0 else 1, name=f"{name}_{index + 1}")
     return x
 
 
 def nin(
-    input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10, name: str = "nin"
+    input_shape: classifier.Shape = (32, 32, 3), num_classes: int = 10, name: str = "nin"
 ) -> classifier.Classifier:
     """Builds the network."""
     images, x = classifier.image_input(input_shape)
     x = mlpconv(x, 5, (192, 160, 96), "block1")
-    x = layers.max_pool(x, 3, 2, name="block1_pool", padding="same")
+    x = keras.layers.MaxPooling2D(3, 2, "same", name="block1_pool")(x)
     x = layers.Dropout(DROPOUT, name="block1_drop")(x)
     x = mlpconv(x, 5, (192, 192, 192), "block2")
     x = keras.layers.AveragePooling2D(3, 2, "same", name="block2_pool")(x)

@@ -15,13 +15,9 @@ import tensorflow as tf
 
 @dataclasses.dataclass(eq=False)
 class PreciseBatchNorm:
-    """Recomputes the moving statistics of a network.
+    """Recomputes the moving statistics of those `layers` that are trainable normalizations.
 
-    Attributes:
-        network: a functional model of all layers that training computes.
-        layers: the layers whose statistics are recomputed, where they are trainable normalizations.
-        strategy: whose replicas compute them together.
-        run_eagerly: whether to run without a tf.function.
+    The replicas of the strategy compute them together, with all layers of `network`.
     """
 
     network: keras.Model
@@ -40,11 +36,8 @@ class PreciseBatchNorm:
         Dropout is off meanwhile, as it is in the network that is deployed: with it the variances
         would be too large (Li et al. 2018, arXiv:1801.05134).
         """
-        norms = [
-            layer
-            for layer in self.layers
-            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
-        ]
+        norms = [x for x in self.layers if isinstance(x, keras.layers.BatchNormalization)]
+        norms = [layer for layer in norms if layer.trainable]
         if not norms or not count:
             return
         statistics = [(x, v) for x in norms for v in (x.moving_mean, x.moving_variance)]

@@ -21,7 +21,7 @@ import functools
 import keras
 
 from keras_cifar.models import Variant, classifier, is_small, layers
-from keras_cifar.models.resnet_cifar import basic_block
+from keras_cifar.models.resnet_cifar import PAPER, basic_block, residual_network
 
 WIDTHS = (64, 128, 256, 512)
 EXPANSION = 4  # of a bottleneck's output over its middle
@@ -29,14 +29,12 @@ EXPANSION = 4  # of a bottleneck's output over its middle
 
 def bottleneck_block(x, filters: int, stride: int, name: str):
     """1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut (figure 5, right)."""
-    shortcut = x
-    if x.shape[-1] != filters * EXPANSION or stride != 1:
-        shortcut = layers.conv_norm(
-            x, filters * EXPANSION, 1, stride, name=f"{name}_shortcut", relu=False
-        )
+    shortcut, wide = x, filters * EXPANSION
+    if x.shape[-1] != wide or stride != 1:
+        shortcut = layers.conv_norm(x, wide, 1, stride, name=f"{name}_shortcut", relu=False)
     x = layers.conv_norm(x, filters, 1, name=f"{name}_1")
     x = layers.conv_norm(x, filters, 3, stride, name=f"{name}_2")
-    x = layers.conv_norm(x, filters * EXPANSION, 1, name=f"{name}_3", relu=False)
+    x = layers.conv_norm(x, wide, 1, name=f"{name}_3", relu=False)
     x = keras.layers.Add(name=f"{name}_add")([x, shortcut])
     return keras.layers.ReLU(name=f"{name}_relu")(x)
 
@@ -44,16 +42,11 @@ def bottleneck_block(x, filters: int, stride: int, name: str):
 def resnet(
     block,
     blocks: tuple[int, ...],
-    input_shape: tuple[int, int, int] = (224, 224, 3),
+    input_shape: classifier.Shape = (224, 224, 3),
     num_classes: int = 1000,
     name: str = "resnet",
 ) -> classifier.Classifier:
-    """Builds the network.
-
-    Args:
-        block: (x, filters, stride, name) -> x, such as `bottleneck_block`.
-        blocks: number of blocks in each of the four stages.
-    """
+    """Builds the network; `blocks` are the numbers of blocks in each of its four stages."""
     images, x = classifier.image_input(input_shape)
     if is_small(input_shape):
         x = layers.conv_norm(x, WIDTHS[0], 3, name="stem")
@@ -61,24 +54,12 @@ def resnet(
         x = layers.conv_norm(x, WIDTHS[0], 7, 2, name="stem")
         # ReLU's output is never negative, so zero padding does not change the maximum.
         x = keras.layers.ZeroPadding2D(1, name="stem_pool_pad")(x)
-        x = layers.max_pool(x, 3, 2, name="stem_pool")
-    for stage, (count, filters) in enumerate(zip(blocks, WIDTHS, strict=True)):
-        for index in range(count):
-            stride = 2 if stage > 0 and index == 0 else 1
-            x = block(x, filters, stride, f"stage{stage}_block{index}")
-    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
-    logits = keras.layers.Dense(num_classes, name="logits")(x)
-    return classifier.Classifier.build_from(images, logits, name)
+        x = keras.layers.MaxPooling2D(3, 2, name="stem_pool")(x)
+    return residual_network(images, x, block, blocks, WIDTHS, num_classes, name)
 
 
 VARIANTS = {
-    name: Variant(
-        functools.partial(resnet, block, blocks),
-        paper="He et al. 2015, arXiv:1512.03385",
-        image_size=224,
-        num_classes=1000,
-        min_size=8,
-    )
+    name: Variant(functools.partial(resnet, block, blocks), PAPER, 224, 1000, min_size=8)
     for name, block, blocks in (
         ("resnet18", basic_block, (2, 2, 2, 2)),
         ("resnet34", basic_block, (3, 4, 6, 3)),

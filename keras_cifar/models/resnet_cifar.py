@@ -24,6 +24,7 @@ import keras
 from keras_cifar.models import Variant, classifier, layers
 
 WIDTHS = (16, 32, 64)
+PAPER = "He et al. 2015, arXiv:1512.03385"
 
 
 def basic_block(x, filters: int, stride: int, name: str):
@@ -37,16 +38,24 @@ def basic_block(x, filters: int, stride: int, name: str):
     return keras.layers.ReLU(name=f"{name}_relu")(x)
 
 
+def residual_network(images, x, block, blocks, widths, num_classes: int, name: str):
+    """Stages of blocks and the classifier; each stage but the first halves the resolution."""
+    for stage, (count, filters) in enumerate(zip(blocks, widths, strict=True)):
+        for index in range(count):
+            stride = 2 if stage > 0 and index == 0 else 1
+            x = block(x, filters, stride, f"stage{stage}_block{index}")
+    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+    logits = keras.layers.Dense(num_classes, name="logits")(x)
+    return classifier.Classifier.build_from(images, logits, name)
+
+
 def resnet_cifar(
     depth: int = 32,
-    input_shape: tuple[int, int, int] = (32, 32, 3),
+    input_shape: classifier.Shape = (32, 32, 3),
     num_classes: int = 10,
     name: str | None = None,
 ) -> classifier.Classifier:
-    """Builds the network.
-
-    Args:
-        depth: number of layers with weights on the main path, 6n + 2.
+    """Builds the network with `depth` layers with weights on its main path.
 
     Raises:
         ValueError: the depth is not 6n + 2.
@@ -56,22 +65,11 @@ def resnet_cifar(
         raise ValueError(f"the depth must be 6n + 2, such as 20 or 32; got {depth}")
     images, x = classifier.image_input(input_shape)
     x = layers.conv_norm(x, WIDTHS[0], 3, name="stem")
-    for stage, filters in enumerate(WIDTHS):
-        for block in range(blocks):
-            stride = 2 if stage > 0 and block == 0 else 1
-            x = basic_block(x, filters, stride, f"stage{stage}_block{block}")
-    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
-    logits = keras.layers.Dense(num_classes, name="logits")(x)
-    return classifier.Classifier.build_from(images, logits, name or f"resnet{depth}")
+    name = name or f"resnet{depth}"
+    return residual_network(images, x, basic_block, (blocks,) * 3, WIDTHS, num_classes, name)
 
 
 VARIANTS = {
-    f"resnet{depth}": Variant(
-        functools.partial(resnet_cifar, depth),
-        paper="He et al. 2015, arXiv:1512.03385",
-        image_size=32,
-        num_classes=10,
-        min_size=4,
-    )
+    f"resnet{depth}": Variant(functools.partial(resnet_cifar, depth), PAPER, 32, 10, min_size=4)
     for depth in (20, 32, 44, 56, 110, 1202)
 }

@@ -36,9 +36,8 @@ class TrainingStep:
 
     Attributes:
         network: computes logits from images, or [logits, *auxiliary logits].
-        variables: the trainable variables.
-        optimizer: a built Keras optimizer.
-        averages: the averages of the weights, updated after each step.
+        variables: the trainable ones.
+        optimizer: a built one.
         dtype: of losses and metrics.
         label_smoothing, weight_decay, accumulate_steps: as in `Classifier.compile`.
     """
@@ -68,14 +67,11 @@ class TrainingStep:
         self._stop.assign(tf.ones_like(self._stop))
 
     def run(self, strategy: tf.distribute.Strategy, iterator, train_step: Callable) -> tf.Tensor:
-        """Runs one step on all replicas.
+        """Runs one step on all replicas; returns METRICS, float [5].
 
         Args:
             iterator: yields (images, labels) of each replica's shard, or of each microbatch of it.
-            train_step: computes METRICS from the shard where there are no microbatches.
-
-        Returns:
-            float [5]: METRICS.
+            train_step: what to run on the shard where there are no microbatches.
         """
         if self.accumulate_steps == 1:
             metrics = strategy.run(train_step, args=(next(iterator),))
@@ -91,10 +87,9 @@ class TrainingStep:
             return tf.identity(copies[0])
 
     def __call__(self, images, labels) -> tf.Tensor:
-        """Trains one replica on its shard.
+        """Trains one replica on its shard; returns METRICS of the whole batch.
 
-        Returns:
-            float [5]: METRICS of the whole batch. The gradient's norm is before clipping.
+        The gradient's norm is that before clipping.
         """
         alone = layers.replicas() == 1
         gradients, metrics = self.gradients(images, labels, divide=alone)
@@ -115,11 +110,9 @@ class TrainingStep:
         return metrics
 
     def gradients(self, images, labels, divide: bool = False) -> tuple[list, tf.Tensor]:
-        """Computes the gradients of this replica's examples.
+        """Computes the gradients of the sum of this replica's losses, and METRICS without the norm.
 
-        Returns:
-            The gradients of the sum of losses, divided by the examples' weight (`divide`) or by
-            NOMINAL_BATCH, and float [4]: METRICS without the norm.
+        The gradients are divided by the examples' weight (`divide`) or by NOMINAL_BATCH.
         """
         labels, smooth = tf.cast(labels, self.dtype), self.label_smoothing
         # The sum of a label is its example's weight, 0 for padding. TensorFlow's gradient of the
@@ -169,7 +162,6 @@ class TrainingStep:
         return tf.stack([*tf.unstack(metrics[:3]), norm, metrics[3]])
 
     def _norm(self, gradients: list) -> tf.Tensor:
-        """float []: the norm of all gradients together."""
         squares = [tf.cast(tf.nn.l2_loss(g), self.dtype) for g in gradients]
         scale = self.optimizer.scale_loss(tf.constant(1.0, self.dtype))
         norm = tf.sqrt(2 * tf.add_n(squares)) / scale
@@ -179,7 +171,6 @@ class TrainingStep:
         return tf.where(tf.math.is_finite(norm), norm, 0)
 
     def _clip(self, gradients: list) -> list:
-        """Clips the gradients of the whole batch as the optimizer was told to."""
         # Under loss scaling the gradients are scaled, and so is the limit.
         scale = self.optimizer.scale_loss(tf.constant(1.0, self.dtype))
         each, together, value = (self._clipping[name] for name in CLIPPING)
@@ -222,7 +213,7 @@ def check_optimizer(optimizer, strategy: tf.distribute.Strategy) -> None:
 
 
 def compute_logits(network: keras.Model, images, training: bool) -> list:
-    """[the main logits, those of each auxiliary classifier]."""
+    """The main logits and those of each auxiliary classifier, each [B, K]."""
     logits = network(images, training=training)
     return logits if isinstance(logits, list) else [logits]
 

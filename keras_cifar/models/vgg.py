@@ -43,29 +43,20 @@ def conv_group(x, filters: int, dropouts: tuple[float, ...], batch_norm: bool, n
     """Convolution (-> BN) -> ReLU -> dropout for each rate, then 2 x 2 max pooling."""
     for index, rate in enumerate(dropouts):
         conv_name = f"{name}_{index + 1}"
-        if batch_norm:
-            x = layers.conv_norm(x, filters, 3, name=conv_name, bias=True)
-        else:
-            x = layers.conv(x, filters, 3, name=f"{conv_name}_conv")
-            x = keras.layers.ReLU(name=f"{conv_name}_relu")(x)
+        x = layers.conv_relu(x, filters, 3, name=conv_name, batch_norm=batch_norm)
         if rate:
             x = layers.Dropout(rate, name=f"{conv_name}_drop")(x)
-    return layers.max_pool(x, 2, 2, name=f"{name}_pool")
+    return keras.layers.MaxPooling2D(2, name=f"{name}_pool")(x)
 
 
 def vgg(
     groups: tuple[int, ...],
     batch_norm: bool,
-    input_shape: tuple[int, int, int] = (224, 224, 3),
+    input_shape: classifier.Shape = (224, 224, 3),
     num_classes: int = 1000,
     name: str = "vgg",
 ) -> classifier.Classifier:
-    """Builds a network of the paper.
-
-    Args:
-        groups: number of convolutions in each of the five groups.
-        batch_norm: whether it is the `_bn` variant.
-    """
+    """Builds a network of the paper; `groups` are the convolutions in each of its five groups."""
     images, x = classifier.image_input(input_shape)
     for index, (count, filters) in enumerate(zip(groups, WIDTHS, strict=True)):
         x = conv_group(x, filters, (0.0,) * count, batch_norm, f"group{index + 1}")
@@ -78,9 +69,7 @@ def vgg(
 
 
 def vgg_bn_drop(
-    input_shape: tuple[int, int, int] = (32, 32, 3),
-    num_classes: int = 10,
-    name: str = "vgg_bn_drop",
+    input_shape: classifier.Shape = (32, 32, 3), num_classes: int = 10, name: str = "vgg_bn_drop"
 ) -> classifier.Classifier:
     """Builds the tutorial's network: 16 layers, BN and dropout in the groups, a head of 512 units."""
     images, x = classifier.image_input(input_shape)

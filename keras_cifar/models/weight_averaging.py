@@ -7,10 +7,9 @@ import tensorflow as tf
 
 
 class WeightAverages:
-    """One average a weight.
+    """One average for each Keras variable in `weights`.
 
     Args:
-        weights: Keras variables.
         decay: of the averages in each step, such as 0.999; 0 keeps none.
 
     Attributes:
@@ -25,9 +24,8 @@ class WeightAverages:
     def update(self, iterations: tf.Tensor) -> None:
         """Moves the averages towards the weights.
 
-        Args:
-            iterations: the optimizer's, this step included. The decay grows with them, so that the
-                initial weights do not count for long.
+        The decay grows with the optimizer's iterations, this step included, so that the initial
+        weights do not count for long.
         """
         if not self.variables:
             return

@@ -48,17 +48,10 @@ def names() -> list[str]:
 
 
 def card(name: str) -> Card:
-    """The card of a network.
-
-    Raises:
-        UsageError: there is no such network.
-        UserError: the card is damaged.
-    """
+    """The card of a network; raises UsageError if there is no such network."""
     if name not in names():
-        choices = (
-            f"choose one of: {', '.join(names())}" if names() else "this installation has none"
-        )
-        raise UsageError(f"unknown model {PREFIX + name!r}; {choices}")
+        choices = ", ".join(names()) or "(this installation has none)"
+        raise UsageError(f"unknown model {PREFIX + name!r}; choose one of: {choices}")
     path = DIRECTORY / f"{name}{CARD}"
     try:
         values = json.loads(read(path, MAX_BYTES))
@@ -91,10 +84,7 @@ def _describe(name: str) -> str:
 
 
 def load(name: str) -> tuple["keras.Model", Card]:
-    """Loads a network.
-
-    Returns:
-        (the functional model, float32, with its temperature; its card).
+    """Loads a network: (the functional model, float32, with its temperature; its card).
 
     Raises:
         UsageError: there is no such network.

@@ -24,19 +24,14 @@ class PretrainedPredictor(Predictor):
         self.path = pretrained.DIRECTORY / f"{name}{pretrained.WEIGHTS}"
         self.size, self.class_names = card.image_shape[:2], card.class_names
         # Kept, since the functions do not keep the variables alive.
-        self._loaded = saved_model.functions(model, card.class_names)
-        functions = saved_model.signatures(self._loaded)
+        self._loaded, functions = saved_model.functions(model, card.class_names)
         self._use({name: f.get_concrete_function() for name, f in functions.items()})
 
 
 def load_predictor(
     model: str, timeout: float, labels: str | None = None
 ) -> Predictor | RemotePredictor:
-    """Loads the predictor of a run, an export, a URL or pretrained:NAME.
-
-    Raises:
-        UserError: there is no such model, or it is damaged.
-    """
+    """Loads the predictor of a run, an export, a URL or pretrained:NAME, or raises UserError."""
     if model.startswith(pretrained.PREFIX):
         return PretrainedPredictor(model.removeprefix(pretrained.PREFIX))
     if model.startswith(URLS):
@@ -48,7 +43,7 @@ def load_network(model: str, predictor: Predictor) -> "keras.Model":
     """Loads the Keras model behind a predictor, which gives gradients.
 
     Raises:
-        UserError: `model` is neither a run nor pretrained, or the run's export is of another model.
+        UserError: `model` is neither a run nor pretrained, or its export is of another model.
     """
     from keras_cifar import models
 

@@ -14,18 +14,12 @@ from keras_cifar.evaluation.text import aligned
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A run, or the runs of several seeds under one name.
-
-    Attributes:
-        configs: the contents of config.json of each run.
-        histories: a dict an epoch of each run; empty before its first epoch.
-        metrics: of the test images of those runs that are evaluated.
-    """
+    """A run, or the runs of several seeds under one name."""
 
     name: str
-    configs: list[dict]
-    histories: list[list[dict[str, float]]]
-    metrics: list[dict]
+    configs: list[dict]  # the contents of config.json of each run
+    histories: list[list[dict[str, float]]]  # a dict an epoch of each run
+    metrics: list[dict]  # of the test images of those runs that are evaluated
 
     @property
     def flags(self) -> dict:
@@ -34,10 +28,9 @@ class Entry:
         return {k: v for k, v in first.items() if all(flags.get(k) == v for flags in others)}
 
     def curve(self) -> tuple[str, np.ndarray, np.ndarray]:
-        """(what was measured, accuracy [R, E], seconds so far [R, E]) of its R runs after E epochs.
+        """(what was measured, accuracy [R, E], seconds so far [R, E]) of R runs, all of E epochs.
 
-        The accuracy is that of validation, or of training where a run has no validation split. E is
-        the number of epochs that all runs have.
+        The accuracy is that of validation, or of training where a run has no validation split.
         """
         epochs = min(map(len, self.histories))
         validated = all("val_accuracy" in row for history in self.histories for row in history)
@@ -61,12 +54,12 @@ def load(path: str) -> Entry:
         seeds = run.path.glob("seed_*/config.json")
         runs = [Run(p.parent) for p in sorted(seeds, key=lambda p: (len(p.parent.name), p))]
     if not runs:
-        raise UserError(f"{run.path} is no run directory: it has neither config.json nor seed_N")
+        raise UserError(f"{run.path} is not a run directory: it has neither config.json nor seed_N")
     configs = [each.read_config() for each in runs]
     pairs = zip(runs, configs, strict=True)
     metrics = [each.read_metrics("test", config["flags"]["data"]) for each, config in pairs]
     histories = [each.read_history() for each in runs]
-    return Entry(path, configs, histories, [found for found in metrics if found])
+    return Entry(path, configs, histories, list(filter(None, metrics)))
 
 
 # ---- Text
@@ -74,32 +67,26 @@ def load(path: str) -> Entry:
 
 def table(entries: list[Entry]) -> str:
     """A line an entry: test accuracy, error, time, speed, epochs, parameters."""
-    rows = [("run", "test accuracy", "", "error", "time", "images/s", "epochs", "parameters")]
-    for entry in entries:
-        rows.append((entry.name, *_accuracy(entry), *_effort(entry)))
-    return aligned(rows, left=3)
+    header = ("run", "test accuracy", "", "error", "time", "images/s", "epochs", "parameters")
+    rows = [(entry.name, *_accuracy(entry), *_effort(entry)) for entry in entries]
+    return aligned([header, *rows], left=3)
 
 
 def differences(entries: list[Entry]) -> str:
     """A line a flag of `differing`; empty where there is none."""
-    rows = [("flag", *(entry.name for entry in entries))]
-    rows += [(name, *values) for name, values in differing([entry.flags for entry in entries])]
-    return aligned(rows, left=len(rows[0])) if len(rows) > 1 else ""
+    rows = [(name, *values) for name, values in differing([entry.flags for entry in entries])]
+    header = ("flag", *(entry.name for entry in entries))
+    return aligned([header, *rows], left=len(header)) if rows else ""
 
 
 def differing(runs: list[dict]) -> list[tuple[str, list[str]]]:
-    """(flag, its value in each run) of the flags that differ and decide the result.
-
-    Args:
-        runs: the flags of each; a run of another version, or of several seeds, may lack some.
-    """
+    """(flag, its value in each run, "-" for none) of the flags that differ and decide the result."""
     names = [name for name in FLAGS if name in COMPARED]
     rows = [(f"--{name}", [str(flags.get(name, "-")) for flags in runs]) for name in names]
     return [row for row in rows if len(set(row[1])) > 1]
 
 
 def _accuracy(entry: Entry) -> tuple[str, str, str]:
-    """Test accuracy, its interval or spread, and error."""
     if not entry.metrics:
         return "not tested", "", ""
     values = [metrics["accuracy"] for metrics in entry.metrics]
@@ -115,15 +102,13 @@ def _accuracy(entry: Entry) -> tuple[str, str, str]:
 
 
 def _effort(entry: Entry) -> tuple[str, str, str, str]:
-    """Time, images a second, epochs and parameters; means over several runs."""
-    histories = entry.histories
-    seconds = statistics.fmean(sum(row["seconds"] for row in history) for history in histories)
-    speeds = [row["images_per_second"] for history in histories for row in history]
-    epochs = statistics.fmean(map(len, histories))
+    rows = [row for history in entry.histories for row in history]
+    seconds = sum(row["seconds"] for row in rows) / len(entry.histories)
+    speed = statistics.median(row["images_per_second"] for row in rows) if rows else None
     return (
         duration(seconds),
-        f"{statistics.median(speeds):,.0f}" if speeds else "",
-        f"{round(epochs, 1):g}",
+        "" if speed is None else f"{speed:,.0f}",
+        f"{round(len(rows) / len(entry.histories), 1):g}",
         f"{entry.configs[0].get('parameter_count', 0):,}",
     )
 
@@ -136,11 +121,7 @@ def duration(seconds: float) -> str:
 
 
 def draw(entries: list[Entry], path: pathlib.Path) -> None:
-    """Draws accuracy over epochs and over time.
-
-    Raises:
-        UserError: no run has completed an epoch.
-    """
+    """Draws accuracy over epochs and over time; UserError where no run has completed an epoch."""
     from keras_cifar.evaluation import plots  # takes half a second, which a table does not need
 
     curves = [(entry.name, *entry.curve()) for entry in entries if all(entry.histories)]

@@ -16,21 +16,16 @@ from keras_cifar.evaluation.evaluator import DataSource
 from keras_cifar.reporting.page import Gallery
 from keras_cifar.reporting.record import Record
 
-MISTAKES = 24
+MISTAKES = 24  # on a page
 SHOWN = 3  # of the most probable classes
 MAX_SIDE = 96  # pixels; a report holds hundreds of images
 MAX_PNG_SIDE = 64  # pixels; larger images are smaller as JPEG
 
 
-def load(run: Run, record: Record, max_mistakes: int = MISTAKES, disturbed: bool = True) -> Gallery:
-    """The images of a run, from its data and its model.
+def load(run: Run, record: Record, runs: int = 1) -> Gallery:
+    """The images of a run, from its data and its model; or a gallery that says why there are none.
 
-    Args:
-        max_mistakes: shown at most.
-        disturbed: whether disturbed images are shown.
-
-    Returns:
-        A gallery, which names what is missing where the evaluation, the data or the model is.
+    The more `runs` share the page, the fewer mistakes are shown; a disturbed image only for one run.
     """
     if not record.metrics:
         return Gallery("the run is not evaluated")
@@ -38,25 +33,17 @@ def load(run: Run, record: Record, max_mistakes: int = MISTAKES, disturbed: bool
         spec, own = record.metrics["data"], record.config["flags"]["data"]
         source = DataSource(None if spec == own else spec)
         split = evaluator.load_data(record.config, record.split, source).split(record.split)
-        return from_model(record, models.load(run.model), split, max_mistakes, disturbed)
+        return from_model(record, models.load(run.model), split, runs)
     except UserError as error:
         return Gallery(str(error))
 
 
-def from_model(
-    record: Record,
-    model: keras.Model,
-    split: Split,
-    max_mistakes: int = MISTAKES,
-    disturbed: bool = True,
-) -> Gallery:
+def from_model(record: Record, model: keras.Model, split: Split, runs: int = 1) -> Gallery:
     """As `load`, for a model and a split in memory."""
     if split.fingerprint != record.metrics["fingerprint"]:
         return Gallery("the images have changed since the evaluation")
-    return Gallery(
-        mistakes=_mistakes(record, model, split, max_mistakes),
-        disturbed=_disturbed(record, split) if disturbed else {},
-    )
+    mistakes = _mistakes(record, model, split, MISTAKES // runs)
+    return Gallery("", mistakes, _disturbed(record, split) if runs == 1 else {})
 
 
 def _mistakes(record: Record, model: keras.Model, split: Split, count: int) -> tuple[dict, ...]:
@@ -67,24 +54,18 @@ def _mistakes(record: Record, model: keras.Model, split: Split, count: int) -> t
     images = split.take(np.array([m["row"] for m in found])).images
     heat = grad_cam.GradCam(model).heat(images, [names.index(m["predicted"]) for m in found])
     overlays = grad_cam.overlay(images, heat)
-    return tuple(
-        mistake
-        | {"top": _top(record, mistake["row"]), "image": _url(pixels), "overlay": _url(overlay)}
-        for mistake, pixels, overlay in zip(found, images, overlays, strict=True)
-    )
-
-
-def _top(record: Record, row: int) -> list[tuple[str, float]]:
-    """(class, probability) of the most probable classes; none where no predictions are stored."""
-    if record.probabilities is None:
-        return []
-    probabilities = record.probabilities[row]
-    best = np.argsort(-probabilities, kind="stable")[:SHOWN]
-    return [(record.config["class_names"][i], float(probabilities[i])) for i in best]
+    shown = []
+    for mistake, pixels, overlay in zip(found, images, overlays, strict=True):
+        top = []
+        if record.probabilities is not None:
+            probabilities = record.probabilities[mistake["row"]]
+            best = np.argsort(-probabilities, kind="stable")[:SHOWN]
+            top = [(names[i], float(probabilities[i])) for i in best]
+        shown.append(mistake | {"top": top, "image": _url(pixels), "overlay": _url(overlay)})
+    return tuple(shown)
 
 
 def _disturbed(record: Record, split: Split) -> dict[str, list[str]]:
-    """The first image at each strength of the evaluated disturbances."""
     if not record.disturbances:
         return {}
     images = split.take(np.arange(min(disturbances.NEIGHBOURS, len(split)))).images

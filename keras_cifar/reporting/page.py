@@ -25,20 +25,17 @@ MAX_RUNS = len(plots.LINES)  # each with a colour of its own
 class Gallery:
     """Images of a run's evaluation, as data: URLs.
 
-    Attributes:
-        missing: the reason where there are no images, else empty.
-        mistakes: "row", "true", "predicted", "probability" and "true_probability" as in the evaluation;
-            "top", (class, probability) of the most probable classes or empty; "image" and "overlay".
-        disturbed: the same image at each strength, by the disturbance's name.
+    A mistake is as in the evaluation, with "top", (class, probability) of the most probable classes or
+    empty, "image" and "overlay".
     """
 
-    missing: str = ""
+    missing: str = ""  # the reason where there are no images
     mistakes: tuple[dict, ...] = ()
-    disturbed: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    disturbed: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # an image a strength
 
 
 def write(path: pathlib.Path, records: list[Record], galleries: list[Gallery]) -> None:
-    """Writes the report of one run or of several side by side."""
+    """Writes the report of one run, or of several side by side."""
     with replacing(path) as temporary:
         # Bytes of a file name that are no text appear as \udcff.
         temporary.write_bytes(render(records, galleries).encode("utf-8", "backslashreplace"))
@@ -46,23 +43,24 @@ def write(path: pathlib.Path, records: list[Record], galleries: list[Gallery]) -
 
 def render(records: list[Record], galleries: list[Gallery]) -> str:
     """The page. Equal records and galleries give equal text."""
-    environment = _environment()
     script = _source("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    runs = [
-        _run(number, record, gallery)
-        for number, (record, gallery) in enumerate(zip(records, galleries, strict=True), start=1)
-    ]
-    return environment.get_template("report.html").render(
-        title="Report of " + (records[0].name if len(records) == 1 else f"{len(records)} runs"),
-        style=Markup(_source("report.css")),
-        script=Markup(script),
-        script_hash=digest,
-        runs=runs,
-        fields=FLAGS,
-        curves=_curves(records, "all") if len(records) > 1 else None,
-        differing=comparison.differing([record.config["flags"] for record in records]),
-        data={"runs": [_data(record) for record in records]},
+    pairs = zip(records, galleries, strict=True)
+    runs = [_run(number, *pair) for number, pair in enumerate(pairs, start=1)]
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title="Report of " + (records[0].name if len(records) == 1 else f"{len(records)} runs"),
+            style=Markup(_source("report.css")),
+            script=Markup(script),
+            script_hash=digest,
+            runs=runs,
+            fields=FLAGS,
+            curves=_curves(records, "all") if len(records) > 1 else None,
+            differing=comparison.differing([record.config["flags"] for record in records]),
+            data={"runs": [_data(record) for record in records]},
+        )
     )
 
 
@@ -77,7 +75,11 @@ def _environment() -> jinja2.Environment:
         # Text of a run's files may hold line ends and terminal commands.
         finalize=lambda v: v if isinstance(v, Markup) or type(v) is not str else one_line(v),
     )
-    environment.filters |= {"percent": _percent, "number": _number, "flag": _flag}
+    environment.filters |= {
+        "percent": lambda value, digits=2: NONE if value is None else f"{value:.{digits}%}",
+        "number": lambda value, digits=4: NONE if value is None else f"{value:,.{digits}f}",
+        "flag": lambda value: NONE if value in (None, "") else str(value),
+    }
     return environment
 
 
@@ -85,27 +87,15 @@ def _source(name: str) -> str:
     return importlib.resources.files(__package__).joinpath(name).read_text("utf-8")
 
 
-def _percent(share: float | None, digits: int = 2) -> str:
-    return NONE if share is None else f"{share:.{digits}%}"
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return NONE if value is None else f"{value:,.{digits}f}"
-
-
-def _flag(value: object) -> str:
-    return NONE if value in (None, "") else str(value)
-
-
 # ---- What the template shows of a run
 
 
 def _run(number: int, record: Record, gallery: Gallery) -> dict:
     identifier, metrics = f"run{number}", record.metrics or {}
-    matrix = reliability = None
-    if len(names := metrics.get("per_class", ())) > plots.MAX_NUMBERED:
+    names, matrix, reliability = list(metrics.get("per_class", ())), None, None
+    if len(names) > plots.MAX_NUMBERED:
         title = f"Confusion matrix of {len(names)} classes; a table of the most confused follows"
-        figure = plots.confusion(metrics["confusion"], list(names))
+        figure = plots.confusion(metrics["confusion"], names)
         matrix = Markup(plots.svg(figure, title, f"{identifier}-matrix"))
     if "calibration" in metrics:
         figure = plots.reliability(metrics["calibration"]["bins"])
@@ -127,10 +117,9 @@ def _curves(records: list[Record], identifier: str) -> list[tuple[str, Markup]]:
     """(title, chart) of loss and error over the epochs; several runs share a chart."""
     histories = [record.history for record in records]
     drawn = []
-    for metric in ("loss", "error") if any(histories) else ():
-        title = metric.capitalize()
-        figure = plots.curves(histories, [metric], plots.SMALL)
-        chart = plots.svg(figure, f"{title} over the epochs", f"{identifier}-{metric}")
+    for title in ("Loss", "Error") if any(histories) else ():
+        figure = plots.curves(histories, [title.lower()], plots.SMALL)
+        chart = plots.svg(figure, f"{title} over the epochs", f"{identifier}-{title.lower()}")
         drawn.append((title, Markup(chart)))
     return drawn
 

@@ -22,35 +22,21 @@ MAX_FILE = 2**30  # bytes; the predictions of ImageNet's 50,000 images take 200 
 PLACES = ("run_dir", "dry_run", "list_models", "cache_dir", "workers", "worker_index")
 
 SCALARS = ("count", "loss", "accuracy", "top5_accuracy")  # of a split
-# The numbers in lists of an evaluation, which older versions did not write.
-ROWS = {
-    "confused": ("count",),
-    "mistakes": ("row", "probability", "true_probability"),
-}
+MISTAKE = ("row", "probability", "true_probability")
 BIN = ("low", "high", "count", "confidence", "accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A run as it was written.
+    """A run as it was written."""
 
-    Attributes:
-        name: of its directory.
-        config: the contents of config.json.
-        history: a dict an epoch; None stands for a value that is not finite.
-        evaluations: the contents of eval/<split>.json, by split.
-        split: shown in full: test, or else another evaluated split, or else None.
-        disturbances: the contents of eval/<split>_disturbances.json, or None.
-        probabilities: float32 [N, K], the predictions on that split, or None.
-    """
-
-    name: str
-    config: dict
-    history: list[dict]
-    evaluations: dict[str, dict]
-    split: str | None
-    disturbances: dict | None
-    probabilities: np.ndarray | None
+    name: str  # of its directory
+    config: dict  # the contents of config.json
+    history: list[dict]  # a dict an epoch; None stands for a value that is not finite
+    evaluations: dict[str, dict]  # the contents of eval/<split>.json, by split
+    split: str | None  # shown in full: test, or else another evaluated split
+    disturbances: dict | None  # the contents of eval/<split>_disturbances.json
+    probabilities: np.ndarray | None  # float32 [N, K], the predictions on that split
 
     @property
     def metrics(self) -> dict | None:
@@ -80,22 +66,19 @@ class Record:
 
     def command(self) -> str:
         """The command that repeats the run in a new directory."""
-        words = [_flag(name, value) for name, value in self.flags().items()]
-        lines = ["python -m keras_cifar.train", *(shlex.quote(one_line(word)) for word in words)]
-        return " \\\n  ".join(lines)
+        words = ["python -m keras_cifar.train"]
+        for name, value in self.flags().items():
+            word = f"--{name}={value}"
+            if isinstance(value, bool):
+                word = f"--{name}" if value else f"--no{name}"
+            words.append(shlex.quote(one_line(word)))
+        return " \\\n  ".join(words)
 
     def is_complete(self) -> bool:
         """Whether the training is complete: all epochs are done, or early stopping ended it."""
         flags = self.config["flags"]
-        return len(self.history) >= flags["epochs"] or bool(
-            flags.get("early_stopping") and self.evaluations
-        )
-
-
-def _flag(name: str, value: object) -> str:
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no{name}"
-    return f"--{name}={value}"
+        stopped = bool(flags["early_stopping"] and self.evaluations)
+        return stopped or len(self.history) >= flags["epochs"]
 
 
 def load(run: Run) -> Record:
@@ -105,14 +88,12 @@ def load(run: Run) -> Record:
         UserError: it is not a run directory, or a file of it is damaged.
     """
     config = run.read_config()
-    _read(run.config, lambda _: _check_config(config))
-    evaluations = {}
-    for name in reversed(SPLITS):
-        metrics = _read(run.evaluation(name), _metrics)
-        if metrics is not None:
-            if list(metrics["per_class"]) != config["class_names"]:
-                raise UserError(f"{run.evaluation(name)} has other classes than the run")
-            evaluations[name] = metrics
+    _read(run.config, _check_config)
+    found = {name: _read(run.evaluation(name), _metrics) for name in reversed(SPLITS)}
+    evaluations = {name: metrics for name, metrics in found.items() if metrics is not None}
+    for name, metrics in evaluations.items():
+        if list(metrics["per_class"]) != config["class_names"]:
+            raise UserError(f"{run.evaluation(name)} has other classes than the run")
     split = next(iter(evaluations), None)
     disturbances = probabilities = None
     if split:
@@ -140,7 +121,6 @@ def load_all(runs: list[Run]) -> list[Record]:
 
 
 def _read(path: pathlib.Path, parse):
-    """The result of `parse` for a file's bytes; None where there is no file."""
     if not path.exists():
         return None
     try:
@@ -152,37 +132,39 @@ def _read(path: pathlib.Path, parse):
 # ---- Checks of what the page formats
 
 
-def _check_config(config: dict) -> None:
+def _check_config(data: bytes) -> None:
+    config = json.loads(data)
     dict(config.get("versions", {}))
     names = ("parameter_count", "multiply_adds", "steps_per_epoch")
-    _check_numbers([config.get(name) for name in names])
+    _check_numbers(config.get(name) for name in names)
 
 
 def _metrics(data: bytes) -> dict:
-    metrics = json.loads(data, parse_constant=_constant)
-    names = metrics["per_class"].keys()
-    np.array(metrics["confusion"], np.int64).reshape(len(names), len(names))
-    _check_numbers([metrics[name] for name in SCALARS])
-    _check_numbers([row[name] for row in metrics["per_class"].values() for name in PER_CLASS])
-    for name in SCALARS[1:] if "intervals" in metrics else ():
-        low, high = metrics["intervals"][name]
-        _check_numbers([low, high])
-    for key, numbers in ROWS.items():
-        for row in metrics.get(key, ()):
-            _check_numbers(row[name] for name in numbers)
-            if not {row["true"], row["predicted"]} <= names:
-                raise ValueError(f"{key} has an unknown class")
-    if not all(0 <= row["row"] < metrics["count"] for row in metrics.get("mistakes", ())):
+    metrics = _json(data)
+    classes, calibration = metrics["per_class"], metrics.get("calibration")
+    np.array(metrics["confusion"], np.int64).reshape(len(classes), len(classes))
+    # Older versions did not write what `get` reads.
+    confused, mistakes = metrics.get("confused", []), metrics.get("mistakes", [])
+    rows = [(metrics, SCALARS), *((row, PER_CLASS) for row in classes.values())]
+    rows += [(row, ("count",)) for row in confused] + [(row, MISTAKE) for row in mistakes]
+    if calibration is not None:
+        rows.append((calibration, ("expected_calibration_error",)))
+        rows += [(row, BIN) for row in calibration["bins"]]
+    if "intervals" in metrics:
+        rows += [(metrics["intervals"][name], (0, 1)) for name in SCALARS[1:]]
+    _check_numbers(row[name] for row, names in rows for name in names)
+    if not {row[key] for row in confused + mistakes for key in ("true", "predicted")} <= set(
+        classes
+    ):
+        raise ValueError("it has an unknown class")
+    if not all(0 <= row["row"] < metrics["count"] for row in mistakes):
         raise ValueError("a mistake has the number of no image")
-    if "calibration" in metrics:
-        _check_numbers([metrics["calibration"]["expected_calibration_error"]])
-        _check_numbers([row[name] for row in metrics["calibration"]["bins"] for name in BIN])
     return metrics
 
 
 def _disturbances(data: bytes) -> dict:
-    found = json.loads(data, parse_constant=_constant)
-    _check_numbers([found[key] for key in ("clean_accuracy", "mean_accuracy", "count", "seed")])
+    found = _json(data)
+    _check_numbers(found[key] for key in ("clean_accuracy", "mean_accuracy", "count", "seed"))
     for row in found["disturbances"].values():
         for pair in zip(row["strengths"], row["accuracy"], strict=True):
             _check_numbers(pair)
@@ -194,13 +176,12 @@ def _probabilities(data: bytes) -> np.ndarray:
         return arrays["probabilities"]
 
 
+def _json(data: bytes) -> dict:
+    # NaN and Infinity, which Python writes into JSON and browsers do not read, become None.
+    return json.loads(data, parse_constant=lambda _: None)
+
+
 def _check_numbers(values: Iterable) -> None:
-    """Raises unless each value is a number or None."""
     for value in values:
         if value is not None and not isinstance(value, int | float):
-            raise TypeError(f"{value!r} is no number")
-
-
-def _constant(name: str) -> None:
-    """NaN and Infinity, which Python writes into JSON and browsers do not read."""
-    return None
+            raise TypeError(f"{value!r} is not a number")

@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable
 
-import numpy as np
 import prometheus_client as prometheus
 import tensorflow as tf
 from starlette.applications import Starlette
@@ -45,11 +44,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class App:
-    """Answers requests for one model.
-
-    Attributes:
-        asgi: the application for an ASGI server.
-    """
+    """Answers requests for one model; `asgi` is the application for an ASGI server."""
 
     def __init__(
         self,
@@ -63,8 +58,7 @@ class App:
     ):
         """Args:
         name: the model's, in the addresses.
-        max_request: bytes of a body.
-        timeout: seconds for a body to arrive.
+        max_request, timeout: bytes of a body, and seconds for it to arrive.
         poll: seconds between looks for new versions.
         """
         self._name, self._versions, self._batcher = name, versions, batcher
@@ -75,7 +69,7 @@ class App:
         self.asgi = Starlette(
             routes=[
                 Route("/", self._page),
-                Route("/metrics", self._text_of_metrics),
+                Route("/metrics", self._metrics.respond),
                 # KServe's addresses for probes.
                 Route("/v2/health/live", self._alive),
                 Route("/v2/health/ready", self._alive),
@@ -108,9 +102,6 @@ class App:
     async def _page(self, request: Request) -> Response:
         page = PAGE.read_text("utf-8").replace("{{name}}", self._name)
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
-
-    async def _text_of_metrics(self, request: Request) -> Response:
-        return Response(self._metrics.text(), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     async def _alive(self, request: Request) -> Response:
         return _json({"live": True, "ready": True})
@@ -173,12 +164,12 @@ class App:
             outputs = await self._batcher.submit(run, inputs)
         except tf.errors.InvalidArgumentError as error:
             raise rest.RequestError(f"the model rejected the input: {reason(error)}") from None
-        if _no_image(outputs):
+        index = outputs.get("label_index")
+        if index is not None and (index < 0).all():  # the mark of files that are no images
             raise rest.RequestError("no image in the request can be decoded")
         return Response(rest.response(call, outputs), media_type="application/json")
 
     async def _body(self, request: Request) -> bytes:
-        """Reads the body, up to the largest allowed size."""
         length = request.headers.get("content-length", "")
         too_large = length.isdecimal() and int(length) > self._max_request
         body, stream = bytearray(), request.stream()
@@ -196,21 +187,12 @@ class App:
         return bytes(body)
 
     async def _discard(self, stream: AsyncIterator[bytes]) -> None:
-        """Receives the rest of a body, of limited size and for a limited time.
-
-        A client that is cut off while it sends may never see the response.
-        """
+        """Receives the rest of a body: a client that is cut off may never see the response."""
         left = self._max_request
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DISCARD_SECONDS):
                 while left > 0 and (chunk := await anext(stream, None)) is not None:
                     left -= len(chunk)
-
-
-def _no_image(outputs: dict[str, np.ndarray]) -> bool:
-    """Whether all rows are marked as images that could not be decoded."""
-    index = outputs.get("label_index")
-    return index is not None and bool((index < 0).all())
 
 
 def _json(value: object, status: int = 200) -> Response:
@@ -253,6 +235,7 @@ class Metrics:
         self._requests.labels(kind, code).inc()
         self._seconds.labels(kind).observe(seconds)
 
-    def text(self) -> bytes:
+    async def respond(self, request: Request) -> Response:
         """All metrics, in Prometheus's text format."""
-        return prometheus.generate_latest(self._registry)
+        text = prometheus.generate_latest(self._registry)
+        return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)

@@ -24,33 +24,26 @@ class Batcher:
 
     A batch starts when the previous one is done and no request is arriving, and at the latest `wait`
     seconds after its first request could have started. A single client never waits for others, and
-    many clients fill a batch while another is computed.
-
-    Attributes:
-        arriving: the number of requests whose bodies are arriving.
-        observe: is called with the number of rows of each batch.
+    many clients fill a batch while another is computed. `observe` gets the rows of each batch.
     """
 
     def __init__(self, size: int, wait: float):
-        """Args:
-        size: rows of a batch; a single request may have more.
-        wait: seconds.
-        """
+        """`size` is the rows of a batch, though a single request may have more; `wait` in seconds."""
         self._size, self._wait = size, wait
         self.observe: Callable[[int], None] = lambda rows: None
         self._items: collections.deque[_Item] = collections.deque()
         self._changed = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "compute")
-        self.arriving = 0
+        self._arriving = 0
 
     @contextlib.contextmanager
     def expected(self) -> Iterator[None]:
         """Counts a request as arriving while the context is open."""
-        self.arriving += 1
+        self._arriving += 1
         try:
             yield
         finally:
-            self.arriving -= 1
+            self._arriving -= 1
             self._changed.set()
 
     @property
@@ -59,11 +52,7 @@ class Batcher:
         return sum(len(item.inputs) for item in self._items)
 
     def submit(self, run: Callable, inputs: np.ndarray) -> asyncio.Future:
-        """A future of `run(inputs)`, {name: [N, ...]}, which may be computed in a larger batch.
-
-        Args:
-            run: takes [N, ...] for any N, and returns an output row for each input row.
-        """
+        """A future of `run(inputs)`, {name: [N, ...]}, which may be computed in a larger batch."""
         item = _Item(run, inputs, asyncio.get_running_loop().create_future())
         self._items.append(item)
         self._changed.set()
@@ -77,7 +66,7 @@ class Batcher:
                 await self._changed.wait()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._wait):
-                    while self.arriving and self.waiting < self._size:
+                    while self._arriving and self.waiting < self._size:
                         self._changed.clear()
                         await self._changed.wait()
             await self._compute(self._take())
@@ -88,7 +77,6 @@ class Batcher:
         taken, rows, left = [first], len(first.inputs), []
         while self._items and rows < self._size:
             item = self._items.popleft()
-            # Methods are equal where object and function are.
             if item.run == first.run and rows + len(item.inputs) <= self._size:
                 taken.append(item)
                 rows += len(item.inputs)

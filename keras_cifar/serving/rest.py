@@ -33,43 +33,27 @@ class Call:
 
 
 def parse(body: bytes) -> Call:
-    """Parses a request's body.
-
-    Raises:
-        RequestError: the body is not JSON or not a request to predict.
-    """
+    """Parses a request's body; raises RequestError if it is not a request to predict in JSON."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the request is not JSON: {reason(error)}") from None
     if type(request) is not dict:
         raise RequestError("the request is not a JSON object")
-    signature = request.get("signature_name", DEFAULT_SIGNATURE)
+    signature = request.get("signature_name", "")
     if type(signature) is not str:
         raise RequestError('"signature_name" is not a string')
     if ("instances" in request) == ("inputs" in request):
         raise RequestError('the request must have one of "instances" and "inputs"')
     by_rows = "instances" in request
-    return Call(signature or DEFAULT_SIGNATURE, by_rows, request[_key(by_rows)])
-
-
-def _key(by_rows: bool) -> str:
-    return "instances" if by_rows else "inputs"
+    values = request["instances" if by_rows else "inputs"]
+    return Call(signature or DEFAULT_SIGNATURE, by_rows, values)
 
 
 def tensor(call: Call, name: str, shape: tuple, is_string: bool) -> np.ndarray:
-    """Converts the input of a call.
+    """The input of a call: object [N] of bytes if `is_string`, else uint8 [N, *shape[1:]].
 
-    Args:
-        name: the name of the signature's input.
-        shape: the input's; the first dimension is not compared.
-        is_string: whether the input is of strings; it is of uint8 otherwise.
-
-    Returns:
-        object [N] of bytes, or uint8 [N, *shape[1:]].
-
-    Raises:
-        RequestError: the values do not have this type and shape.
+    `name` is that of the signature's input. Raises RequestError for another type or shape.
     """
     values = call.values
     if call.by_rows:
@@ -80,7 +64,7 @@ def tensor(call: Call, name: str, shape: tuple, is_string: bool) -> np.ndarray:
     elif _is_named(values):
         values = _unnamed(values, name, '"inputs"')
     if type(values) is not list or not values:
-        raise RequestError(f'"{_key(call.by_rows)}" has no values')
+        raise RequestError("the request has no values")
     return _strings(values) if is_string else _pixels(values, shape)
 
 

@@ -21,19 +21,10 @@ RETRY = 60  # seconds until a failed version is tried again, as TensorFlow Servi
 
 
 class Servable:
-    """A loaded version.
-
-    Attributes:
-        version: its number.
-        path: its directory.
-        class_names: in the order of the probabilities.
-    """
+    """A loaded version, with its number, its directory and its class names."""
 
     def __init__(self, path: pathlib.Path, batch_size: int):
         """Loads the version and runs each signature once, so that no request waits for that.
-
-        Args:
-            batch_size: rows computed at a time.
 
         Raises:
             UserError: the version is damaged, or cannot be computed here.
@@ -47,26 +38,18 @@ class Servable:
         }
         # One object per signature, since the batcher compares them.
         self._run = {n: functools.partial(self._compute, s) for n, s in self._signatures.items()}
-        try:
-            self._warm_up(predictor.size)
-        except Exception as error:  # TensorFlow reports a missing kernel at the first call.
-            raise UserError(f"{path} is not a valid model: {reason(error)}") from None
-
-    def _warm_up(self, size: tuple[int, int]) -> None:
-        """Runs each signature on a black image."""
-        black = np.zeros((1, *size, 3), np.uint8)
+        black = np.zeros((1, *predictor.size, 3), np.uint8)
         file = io.BytesIO()
         Image.fromarray(black[0]).save(file, "PNG")
         encoded = np.array([file.getvalue()], object)
-        for name, signature in self._signatures.items():
-            self._run[name](encoded if signature.is_string else black)
+        try:
+            for name, signature in self._signatures.items():
+                self._run[name](encoded if signature.is_string else black)
+        except Exception as error:  # TensorFlow reports a missing kernel at the first call.
+            raise UserError(f"{path} is not a valid model: {reason(error)}") from None
 
     def prepare(self, call: rest.Call) -> tuple:
-        """The arguments of `Batcher.submit` for a call.
-
-        Raises:
-            RequestError: there is no such signature, or the input does not fit it.
-        """
+        """The arguments of `Batcher.submit` for a call; raises RequestError if it fits no signature."""
         signature = self._signatures.get(call.signature)
         if signature is None:
             names = ", ".join(sorted(self._signatures))
@@ -105,11 +88,7 @@ class _Signature:
 
 
 class Versions:
-    """The versions of a model: one being served, perhaps one being loaded, some that failed.
-
-    Attributes:
-        current: the Servable that answers requests.
-    """
+    """The versions of a model: `current` answers, one may be being loaded, some have failed."""
 
     def __init__(self, model: str, batch_size: int):
         """Loads the newest version.
@@ -133,8 +112,7 @@ class Versions:
     def refresh(self) -> str | None:
         """Loads the newest version on disk unless it is being served; `current` answers meanwhile.
 
-        Returns:
-            A message about what changed; None where nothing did.
+        Returns a message about what changed, None where nothing did.
         """
         found = versions(self._base) if self._base else []
         self._failed = {v: failure for v, failure in self._failed.items() if v in found}
@@ -159,22 +137,14 @@ class Versions:
         return f"version {version} replaces {before}"
 
     def get(self, version: int | None) -> Servable:
-        """The version of a number; None is the one being served.
-
-        Raises:
-            RequestError: another version is being served.
-        """
+        """The version being served; raises RequestError if `version` is another."""
         current = self.current
         if version not in (None, current.version):
             raise rest.RequestError(f"version {version} is not served; {current.version} is", 404)
         return current
 
     def status(self, version: int | None) -> dict:
-        """TensorFlow Serving's GetModelStatusResponse of a version; None is all.
-
-        Raises:
-            RequestError: there is no such version.
-        """
+        """TensorFlow Serving's GetModelStatusResponse of a version; None is all."""
         states = [_status(self.current.version, "AVAILABLE")]
         if (loading := self._loading) is not None:
             states.append(_status(loading, "LOADING"))

@@ -34,15 +34,9 @@ def run(
         UserError: the address is taken, or there is no valid model.
     """
     with _listen(host, port) as listener:
-        versions = Versions(model, max_batch_size)
-        app = App(
-            name,
-            versions,
-            Batcher(max_batch_size, batch_wait),
-            max_request=int(max_request_mb * 2**20),
-            timeout=timeout,
-            poll=poll,
-        )
+        versions, batcher = Versions(model, max_batch_size), Batcher(max_batch_size, batch_wait)
+        max_request = int(max_request_mb * 2**20)
+        app = App(name, versions, batcher, max_request=max_request, timeout=timeout, poll=poll)
         config = uvicorn.Config(
             app.asgi,
             log_level="warning",
@@ -65,7 +59,6 @@ def run(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, which accepts no connections yet."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Where TCP is named, asyncio sends small packets at once; else a response, which is sent in two
     # parts, waits 40 ms for an acknowledgement.

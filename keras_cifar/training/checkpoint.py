@@ -4,6 +4,7 @@ A checkpoint is one safetensors file whose name holds the step and a checksum of
 written to a temporary name, flushed to the disk and renamed; the previous checkpoint is kept.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,21 +27,13 @@ _PROGRESS = "position"  # the metadata key of the training progress
 
 @dataclasses.dataclass(frozen=True)
 class TrainingProgress:
-    """How far a run is, and its metrics so far.
+    """How far a run is, and its metrics so far."""
 
-    Attributes:
-        history: a row for each completed epoch.
-        steps: completed in the current epoch.
-        totals: the sums of `training_step.METRICS` over these steps.
-        seconds: the time of these steps.
-        rollbacks: how often the run returned to a checkpoint because the loss was not finite.
-    """
-
-    history: list[dict] = dataclasses.field(default_factory=list)
-    steps: int = 0
-    totals: tuple[float, ...] = ()
-    seconds: float = 0.0
-    rollbacks: int = 0
+    history: list[dict] = dataclasses.field(default_factory=list)  # a row for each completed epoch
+    steps: int = 0  # completed in the current epoch
+    totals: tuple[float, ...] = ()  # the sums of `training_step.METRICS` over these steps
+    seconds: float = 0.0  # the time of these steps
+    rollbacks: int = 0  # returns to a checkpoint because the loss was not finite
 
     def step(self, steps_per_epoch: int) -> int:
         """The number of steps since the start of the run."""
@@ -54,8 +47,8 @@ def _variables(model: Classifier) -> list:
 
 
 def _arrays(model: Classifier) -> dict[str, np.ndarray]:
-    variables = enumerate(_variables(model))
-    return {f"variable_{i}": np.asarray(variable.numpy(), order="C") for i, variable in variables}
+    arrays = (np.asarray(variable.numpy(), order="C") for variable in _variables(model))
+    return {f"variable_{i}": array for i, array in enumerate(arrays)}
 
 
 def _checksum(*chunks: bytes | np.ndarray) -> str:
@@ -73,13 +66,9 @@ def digest(model: Classifier) -> str:
 def save(
     directory: pathlib.Path, model: Classifier, progress: TrainingProgress, step: int
 ) -> pathlib.Path:
-    """Writes a checkpoint, and removes all others except the KEPT - 1 before it.
+    """Writes a checkpoint of `step`, counted from the start of the run, and returns its file.
 
-    Args:
-        step: the number of steps since the start of the run.
-
-    Returns:
-        The file.
+    Removes all others except the KEPT - 1 before it.
     """
     data = tensors.save(_arrays(model), {_PROGRESS: json.dumps(dataclasses.asdict(progress))})
     epochs = len(progress.history)
@@ -108,18 +97,13 @@ def exists(directory: pathlib.Path) -> bool:
 def read(directory: pathlib.Path) -> tuple[pathlib.Path | None, bytes]:
     """(file, contents) of the newest intact checkpoint; (None, b"") where there is no checkpoint.
 
-    Prints a line if a newer one is damaged.
-
-    Raises:
-        UserError: all are damaged.
+    Prints a line if a newer one is damaged; raises UserError if all are.
     """
     damaged = []
     for path in _files(directory):
-        try:
-            with open_file(path) as file:
-                data = file.readall()
-        except OSError:
-            data = b""
+        data = b""
+        with contextlib.suppress(OSError), open_file(path) as file:
+            data = file.readall()
         if _checksum(data) == _NAME.fullmatch(path.name)[3]:
             if damaged:
                 print(
@@ -140,7 +124,6 @@ def assign(model: Classifier, data: bytes, source: str | pathlib.Path) -> Traini
     """Sets a model to the state in a checkpoint.
 
     Args:
-        data: the contents of the checkpoint.
         source: the file or the worker that the data comes from, for messages.
 
     Raises:

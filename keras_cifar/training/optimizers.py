@@ -23,23 +23,18 @@ SCHEDULES = ("constant", "linear", "cosine", "step", "onecycle")
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """The learning rate of each step.
+    """The learning rate of each step: a kind of SCHEDULES, with its highest rate.
 
     Args:
-        kind: one of SCHEDULES.
-        peak: the highest rate.
         total_steps: steps of the run; `linear`, `cosine` and `onecycle` reach 0 after them.
         warmup_steps: steps of linear warm-up from 0; with `onecycle`, of its rise (0: the default).
         milestones: with `step`, the fractions of the run after which the rate falls to a tenth.
-
-    Attributes:
-        factor: a variable that scales all rates; initially 1.
     """
 
     def __init__(self, kind, peak, total_steps, warmup_steps=0, milestones=()):
         self.kind, self.peak, self.milestones = kind, peak, tuple(milestones)
         self.total_steps, self.warmup_steps = total_steps, warmup_steps
-        self.factor = tf.Variable(1.0, trainable=False)
+        self.factor = tf.Variable(1.0, trainable=False)  # scales all rates
 
     def __call__(self, step):
         step = tf.cast(step, tf.float32)
@@ -84,10 +79,9 @@ class _OneKernel(_Replicated):
     """Adam's update as one kernel per variable (ResourceApplyAdam); Keras's takes about 14."""
 
     def update_step(self, gradient, variable, learning_rate):
-        if self.amsgrad or isinstance(gradient, tf.IndexedSlices):
+        if self.amsgrad:
             return super().update_step(gradient, variable, learning_rate)
         index, dtype = self._get_variable_index(variable), variable.dtype
-        rate = tf.cast(learning_rate, dtype)
         step = tf.cast(self.iterations + 1, dtype)
         beta_1, beta_2 = (tf.constant(beta, dtype) for beta in (self.beta_1, self.beta_2))
         tf.raw_ops.ResourceApplyAdam(
@@ -96,13 +90,12 @@ class _OneKernel(_Replicated):
             v=self._velocities[index].value.handle,
             beta1_power=tf.pow(beta_1, step),
             beta2_power=tf.pow(beta_2, step),
-            lr=rate,
+            lr=tf.cast(learning_rate, dtype),
             beta1=beta_1,
             beta2=beta_2,
             epsilon=tf.constant(self.epsilon, dtype),
             grad=tf.cast(gradient, dtype),
         )
-        return None
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
@@ -117,12 +110,7 @@ class AdamW(_OneKernel, keras.optimizers.AdamW):
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class SGD(_Replicated, keras.optimizers.SGD):
-    """keras.optimizers.SGD with a learning rate of its own for biases.
-
-    Args:
-        bias_rate: factor of the learning rate of all variables that are not kernels.
-        *args, **kwargs: of keras.optimizers.SGD.
-    """
+    """keras.optimizers.SGD; `bias_rate` scales the rate of all variables that are not kernels."""
 
     def __init__(self, *args, bias_rate=1.0, **kwargs):
         super().__init__(*args, **kwargs)
@@ -145,9 +133,8 @@ def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
     """
     match = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
     if not match or match[1] not in SCHEDULES:
-        raise unknown(
-            "schedule", text, ("constant", "linear", "cosine", "step(0.5,0.75)", "onecycle")
-        )
+        choices = [name.replace("step", "step(0.5,0.75)") for name in SCHEDULES]
+        raise unknown("schedule", text, choices)
     kind, inside = match[1], match[2]
     try:
         milestones = tuple(float(share) for share in inside.split(",")) if inside else ()
@@ -163,11 +150,7 @@ def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def schedule(config: OptimizerConfig, epochs: int, steps_per_epoch: int) -> Schedule:
-    """The schedule that the flags describe.
-
-    Raises:
-        UsageError: the warm-up is as long as the run.
-    """
+    """The schedule that the flags describe."""
     kind, milestones = parse_schedule(config.lr_schedule)
     total, warmup = epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
     if warmup >= total:
@@ -179,28 +162,17 @@ def compile_model(model: Classifier, config: OptimizerConfig, rate: Schedule, **
     """Compiles a model with the optimizer and the loss that the flags describe.
 
     Weight decay applies to kernels only: decoupled with adamw (Loshchilov and Hutter 2017,
-    arXiv:1711.05101), as L2 in the gradient with the others.
-
-    Args:
-        rate: the learning rate of each step.
-        **kwargs: of `Classifier.compile`.
+    arXiv:1711.05101), as L2 in the gradient with the others. `kwargs` are of `Classifier.compile`.
     """
     l2, clipping = config.weight_decay, {"global_clipnorm": config.global_clipnorm or None}
     if config.optimizer == "adam":
         optimizer = Adam(rate, **clipping)
     elif config.optimizer == "sgd":
-        optimizer = SGD(
-            rate, config.momentum, config.nesterov, bias_rate=config.bias_rate, **clipping
-        )
+        clipping["bias_rate"] = config.bias_rate
+        optimizer = SGD(rate, config.momentum, config.nesterov, **clipping)
     else:
         optimizer, l2 = AdamW(rate, config.weight_decay, **clipping), 0.0
-        optimizer.exclude_from_weight_decay(
-            [v for v in model.trainable_variables if not is_kernel(v)]
-        )
-    model.compile(
-        optimizer,
-        label_smoothing=config.label_smoothing,
-        weight_decay=l2,
-        ema=config.ema,
-        **kwargs,
-    )
+        others = [v for v in model.trainable_variables if not is_kernel(v)]
+        optimizer.exclude_from_weight_decay(others)
+    loss = {"label_smoothing": config.label_smoothing, "weight_decay": l2}
+    model.compile(optimizer, ema=config.ema, **loss, **kwargs)

@@ -1,6 +1,7 @@
 """A run that is ready to start: configuration -> devices -> data -> model -> compile."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import pathlib
 import platform
@@ -33,7 +34,6 @@ class Plan:
     """A run that is ready to start.
 
     Attributes:
-        context: the devices, and the other workers.
         dtype_policy: (Keras's dtype policy, why).
         xla: (whether XLA compiles the step, why).
         origin: what the weights of --init_from are, as text; empty without.
@@ -52,36 +52,24 @@ class Plan:
 
     def shards(self, replicas: ReplicaRange, start_step: int) -> tf.data.Dataset:
         """The training data of some replicas from a step of the run on."""
-        return data.training_batches(
-            self.dataset.train,
-            len(self.dataset.class_names),
-            self.config.fit.batch_size,
-            self.config.data.augment,
-            self.config.fit.seed,
-            start_step,
-            replicas,
-            self.config.fit.accumulate_steps,
-        )
+        fit, augment = self.config.fit, self.config.data.augment
+        split, classes = self.dataset.train, len(self.dataset.class_names)
+        where = (start_step, replicas, fit.accumulate_steps)
+        return data.training_batches(split, classes, fit.batch_size, augment, fit.seed, *where)
 
     def batches(self, start_step: int) -> ShardedBatches:
         """Training batches from a step of the run on, split for the replicas."""
-        return sharding.shard_batches(
-            self.context.strategy,
-            lambda replicas: self.shards(replicas, start_step),
-            self.steps_per_epoch,
-        )
+        shards = functools.partial(self.shards, start_step=start_step)
+        return sharding.shard_batches(self.context.strategy, shards, self.steps_per_epoch)
 
     def validation(self) -> ShardedBatches | None:
         """Validation batches, split for the replicas; None without a validation split."""
-        val, classes = self.dataset.val, len(self.dataset.class_names)
-        size = self.config.fit.batch_size
+        val, size = self.dataset.val, self.config.fit.batch_size
         if val is None:
             return None
-        return sharding.shard_batches(
-            self.context.strategy,
-            lambda replicas: data.evaluation_batches(val, classes, size, replicas),
-            data.evaluation_steps(val, size),
-        )
+        classes, steps = len(self.dataset.class_names), data.evaluation_steps(val, size)
+        shards = functools.partial(data.evaluation_batches, val, classes, size)
+        return sharding.shard_batches(self.context.strategy, shards, steps)
 
     def summary(self) -> str:
         """The first lines of a run: model, data, training, devices."""
@@ -118,11 +106,10 @@ class Plan:
 def _shard_size(fit: FitConfig, spec: strategy.StrategySpec) -> str:
     """The images that a replica computes at a time, as text."""
     size, larger = divmod(fit.batch_size // fit.accumulate_steps, spec.replicas)
-    text = f"{size} or {size + 1}" if larger else f"{size}"
-    text += " images per replica"
-    if fit.accumulate_steps > 1:
-        text += f" in each of {fit.accumulate_steps} microbatches"
-    return text
+    microbatches = fit.accumulate_steps
+    text = f"{size} or {size + 1} images" if larger else f"{size} images"
+    each = f" in each of {microbatches} microbatches" if microbatches > 1 else ""
+    return f"{text} per replica{each}"
 
 
 def check_names(config: TrainConfig) -> None:
@@ -146,63 +133,48 @@ def prepare(
     Args:
         context: the devices; None chooses them.
         is_new: whether the run starts, so that the weights of --init_from are read.
-
-    Raises:
-        UsageError, UserError: as `train`.
     """
     check_names(config)
     # Devices can be configured only before TensorFlow computes anything.
     context = context or DistributedContext(strategy.choose(config.devices), config.devices)
     # All flags are checked before the data is loaded, which may be a long download.
     augmentation.parse(config.data.augment)
-    replicas = context.spec.replicas
-    if config.fit.batch_size // config.fit.accumulate_steps < replicas:
+    fit, replicas = config.fit, context.spec.replicas
+    if fit.batch_size // fit.accumulate_steps < replicas:
         raise UsageError(
-            f"--batch_size={config.fit.batch_size} has fewer images than there are replicas "
-            f"({replicas}) times --accumulate_steps={config.fit.accumulate_steps}"
+            f"--batch_size={fit.batch_size} has fewer images than there are replicas "
+            f"({replicas}) times --accumulate_steps={fit.accumulate_steps}"
         )
 
-    keras.utils.set_random_seed(config.fit.seed)
+    keras.utils.set_random_seed(fit.seed)
     deterministic = environment.make_deterministic(config.devices.deterministic)
     dtype_policy = environment.dtype_policy(config.devices.dtype_policy)
     keras.config.set_dtype_policy(dtype_policy[0])
     dataset = _load_data(config)
     # Before TensorFlow's workers wait for each other: they could not say why one of them is missing.
+    splits = dataset.describe().items()
     context.check_equal(
-        {
-            f"the {name} images": f"{split['count']} ({split['fingerprint']})"
-            for name, split in dataset.describe().items()
-        }
+        {f"the {name} images": f"{x['count']} ({x['fingerprint']})" for name, x in splits}
     )
-    one_pass = data.steps_per_epoch(dataset.train, config.fit.batch_size)
-    steps = config.fit.steps_per_epoch or one_pass
+    one_pass = data.steps_per_epoch(dataset.train, fit.batch_size)  # there is a whole batch
+    steps = fit.steps_per_epoch or one_pass
     xla = environment.use_xla(context.spec.name)
+    options = {"accumulate_steps": fit.accumulate_steps, "jit_compile": xla[0]}
+    options["steps_per_execution"] = config.devices.steps_per_execution
     with context.strategy.scope():
         model, origin = _build_model(config, dataset, is_new)
-        rate = optimizers.schedule(config.optimizer, config.fit.epochs, steps)
-        optimizers.compile_model(
-            model,
-            config.optimizer,
-            rate,
-            accumulate_steps=config.fit.accumulate_steps,
-            steps_per_execution=config.devices.steps_per_execution,
-            jit_compile=xla[0],
-        )
+        rate = optimizers.schedule(config.optimizer, fit.epochs, steps)
+        optimizers.compile_model(model, config.optimizer, rate, **options)
     return Plan(
         config, dataset, model, rate, steps, context, dtype_policy, xla, deterministic, origin
     )
 
 
 def _load_data(config: TrainConfig) -> data.Dataset:
-    return data.load(
-        config.data.data,
-        config.data.data_dir,
-        config.data.image_size,
-        config.data.val_fraction,
-        config.fit.seed,
-        config.data.cache_dir,
-        data.BadImages(config.data.on_bad_image == "skip", config.data.max_bad_share),
-    )
+    flags = config.data
+    sizes = (flags.image_size, flags.val_fraction, config.fit.seed)
+    bad_images = data.BadImages(flags.on_bad_image == "skip", flags.max_bad_share)
+    return data.load(flags.data, flags.data_dir, *sizes, flags.cache_dir, bad_images)
 
 
 def _build_model(config: TrainConfig, dataset: data.Dataset, is_new: bool) -> tuple:
@@ -222,9 +194,6 @@ def estimate(config: TrainConfig) -> str:
     """Measures three steps and says what the run would do and take; writes nothing.
 
     The steps are those of one replica on its shard of a batch. No other worker is needed.
-
-    Raises:
-        UsageError, UserError: as `train`.
     """
     spec = strategy.choose(config.devices)
     plan = prepare(config, DistributedContext(spec, config.devices, start=False))

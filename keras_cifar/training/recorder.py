@@ -25,11 +25,7 @@ ROLLBACK_FACTOR = 0.5
 
 
 class DivergedError(UserError):
-    """The loss or the gradient is not finite.
-
-    Attributes:
-        what: what is not finite, and in which step.
-    """
+    """The loss or the gradient is not finite: `what` says which, and in which step."""
 
     def __init__(self, what: str, advice: str):
         super().__init__(f"{what}; {advice}")
@@ -76,7 +72,6 @@ class Recorder(keras.callbacks.Callback):
 
     @property
     def progress(self) -> TrainingProgress:
-        """The progress of the run, for a checkpoint."""
         seconds = time.perf_counter() - self._began
         totals = tuple(self.model.totals.tolist())
         return TrainingProgress(self.history, self._steps, totals, seconds, self.rollbacks)
@@ -124,7 +119,7 @@ class Recorder(keras.callbacks.Callback):
             print(_summary(row, self.plan.config.fit.epochs), flush=True)
 
     def _validate(self, epoch: int, logs: dict) -> dict:
-        """Validates and selects the model; appends to the history and returns its new row."""
+        """Validates and selects the model; appends a row to the history and returns it."""
         fit = self.plan.config.fit
         images = self.plan.steps_per_epoch * fit.batch_size
         row = {"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()}
@@ -133,10 +128,9 @@ class Recorder(keras.callbacks.Callback):
         with self.model.averaged():
             self.model.recompute_statistics(self._precise_bn_batches, fit.precise_bn_batches)
             if self._validation:
-                metrics = self.model.evaluate(
-                    self._validation, verbose=0, return_dict=True, callbacks=[self]
-                )
-                metrics = {f"val_{name}": float(value) for name, value in metrics.items()}
+                options = {"verbose": 0, "return_dict": True, "callbacks": [self]}
+                found = self.model.evaluate(self._validation, **options)
+                metrics = {f"val_{name}": float(value) for name, value in found.items()}
                 row |= metrics
                 logs.update(metrics)  # for the progress bar, whose callback runs later
             row |= {
@@ -152,11 +146,7 @@ class Recorder(keras.callbacks.Callback):
         return row
 
     def _must_stop(self, stop_requests: float) -> bool:
-        """Whether to stop after this step.
-
-        Args:
-            stop_requests: the number of replicas whose process received a signal before the step.
-        """
+        """Whether to stop; `stop_requests` counts the replicas that were signalled before the step."""
         if not self.plan.context.spec.cluster:
             return self.signals.received is not None
         if self.signals.received:
@@ -183,12 +173,9 @@ class Recorder(keras.callbacks.Callback):
         except OSError as error:
             if required:
                 raise
-            print(
-                f"warning: no checkpoint at step {step} ({reason(error)}: {error.filename}); training "
-                "continues",
-                file=sys.stderr,
-                flush=True,
-            )
+            why = f"{reason(error)}: {error.filename}"
+            text = f"warning: no checkpoint at step {step} ({why}); training continues"
+            print(text, file=sys.stderr, flush=True)
 
     def _write_history(self) -> None:
         if self.history:
@@ -196,30 +183,24 @@ class Recorder(keras.callbacks.Callback):
             plots.save(plots.curves([self.history]), self.run.curves)
 
     def _stopped(self) -> StoppedError:
-        number = self.signals.received
+        number, place = self.signals.received, self.plan.place(self.progress)
         source = number.name if number else "a signal to another worker"
-        saved = f"{self.plan.place(self.progress)} is saved"
-        if self.plan.context.is_chief:
-            saved += f" in {self.run.checkpoint}"
+        where = f" in {self.run.checkpoint}" if self.plan.context.is_chief else ""
+        text = f"stopped by {source}; {place} is saved{where}; the same command with"
         return StoppedError(
-            number or signal.SIGTERM,
-            f"stopped by {source}; {saved}; the same command with --run_dir={self.run.restart} resumes",
+            number or signal.SIGTERM, f"{text} --run_dir={self.run.restart} resumes"
         )
 
     def _diverged(self, loss: float, norm: float) -> DivergedError:
-        optimizer = self.model.optimizer
-        what = (
-            f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient became {norm}"
-        )
+        optimizer, epoch = self.model.optimizer, self.epochs_done + 1
+        name, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
         saved = ""
         if self.plan.context.is_chief:
             path, _ = checkpoint.read(self.run.checkpoint)
-            saved = f"the last good checkpoint is {path}"
-            if self.history:
-                saved += f" and the best model {self.run.model} (epoch {self.best_epoch()})"
-            saved += "; "
+            best = f" and the best model {self.run.model} (epoch {self.best_epoch()})"
+            saved = f"the last good checkpoint is {path}{best if self.history else ''}; "
         return DivergedError(
-            f"{what} at step {int(optimizer.iterations.numpy())} (epoch {self.epochs_done + 1}, "
+            f"the {name} became {value} at step {int(optimizer.iterations.numpy())} (epoch {epoch}, "
             f"learning rate {float(optimizer.learning_rate):g}, gradient norm {norm:.3g}, "
             f"{self._gradient_norm:.3g} one step before)",
             f"{saved}try a lower --learning_rate, --warmup_epochs, --global_clipnorm or "
@@ -235,11 +216,8 @@ def _quality(row: dict) -> tuple[float, float]:
 
 def _summary(row: dict, epochs: int) -> str:
     """A row of the history as a line of text."""
-    metrics = [
-        f"{name} {row[name]:.4f}"
-        for name in ("loss", "accuracy", "val_loss", "val_accuracy")
-        if name in row
-    ]
+    names = ("loss", "accuracy", "val_loss", "val_accuracy")
+    metrics = [f"{name} {row[name]:.4f}" for name in names if name in row]
     return (
         f"epoch {row['epoch']}/{epochs}  {'  '.join(metrics)}  {row['images_per_second']:.0f} images/s"
         f"  {row['seconds']:.0f} s"

@@ -19,17 +19,11 @@ def train(config: TrainConfig, run: Run) -> dict:
     All are trained in this process. Order, augmentation, dropout and initial weights are functions of
     the seed and the step, so each run has the same bits as if it were trained alone.
 
-    Args:
-        config: its `seed` is the first seed.
-        run: the runs are `seed_N` below its directory.
+    The first seed is `--seed`. The runs are `seed_N` below the directory of `run`.
 
     Returns:
         The contents of `RUN/seeds.json`: {"seeds": {seed: test accuracy}, "mean", "std"}, the latter
         the sample standard deviation, None for one seed.
-
-    Raises:
-        UsageError, UserError, StoppedError: as `trainer.train`. The flags of all seeds are checked
-            before the first is trained.
     """
     if strategy.choose(config.devices).cluster:
         raise UsageError("--seeds needs a single worker; start a run for each --seed instead")
@@ -40,31 +34,25 @@ def train(config: TrainConfig, run: Run) -> dict:
     seeds = range(config.fit.seed, config.fit.seed + config.fit.seeds)
     configs = {seed: config.replace(seed=seed, seeds=0) for seed in seeds}
     for seed in seeds:
-        previous_config(configs[seed], run.of_seed(seed))
+        previous_config(configs[seed], run.of_seed(seed))  # checks the flags before any training
     accuracies = {}
     for number, seed in enumerate(seeds, start=1):
         print(f"seed {seed} ({number} of {len(seeds)})", flush=True)
         one = run.of_seed(seed)
-        metrics = _test_metrics(one, configs[seed])
+        lacks_export = config.output.export and not versions(one.export)
+        metrics = None if lacks_export else one.read_metrics("test", config.data.data)
         if metrics is None:
             metrics = trainer.train(configs[seed], one)
             # A model and its functions refer to each other: only a collection frees them.
             keras.utils.clear_session()
             gc.collect()
-        accuracies[seed] = metrics["accuracy"]
-        print(f"seed {seed}: test accuracy {accuracies[seed]:.4f}\n", flush=True)
+        accuracies[str(seed)] = metrics["accuracy"]
+        print(f"seed {seed}: test accuracy {metrics['accuracy']:.4f}\n", flush=True)
     values = list(accuracies.values())
     summary = {
-        "seeds": {str(seed): value for seed, value in accuracies.items()},
+        "seeds": accuracies,
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
     }
     write_json(run.seeds, summary)
     return summary
-
-
-def _test_metrics(run: Run, config: TrainConfig) -> dict | None:
-    """The test metrics of a finished run; None for an unfinished one."""
-    if config.output.export and not versions(run.export):
-        return None
-    return run.read_metrics("test", config.data.data)

@@ -13,11 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Signals that ask this process to stop.
-
-    Attributes:
-        received: the signal that arrived; None before.
-    """
+    """Signals that ask this process to stop; `received` is the one that arrived, or None."""
 
     def __init__(self):
         self.received: signal.Signals | None = None
@@ -25,11 +21,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Handles the signals in the body; does nothing outside of the main thread.
-
-        Raises:
-            StoppedError: a signal arrived outside of `deferred`.
-        """
+        """Makes signals in the body raise StoppedError; does nothing outside of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -42,10 +34,9 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """In the body a signal only sets `received`; the body must look at it and end soon.
+        """In the body a signal only sets `received`; StoppedError is raised after the body.
 
-        Raises:
-            StoppedError: after the body, if a signal arrived.
+        The body must look at `received` and end soon.
         """
         self._deferred = True
         try:

@@ -11,9 +11,7 @@ NOT_SHOWN = ("epoch", "seconds")
 
 
 class Scalars:
-    """Event files in `directory`, recreated with the history so far.
-
-    They have each epoch once, even if the run was interrupted.
+    """Event files in `directory`, recreated with the history so far: each epoch is there once.
 
     Raises:
         UserError: the directory cannot be written, for example because the disk is full.

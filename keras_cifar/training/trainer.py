@@ -36,8 +36,7 @@ def train(config: TrainConfig, run: Run) -> dict | None:
 
     Raises:
         UsageError: a wrong flag, or a run directory with another configuration.
-        UserError: the data cannot be loaded, the loss was not finite, another process trains in the
-            directory, or another worker was lost.
+        UserError: invalid data, a loss that is not finite, a directory in use, a lost worker.
         StoppedError: SIGTERM or SIGINT arrived.
     """
     check_names(config)
@@ -64,9 +63,8 @@ def _write_config(plan: Plan, run: Run) -> None:
     if previous is None:
         write_json(run.config, describe_run(plan))
     elif previous["splits"] != plan.dataset.describe():
-        raise UserError(
-            f"--data={plan.config.data.data} has other images than {run.path} was trained on"
-        )
+        spec = plan.config.data.data
+        raise UserError(f"--data={spec} has other images than {run.path} was trained on")
     if plan.dataset.skipped:
         write_skipped(plan.dataset, run.skipped)
 
@@ -74,12 +72,11 @@ def _write_config(plan: Plan, run: Run) -> None:
 def _finish(plan: Plan, run: Run) -> dict:
     """Tests, exports and reports the selected model; the test metrics."""
     config, dataset, model = plan.config, plan.dataset, models.load(run.model)
-    metrics = evaluator.evaluate(
-        model, "test", dataset.test, dataset.class_names, config.data.data, run
-    )
+    names, spec = dataset.class_names, config.data.data
+    metrics = evaluator.evaluate(model, "test", dataset.test, names, spec, run)
     if config.output.export and not versions(run.export):
-        samples = verification.of_dataset(dataset, config.data.data)
-        path = saved_model.export(model, run.export, dataset.class_names, samples=samples)
+        samples = verification.of_dataset(dataset, spec)
+        path = saved_model.export(model, run.export, names, samples=samples)
         print(verification.summary(path), flush=True)
     write_report(run, model, dataset)
     return metrics
@@ -89,9 +86,8 @@ def write_report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:
     """Writes the report of a run. It is optional: a failure is printed as a warning."""
     try:
         found = record.load(run)
-        page.write(
-            run.report, [found], [gallery.from_model(found, model, dataset.split(found.split))]
-        )
+        examples = gallery.from_model(found, model, dataset.split(found.split))
+        page.write(run.report, [found], [examples])
     except Exception as error:
         print(f"warning: {run.report} cannot be written: {reason(error)}", file=sys.stderr)
 
@@ -134,12 +130,9 @@ def fit(
             progress = dataclasses.replace(_restore(plan, run), rollbacks=count)
             recorder = Recorder(plan, run, progress, signals)
             if context.is_chief:
-                print(
-                    f"{error.what}; rolled back to {plan.place(progress)} with "
-                    f"{ROLLBACK_FACTOR**count:g} of the learning rate ({count} of at most "
-                    f"{MAX_ROLLBACKS} rollbacks)",
-                    flush=True,
-                )
+                text = f"rolled back to {plan.place(progress)} with {ROLLBACK_FACTOR**count:g} of"
+                text += f" the learning rate ({count} of at most {MAX_ROLLBACKS} rollbacks)"
+                print(f"{error.what}; {text}", flush=True)
 
 
 def _start(plan: Plan, run: Run) -> TrainingProgress:

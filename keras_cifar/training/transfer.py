@@ -13,14 +13,11 @@ HEAD = "logits"  # of every family: the layer that depends on the number of clas
 
 
 def take_weights(model: Classifier, source: str, class_names: tuple[str, ...]) -> str:
-    """Copies the weights of `source` into a model, layer by layer.
+    """Copies the weights of `source` into a model, layer by layer; returns a summary as text.
 
     Args:
         source: a run directory, a `.keras` file that `train` wrote, or pretrained:NAME.
         class_names: of the model. If those of `source` differ, the last layer keeps its own weights.
-
-    Returns:
-        Which weights were taken and which layers are new, as text.
 
     Raises:
         UserError: the model does not exist, is damaged, or is another network.
@@ -35,8 +32,7 @@ def take_weights(model: Classifier, source: str, class_names: tuple[str, ...]) -
         theirs = models.load(path)
     else:
         theirs = models.load(path)
-    theirs = _weighted(theirs)
-    mine = _weighted(model)
+    theirs, mine = _weighted(theirs), _weighted(model)
     different = sorted(theirs.keys() ^ mine.keys())
     if different:
         raise UserError(
@@ -57,8 +53,7 @@ def take_weights(model: Classifier, source: str, class_names: tuple[str, ...]) -
             layer.set_weights(theirs[name].get_weights())
     # Files do not have auxiliary classifiers.
     new += [name for name in _weighted(model.logits_model) if name not in mine]
-    line = f"the weights of {path}"
-    return f"{line}; new layers: {', '.join(new)}" if new else line
+    return f"the weights of {path}" + (f"; new layers: {', '.join(new)}" if new else "")
 
 
 def freeze(model: Classifier, name: str) -> None:

@@ -55,16 +55,14 @@ def test_contenders_take_turns_and_their_medians_count(scripts):
 
 
 def test_a_contender_that_fails_is_named_and_left_out(scripts, capsys):
-    scripts("missing", COUNTER.replace("turns.wait()", "turns.fail('is not installed')"))
     scripts("broken", "raise ValueError('what broke')")
     late = COUNTER.replace("turns.wait()", "turns.wait()\n    if number == 2: sys.exit('too late')")
     scripts("late", late)
     with Contest(BenchmarkOptions(rounds=3)) as contest:
-        for name in ("missing", "broken", "late", "counter"):
+        for name in ("broken", "late", "counter"):
             contest.add(name, name)
         assert list(contest.take_turns()) == ["counter"]
     said = capsys.readouterr().err
-    assert "missing is not installed" in said
     assert "broken failed: ValueError: what broke" in said
     assert "late failed: too late" in said
 
@@ -83,25 +81,32 @@ def test_peers_do_not_get_our_switches(monkeypatch, scripts, user):
     assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == (user or "1")
 
 
-def rates(step, fit, pipeline):
-    return {name: {"median": v} for name, v in ((STEP, step), (FIT, fit), (PIPELINE, pipeline))}
+@pytest.mark.parametrize(
+    ("step", "fit", "pipeline", "fraction", "start"),
+    [
+        (100, 50, 60, 0.7, "the input pipeline"),
+        (100, 80, 1000, 0.7, "what surrounds the step"),
+        (100, 99, 1000, 0.7, "arithmetic: the step reaches 0.70"),
+        (100, 99, 1000, 0.3, "memory and small kernels"),
+    ],
+)
+def test_what_training_is_bound_by(step, fit, pipeline, fraction, start):
+    rates = {STEP: {"median": step}, FIT: {"median": fit}, PIPELINE: {"median": pipeline}}
+    found = comparison.bound(rates, fraction, {"convolutions": 0.8, "dropout": 0.2})
+    assert found.startswith(start)
+    assert ("80% of its kernels' time is convolutions" in found) == (fit == 99)
 
 
-def test_what_training_is_bound_by():
-    shares = {"convolutions": 0.8, "dropout": 0.2}
-    assert "the input pipeline" in comparison.bound(rates(100, 50, 60), 0.7, shares)
-    assert "what surrounds the step" in comparison.bound(rates(100, 80, 1000), 0.7, shares)
-    assert comparison.bound(rates(100, 99, 1000), 0.7, shares).startswith("arithmetic")
-    memory = comparison.bound(rates(100, 99, 1000), 0.3, shares)
-    assert memory.startswith("memory")
-    assert "80% of its kernels' time is convolutions" in memory
+class InProcess(contest.Worker, turns.Turns):
+    """Both sides of a contender, which works its turn when it is started; the rate of peers is 2."""
 
-
-class OneTurn(turns.Turns):
-    """The worker's side of one turn, in the process of the tests."""
-
-    def __init__(self, settings):
-        self.settings, self.reported = settings, None
+    def __init__(self, script, settings, variables):
+        self.turns, self.error, self.settings, self.reported = [], None, settings, None
+        if script == "ours":
+            with contextlib.suppress(StopIteration):
+                ours.WORK[settings["what"]](self)
+        else:
+            self.report(2.0)
 
     def wait(self):
         if self.reported:
@@ -110,33 +115,26 @@ class OneTurn(turns.Turns):
     def report(self, rate, **more):
         self.reported = {"rate": rate, "peak_memory": 1} | more
 
-
-class InProcess(contest.Worker):
-    """A contender that works its turn when it is started; the rate of peers is 2."""
-
-    def __init__(self, script, settings, variables):
-        self.turns, self.error = [], None
-        self.reported = {"rate": 2.0, "peak_memory": 1}
-        if script == "ours":
-            turn = OneTurn(settings)
-            with contextlib.suppress(StopIteration):
-                ours.WORK[settings["what"]](turn)
-            self.reported = turn.reported
-
-    def turn(self, counted=True):
-        if counted:
-            self.turns.append(self.reported)
+    def turn(self):
+        self.turns.append(self.reported)
         return self.reported
 
     def close(self):
         pass
 
 
-def check_comparison(out, printed):
-    """Checks what the benchmark of lenet5 wrote and printed; returns the former."""
+def command(out, *flags):
+    """Runs the command; what it prints and what it writes."""
+    argv = [sys.executable, "-m", "keras_cifar.benchmark", "--model=lenet5", "--rounds=1", *flags]
+    done = subprocess.run([*argv, f"--json={out}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def check_comparison(printed, result, out):
+    """Checks what the benchmark of lenet5 printed and wrote."""
     assert "bound by " in printed
     assert printed.rstrip().endswith(f"json      {out}")
-    result = json.loads(out.read_text())
     for row in result["figures"].values():
         assert 0 < row["low"] <= row["median"] <= row["high"]
     # LeNet-5's multiply-adds: 28 x 28 x 6 x 75, 10 x 10 x 16 x 150 and 400 x 120 + 120 x 84 + 840.
@@ -146,7 +144,6 @@ def check_comparison(out, printed):
     assert result["fraction_of_matrix_multiply"] == pytest.approx(fraction)
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert 0.1 < result["shares"]["convolutions"] < 0.95
-    return result
 
 
 def test_each_kind_of_work_is_measured(monkeypatch, tmp_path, capsys):
@@ -157,8 +154,8 @@ def test_each_kind_of_work_is_measured(monkeypatch, tmp_path, capsys):
     out = tmp_path / "measurements.json"
     flags = {"model": "lenet5", "batch_size": 32, "peers": True, "json": str(out)}
     benchmark.main(BenchmarkOptions(rounds=1, seconds=0.1, **flags))
-    printed = capsys.readouterr().out
-    result = check_comparison(out, printed)
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    check_comparison(printed, result, out)
     rate = result["figures"][STEP]["median"]
     assert f"{rate / 2:>8.2f}  training step / PaddlePaddle" in printed
     assert "1.00  s more than the import" in printed
@@ -169,22 +166,16 @@ def test_growth_is_measured_by_batch_size_and_images(monkeypatch, capsys):
     monkeypatch.setattr(growth, "GROWTH", {"batch_size": (8,), "images": (1_000,)})
     options = BenchmarkOptions(model="lenet5", growth=True, rounds=1, seconds=0.1)
     tables = benchmarking.measure(options)["growth"]
-    assert {what: list(table) for what, table in tables.items()} == {
-        "batch_size": ["8"],
-        "images": ["1,000"],
-    }
+    found = {what: list(table) for what, table in tables.items()}
+    assert found == {"batch_size": ["8"], "images": ["1,000"]}
     assert "batch_size    images/s" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_the_command_measures_in_processes_of_their_own(tmp_path):
     out = tmp_path / "measurements.json"
-    flags = ["--model=lenet5", "--rounds=1", "--seconds=0.1", "--batch_size=32", f"--json={out}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "keras_cifar.benchmark", *flags], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    result = check_comparison(out, done.stdout)
+    printed, result = command(out, "--seconds=0.1", "--batch_size=32")
+    check_comparison(printed, result, out)
     assert set(result["figures"]) == {STEP, FIT, PIPELINE, PREDICT, GEMM}
     # Predicting imports TensorFlow too, but not Keras.
     cold = result["cold_start"]
@@ -195,17 +186,15 @@ def test_the_command_measures_in_processes_of_their_own(tmp_path):
 @pytest.mark.parametrize("model", ["resnet20", "vgg_bn_drop"])
 def test_plain_keras_is_the_same_network(model):
     """Its multiply-adds and variables are ours: what is compared is the same work."""
-    code = "\n".join(
-        [
-            "import sys, json",
-            f"sys.argv = ['x', json.dumps(dict(model={model!r}, batch_size=2, what='step'))]",
-            f"sys.path.insert(0, {str(contest.WORKERS)!r})",
-            "import turns; turns.Turns.repeat = lambda *a: None",
-            "import plain_keras; m = plain_keras.model",
-            "sys.stderr.write(json.dumps(['SHAPES', [list(v.shape) for v in m.weights]]))",
-        ]
+    code = (
+        "import sys, json, turns; turns.Turns.repeat = lambda *a: None; import plain_keras\n"
+        "shapes = [list(v.shape) for v in plain_keras.model.weights]\n"
+        "sys.stderr.write(json.dumps(['SHAPES', shapes]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    settings = {"model": model, "batch_size": 2, "what": "step"}
+    argv = [sys.executable, "-c", code, json.dumps(settings)]
+    env = os.environ | {"PYTHONPATH": str(contest.WORKERS)}
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, env=env)
     theirs = json.loads(done.stderr[done.stderr.rindex('["SHAPES"') :])[1]
     ours = models.build(model).deployable.weights
     assert sorted(theirs) == sorted(list(v.shape) for v in ours if "seed" not in v.path)
@@ -238,13 +227,8 @@ def test_wrong_usage():
 @pytest.mark.slow
 def test_serving_is_measured_for_each_number_of_clients(tmp_path):
     pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
-    out = tmp_path / "measurements.json"
-    flags = ["--serving", "--model=lenet5", "--rounds=1", "--seconds=0.3", f"--json={out}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "keras_cifar.benchmark", *flags], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    servers = json.loads(out.read_text())["serving"]
+    _, result = command(tmp_path / "measurements.json", "--serving", "--seconds=0.3")
+    servers = result["serving"]
     assert "serve" in servers
     for rows in servers.values():
         assert list(rows) == ["1", "4", "16"]

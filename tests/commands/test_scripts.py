@@ -19,17 +19,28 @@ from keras_cifar.training import trainer
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
 SLURM = SCRIPTS / "train.slurm"
-# Of the manual pages of SLURM 22.05: sbatch's options that set what a job gets and how it runs, and
-# srun's that are used.
-SBATCH_OPTIONS = """
-account array begin chdir comment constraint contiguous cores-per-socket cpus-per-gpu cpus-per-task
-deadline dependency distribution error exclude exclusive export gpus gpus-per-node gpus-per-task gres
-hint hold input job-name licenses mail-type mail-user mem mem-per-cpu mem-per-gpu mincpus nice no-kill
-no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node
-ntasks-per-socket open-mode output overcommit oversubscribe partition priority propagate qos reboot
-requeue reservation signal sockets-per-node switches threads-per-core time time-min tmp wait-all-nodes
-"""
+# As the manual pages of SLURM 22.05 spell those that are used.
+SBATCH_OPTIONS = {"job-name", "nodes", "ntasks-per-node", "cpus-per-task", "time", "output"}
+SBATCH_OPTIONS |= {"open-mode", "requeue", "gres"}
 SRUN_OPTIONS = {"cpus-per-task", "kill-on-bad-exit", "label"}
+
+
+def bash(script, *argv, **options):
+    command = ["bash", str(SCRIPTS / script), *argv]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Writes a shell script in place of a program, in `tmp_path`/bin."""
+
+    def write(path, text):
+        path = tmp_path / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    return write
 
 
 def train_config(command):
@@ -65,29 +76,24 @@ def test_accuracy_of_a_short_quickstart(tmp_path):
 
 
 @pytest.fixture
-def installed(tmp_path):
-    """The environment variables with which scripts find the package installed, and install nothing."""
+def installed(program, tmp_path):
+    """The environment with which scripts find the package installed, and install nothing."""
     root = SCRIPTS.parent
-    python = tmp_path / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\n[ "$2" != pip ] && exec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
+    program("venv/bin/python", f'[ "$2" != pip ] && exec {shlex.quote(sys.executable)} "$@"')
     stamp = "cat setup.py constraints.txt | cksum"
     done = subprocess.run(["bash", "-c", stamp], cwd=root, capture_output=True, check=True)
     (tmp_path / "venv" / ".installed-").write_bytes(done.stdout)
     paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return {"VENV": str(tmp_path / "venv"), "PYTHON": sys.executable, "PYTHONPATH": paths}
+    own = {"VENV": str(tmp_path / "venv"), "PYTHON": sys.executable, "PYTHONPATH": paths}
+    return os.environ | own
 
 
-def test_the_quickstart_installs_once_and_passes_images_on(installed, tmp_path):
-    (tmp_path / "venv" / "bin" / "python").write_text('#!/bin/sh\necho "run $*"\n')
-    command = ["bash", str(SCRIPTS / "quickstart.sh"), "my/dog.png"]
-    done = subprocess.run(command, env=os.environ | installed, capture_output=True, text=True)
+def test_the_quickstart_installs_once_and_passes_images_on(installed, program):
+    program("venv/bin/python", 'echo "run $*"')
+    done = bash("quickstart.sh", "my/dog.png", env=installed)
     assert done.returncode == 0, done.stderr
-    modules = re.findall(r"^run -m (\S+)", done.stdout, re.M)
-    assert modules == [
-        f"keras_cifar.{name}" for name in ("train", "evaluate", "predict", "predict")
-    ]
+    modules = re.findall(r"^run -m keras_cifar\.(\S+)", done.stdout, re.M)
+    assert modules == ["train", "evaluate", "predict", "predict"]
     assert "keras_cifar.predict --model pretrained:fast my/dog.png\n" in done.stdout
 
 
@@ -95,9 +101,8 @@ def test_the_quickstart_installs_once_and_passes_images_on(installed, tmp_path):
 def test_the_quickstart_reaches_its_accuracy(installed, tmp_path, image_folder):
     image = next(image_folder.rglob("*.png"))
     name = f"{image.parent.name}/{image.name}"
-    command = ["bash", str(SCRIPTS / "quickstart.sh"), name]
-    env = os.environ | installed | {"RUN_DIR": str(tmp_path / "run")}
-    done = subprocess.run(command, env=env, cwd=image.parents[1], capture_output=True, text=True)
+    env = installed | {"RUN_DIR": str(tmp_path / "run")}
+    done = bash("quickstart.sh", name, env=env, cwd=image.parents[1])
     assert done.returncode == 0, done.stderr
     assert accuracy(tmp_path / "run") >= 0.985  # 0.997 is usual
     digits, own = done.stdout.split("== your images")
@@ -123,7 +128,7 @@ def test_every_option_for_sbatch_is_one_and_is_read():
     for line in head.splitlines():
         if re.match("##?SBATCH", line):  # with two, it is a proposal
             name, value = re.fullmatch(r"##?SBATCH --([a-z-]+)(?:=(\S+))?", line).groups()
-            assert name in SBATCH_OPTIONS.split()
+            assert name in SBATCH_OPTIONS
             found[name] = value
     assert found["ntasks-per-node"] == "1"  # srun starts one worker a node
 
@@ -139,37 +144,27 @@ def test_srun_gets_options_that_it_has_and_a_valid_training_command():
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(program, tmp_path):
     """Runs the batch file as SLURM would, with an srun that prints its arguments."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}/bin:$PATH\n")
-    srun = tmp_path / "bin" / "srun"
-    srun.write_text("#!/bin/sh\necho $PWD\nfor word; do echo $word; done\nexit 3\n")
-    srun.chmod(0o755)
-
-    def run(**variables):
-        env = {"PATH": os.environ["PATH"], "VENV": str(tmp_path), "SLURM_CPUS_PER_TASK": "8"}
-        return subprocess.run(
-            ["bash", str(SLURM)], env=env | variables, capture_output=True, text=True
-        )
-
-    return run
+    program("bin/activate", f"PATH={tmp_path}/bin:$PATH")
+    program("bin/srun", "echo $PWD\nfor word; do echo $word; done\nexit 3")
+    env = {"PATH": os.environ["PATH"], "VENV": str(tmp_path), "SLURM_CPUS_PER_TASK": "8"}
+    return lambda **variables: bash(SLURM, env=env | variables)
 
 
-def test_a_restarted_job_has_the_same_run_directory(job, tmp_path):
-    submitted = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "12"}
-    runs = [job(**submitted), job(**submitted, SLURM_RESTART_COUNT="1")]
-    assert runs[0].stdout == runs[1].stdout
-    place, *words = runs[0].stdout.splitlines()
-    assert place == str(tmp_path)
-    assert runs[0].returncode == 3
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_JOB_ID": "12"},
+        {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"},
+        {"SLURM_JOB_ID": "13", "RUN_DIR": "runs/slurm-12"},
+    ],
+)
+def test_a_restarted_job_or_another_one_resumes_the_run(job, tmp_path, variables):
+    done = job(SLURM_SUBMIT_DIR=str(tmp_path), **variables)
+    place, *words = done.stdout.splitlines()
+    assert (done.returncode, place) == (3, str(tmp_path))
     assert "--cpus-per-task=8" in words
-    assert train_config(words[words.index("python") :]).output.run_dir == "runs/slurm-12"
-
-
-def test_a_job_can_resume_the_run_of_another(job, tmp_path):
-    done = job(SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="13", RUN_DIR="runs/slurm-12")
-    words = done.stdout.splitlines()
     assert train_config(words[words.index("python") :]).output.run_dir == "runs/slurm-12"
 
 
@@ -222,17 +217,13 @@ def test_the_image_holds_what_setup_reads():
 
 
 @pytest.fixture
-def docker(tmp_path):
+def docker(program, tmp_path):
     """Runs serve.sh with a docker that prints its arguments: (status, these, stderr)."""
-    (tmp_path / "bin").mkdir()
-    program = tmp_path / "bin" / "docker"
-    program.write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
-    program.chmod(0o755)
+    program("bin/docker", 'for word; do echo "$word"; done')
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
 
     def run(*argv, **variables):
-        env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | variables
-        command = ["bash", str(SCRIPTS / "serve.sh"), *argv]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        done = bash("serve.sh", *argv, env=env | variables, cwd=tmp_path)
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     return run
@@ -253,12 +244,14 @@ def test_docker_serves_a_run_or_a_base_path(docker, tmp_path, given, below):
     assert "MODEL_NAME=model" in docker(given)[1]
 
 
-def test_docker_is_not_started_without_a_model(docker, tmp_path):
+@pytest.mark.parametrize(
+    ("argv", "status", "words"), [([], 2, "usage"), (["empty"], 1, "has no <version>")]
+)
+def test_docker_is_not_started_without_a_model(docker, tmp_path, argv, status, words):
     (tmp_path / "empty" / "1").mkdir(parents=True)
-    for argv, status, words in (([], 2, "usage"), (["empty"], 1, "has no <version>")):
-        found, out, error = docker(*argv)
-        assert (found, out) == (status, [])
-        assert words in error
+    found, out, error = docker(*argv)
+    assert (found, out) == (status, [])
+    assert words in error
 
 
 def test_the_compose_file_serves_what_the_script_serves():

@@ -1,13 +1,14 @@
 """The command lines: --help, usage errors, exit status, flag files."""
 
 import dataclasses
+import os
 import subprocess
 import sys
-import time
 
 import pytest
+import tensorflow as tf
 
-from keras_cifar.core import cli, environment
+from keras_cifar.core import cli, environment, recipes
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.core.options import fields, option
@@ -27,21 +28,22 @@ def execute(main, argv, arguments=""):
     return cli._execute("test", main, Options, arguments, argv)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_answers_at_once_and_without_tensorflow(command):
+@pytest.mark.parametrize(
+    ("command", "flag", "text"),
+    [
+        *((name, "--help", f"usage: python -m keras_cifar.{name} ") for name in COMMANDS),
+        ("train", "--list_recipes", recipes.table()),
+    ],
+)
+def test_help_and_lists_need_no_tensorflow(command, flag, text):
     code = (
-        "import runpy, sys; sys.argv = ['x', '--help']\n"
+        f"import runpy, sys; sys.argv = ['x', '{flag}']\n"
         f"try: runpy.run_module('keras_cifar.{command}', run_name='__main__')\n"
         "except SystemExit as e: print('status', e.code, 'tensorflow' in sys.modules)"
     )
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "status 0 False"
-    assert f"usage: python -m keras_cifar.{command}" in done.stdout
-    assert min(seconds) < 0.5
+    assert done.stdout.startswith(text)
 
 
 def test_help_shows_every_flag_with_its_default_and_group():
@@ -49,6 +51,7 @@ def test_help_shows_every_flag_with_its_default_and_group():
     for field in fields(TrainConfig):
         assert f"--{field.name} " in text or f"--[no]{field.name}" in text
         assert field.metadata["help"].split()[0] in text
+        assert not field.metadata["choices"] or field.default in field.metadata["choices"]
     assert "(default: resnet32)" in text
     assert "adam|adamw|sgd" in text
     assert text.index("Training:") < text.index("--epochs") < text.index("Output:")
@@ -91,7 +94,8 @@ def test_wrong_usage_is_one_line_and_status_2(argv, words, capsys):
         (UserError("the file x is empty"), 1, "the file x is empty"),
         (UsageError("bad"), 2, "bad"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (MemoryError(), 1, "--batch_size"),
+        (MemoryError(), 1, cli.OUT_OF_MEMORY),
+        (tf.errors.ResourceExhaustedError(None, None, "OOM when ..."), 1, cli.OUT_OF_MEMORY),
         (PermissionError(13, "Permission denied", "/a/b"), 1, "Permission denied: /a/b"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
     ],
@@ -104,18 +108,6 @@ def test_an_error_becomes_a_line_and_a_status(error, status, words, capsys):
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert words in printed
-
-
-def test_running_out_of_device_memory_is_said_in_words(capsys):
-    import tensorflow as tf
-
-    def main(options):
-        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating ...")
-
-    assert execute(main, []) == 1
-    assert capsys.readouterr().err == (
-        "test: error: out of memory; a smaller --batch_size or --image_size needs less\n"
-    )
 
 
 def test_a_bug_shows_its_traceback():
@@ -137,21 +129,8 @@ def test_tensorflow_starts_silently_unless_asked():
     code = "from keras_cifar.core import environment; environment.import_tensorflow()"
 
     def stderr(**changes):
-        names = environment.DEFAULTS
-        import os
-
-        env = {k: v for k, v in os.environ.items() if k not in names} | changes
+        env = {k: v for k, v in os.environ.items() if k not in environment.DEFAULTS} | changes
         return subprocess.run([sys.executable, "-c", code], capture_output=True, env=env).stderr
 
     assert stderr() == b""
     assert b"oneDNN" in stderr(TF_CPP_MIN_LOG_LEVEL="0")
-
-
-def test_what_the_user_set_stays(monkeypatch):
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
-    monkeypatch.delenv("KERAS_BACKEND", raising=False)
-    environment.configure()
-    import os
-
-    assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == "0"
-    assert os.environ["KERAS_BACKEND"] == "tensorflow"

@@ -13,6 +13,7 @@ import dataclasses
 import faulthandler
 import functools
 import json
+import operator
 import os
 import pathlib
 import sys
@@ -33,7 +34,7 @@ from keras_cifar.distributed import strategy
 from keras_cifar.models import classifier, layers, lenet5
 from keras_cifar.models.precise_batch_norm import without_dropout
 from keras_cifar.training import optimizers
-from keras_cifar.training import plan as planning
+from keras_cifar.training.plan import prepare
 from tests.distributed.test_rendezvous import free_addresses
 
 
@@ -73,81 +74,48 @@ SGD = {"optimizer": "sgd", "learning_rate": 0.1}
 FLOAT32 = {"dtype_policy": "float32", "learning_rate": 1e-3}
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Training by flags.
-
-    Attributes:
-        flags: in addition to BASE.
-        without: a case; these flags must give other weights than it has. "" for none.
-        deployed: whether to use averaged weights, recompute statistics and evaluate at the end.
-        dropout: False disables dropout, whose masks differ between replicas and one device.
-    """
-
-    flags: dict
-    without: str = ""
-    deployed: bool = False
-    dropout: bool = True
-
-
 RUNS = {
-    "adam": Run({}, deployed=True),
-    "sgd": Run(SGD),
-    "sgd float32": Run(SGD | FLOAT32),
-    "uneven batches": Run(SGD | {"batch_size": 97}),
-    "global_clipnorm": Run(SGD | {"global_clipnorm": 0.05}, "sgd"),
-    "accumulate_steps": Run(SGD | {"batch_size": 98, "accumulate_steps": 2}, "sgd"),
-    "ema": Run(SGD | {"ema": 0.5}, deployed=True),
-    "label_smoothing": Run(SGD | {"label_smoothing": 0.1}, "sgd"),
-    "mixup": Run(SGD | {"augment": "crop(1)|flip|mixup(0.5)"}, "sgd"),
-    "cutmix": Run(SGD | {"augment": "crop(1)|flip|cutmix(1.0)"}, "sgd"),
-    "auxiliary heads": Run(SGD | {"model": "tiny_heads"}),
-    "steps_per_execution": Run(SGD | {"steps_per_execution": 3}),
-    "adamw": Run({"optimizer": "adamw", "weight_decay": 0.1}, "adam"),
-    "l2": Run(SGD | {"weight_decay": 0.01}, "sgd"),
-    "all at once": Run(
-        SGD
-        | {
-            "model": "tiny_heads",
-            "batch_size": 98,
-            "global_clipnorm": 0.05,
-            "accumulate_steps": 2,
-            "ema": 0.5,
-            "label_smoothing": 0.1,
-            "augment": "crop(1)|flip|mixup(0.5)",
-            "steps_per_execution": 3,
-            "weight_decay": 0.01,
-        },
-        "accumulate_steps",
-        deployed=True,
-    ),
-    "dropout": Run({"model": "tiny_drop"}),
+    "adam": {},
+    "sgd": SGD,
+    "sgd float32": SGD | FLOAT32,
+    "uneven batches": SGD | {"batch_size": 97},
+    "global_clipnorm": SGD | {"global_clipnorm": 0.05},
+    "accumulate_steps": SGD | {"batch_size": 98, "accumulate_steps": 2},
+    "ema": SGD | {"ema": 0.5},
+    "label_smoothing": SGD | {"label_smoothing": 0.1},
+    "cutmix": SGD | {"augment": "crop(1)|flip|cutmix(1.0)"},
+    "mixup": SGD | {"augment": "crop(1)|flip|mixup(0.5)"},
+    "auxiliary heads": SGD | {"model": "tiny_heads"},
+    "steps_per_execution": SGD | {"steps_per_execution": 3},
+    "l2": SGD | {"weight_decay": 0.01},
 }
-RESNET = {"model": "resnet20", "steps_per_epoch": 10}
+RUNS["all at once"] = functools.reduce(operator.or_, list(RUNS.values())[4:])
 RUNS |= {
-    "resnet20 adam": Run(RESNET | {"learning_rate": 1e-3}),
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+    "dropout": {"model": "tiny_drop"},
+    "resnet20 adam": {"model": "resnet20", "steps_per_epoch": 10, "learning_rate": 1e-3},
 }
+# Those that use averaged weights, recompute statistics and evaluate at the end.
+DEPLOYED = ("adam", "ema", "all at once")
 # Whole networks, for a few steps. With SGD, as the gradient of a bias before normalization is 0 but
-# for rounding, which Adam turns into steps.
+# for rounding, which Adam turns into steps. Dropout, whose masks differ between replicas and one
+# device, is disabled except in the last.
 WHOLE = SGD | {"learning_rate": 0.01, "batch_size": 13, "steps_per_epoch": 2}
-GOOGLENET = WHOLE | {"model": "googlenet", "image_size": 16}
 VGG = WHOLE | {"model": "vgg_bn_drop", "image_size": 32}
 LARGE = {
-    "googlenet": Run(GOOGLENET, dropout=False),
-    "vgg_bn_drop": Run(VGG, dropout=False),
-    "vgg_bn_drop dropout": Run(VGG),
+    "googlenet": WHOLE | {"model": "googlenet", "image_size": 16},
+    "vgg_bn_drop": VGG,
+    "vgg_bn_drop dropout": VGG,
 }
 
 
-def tiny(input_shape=(8, 8, 3), num_classes=3, name="tiny", heads=0, dropout=0.0):
+def tiny(input_shape=(8, 8, 3), num_classes=3, name="tiny", head=False, dropout=0.0):
     """Two convolutions with batch normalization, one of which has a bias that does nothing."""
     images, x = classifier.image_input(input_shape)
-    auxiliary = []
-    for stage in range(2):
-        x = layers.conv_norm(x, 6, 3, 1 + stage, name=f"stage{stage}", bias=stage == 1)
-        if stage < heads:
-            y = keras.layers.GlobalAveragePooling2D(name=f"head{stage}_features")(x)
-            auxiliary.append(keras.layers.Dense(num_classes, name=f"head{stage}")(y))
+    x = layers.conv_norm(x, 6, 3, 1, name="stage0")
+    y = keras.layers.GlobalAveragePooling2D(name="head0_features")(x)
+    auxiliary = [keras.layers.Dense(num_classes, name="head0")(y)] if head else []
+    x = layers.conv_norm(x, 6, 3, 2, name="stage1", bias=True)
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     if dropout:
         x = layers.Dropout(dropout, name="drop")(x)
@@ -157,19 +125,16 @@ def tiny(input_shape=(8, 8, 3), num_classes=3, name="tiny", heads=0, dropout=0.0
 
 def register() -> None:
     """Adds the small networks to the choices of --model."""
-    for name, arguments in (
-        ("tiny", {}),
-        ("tiny_heads", {"heads": 1}),
-        ("tiny_drop", {"dropout": 0.3}),
-    ):
-        lenet5.VARIANTS[name] = models.Variant(functools.partial(tiny, **arguments), "", 8, 10, 4)
+    for name, arguments in {"": {}, "_heads": {"head": True}, "_drop": {"dropout": 0.3}}.items():
+        build = functools.partial(tiny, **arguments)
+        lenet5.VARIANTS[f"tiny{name}"] = models.Variant(build, "", 8, 10, 4)
 
 
-def train(run: Run, config: TrainConfig, context: strategy.DistributedContext) -> dict:
-    plan = planning.prepare(config.replace(**BASE | run.flags), context)
+def train(name: str, config: TrainConfig, context: strategy.DistributedContext) -> dict:
+    plan = prepare(config.replace(**BASE | (RUNS | LARGE)[name]), context)
     model, config = plan.model, plan.config
-    recording = Recording(context)
-    with contextlib.nullcontext() if run.dropout else without_dropout(model.logits_model):
+    recording, disabled = Recording(context), name in ("googlenet", "vgg_bn_drop")
+    with without_dropout(model.logits_model) if disabled else contextlib.nullcontext():
         history = model.fit(
             plan.batches(0),
             epochs=config.fit.epochs,
@@ -181,7 +146,7 @@ def train(run: Run, config: TrainConfig, context: strategy.DistributedContext) -
     found = recording.found | state(model, context)
     found |= {f"metrics|{name}": np.array(values) for name, values in history.items()}
     found["validation|size"] = np.array(len(plan.dataset.val))
-    if not run.deployed:
+    if name not in DEPLOYED:
         return found
     with model.averaged():
         model.recompute_statistics(iter(plan.batches(3)), config.fit.precise_bn_batches)
@@ -234,11 +199,7 @@ def copied(what: str, variables, context) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """`fit` on a number of examples, `evaluate` on others.
-
-    Attributes:
-        without: a case; `compile` must give other weights than it has. "" for none.
-    """
+    """`fit` on a number of examples, `evaluate` on others."""
 
     examples: int
     batch_size: int
@@ -249,7 +210,6 @@ class Fit:
     unknown_length: bool = False
     validation: bool = False
     ours: bool = False
-    without: str = ""
 
 
 FITS = {
@@ -262,23 +222,18 @@ FITS = {
     "accumulated, fewer than microbatches": Fit(16, 11, compile={"accumulate_steps": 3}),
     "several steps a call": Fit(100, 13, compile={"steps_per_execution": 3}, validation=True),
     "unknown length": Fit(37, 12, unknown_length=True),
-    "clipnorm": Fit(36, 12, arguments={"clipnorm": 0.02}, without="even"),
-    "clipvalue": Fit(36, 12, arguments={"clipvalue": 0.005}, without="even"),
-    "global_clipnorm of the optimizer": Fit(
-        37, 12, arguments={"global_clipnorm": 0.02}, without="last batch of one"
-    ),
+    "clipnorm": Fit(36, 12, arguments={"clipnorm": 0.02}),
+    "clipvalue": Fit(36, 12, arguments={"clipvalue": 0.005}),
+    "global_clipnorm of the optimizer": Fit(37, 12, arguments={"global_clipnorm": 0.02}),
     "Keras's RMSprop": Fit(39, 13, "RMSprop", {"weight_decay": 0.1}),
     "our SGD": Fit(39, 13, ours=True),
     "our SGD, scaled loss": Fit(39, 13, arguments={"loss_scale_factor": 8.0}, ours=True),
     "mixed_float16": Fit(39, 13, dtype_policy="mixed_float16"),
-    "mixed_float16, several steps": Fit(
-        39, 13, compile={"steps_per_execution": 3}, dtype_policy="mixed_float16"
-    ),
-    "mixed_float16, ours, accumulated": Fit(
+    "mixed_float16, ours, several steps, accumulated": Fit(
         39,
         13,
         arguments={"global_clipnorm": 0.02},
-        compile={"accumulate_steps": 2},
+        compile={"accumulate_steps": 2, "steps_per_execution": 3},
         dtype_policy="mixed_float16",
         ours=True,
     ),
@@ -383,12 +338,8 @@ def masks(config: TrainConfig, context: strategy.DistributedContext) -> dict:
     for channels in (16, 6):
         with context.strategy.scope():
             layer = layers.Dropout(0.5, seed=1)
-        call = tf.function(
-            lambda layer=layer, channels=channels: context.strategy.run(
-                lambda: layer(tf.ones((256, channels)), training=True)
-            ),
-            autograph=False,
-        )
+        drop = functools.partial(layer, tf.ones((256, channels)), training=True)
+        call = tf.function(functools.partial(context.strategy.run, drop), autograph=False)
         for number in range(2):
             for index, mask in enumerate(context.strategy.experimental_local_results(call())):
                 found[f"{channels}|{number} {index}"] = mask.numpy() == 0
@@ -445,7 +396,7 @@ def outside(config: TrainConfig, context: strategy.DistributedContext) -> dict:
 
 
 CASES = (
-    {name: functools.partial(train, run) for name, run in (RUNS | LARGE).items()}
+    {name: functools.partial(train, name) for name in RUNS | LARGE}
     | {name: functools.partial(fit, case) for name, case in FITS.items()}
     | ROUNDING
     | {"masks": masks, "normalization": normalization, "outside": outside}
@@ -455,9 +406,8 @@ CASES = (
 def compute(flags: dict, names: list[str], path: pathlib.Path) -> None:
     config, found = TrainConfig.from_flags(**flags), {}
     try:
-        with strategy.DistributedContext(
-            strategy.choose(config.devices), config.devices
-        ) as context:
+        spec = strategy.choose(config.devices)
+        with strategy.DistributedContext(spec, config.devices) as context:
             for name in names:
                 start = time.process_time()
                 keras.utils.clear_session(free_memory=False)
@@ -494,13 +444,11 @@ def main(directory: str, plan: str) -> int:
     register()
     # A forked process has only the thread that called fork.
     assert len(os.listdir("/proc/self/task")) == 1
-    started = {
-        f"{strategy}-{index}": start(
-            flags, names, pathlib.Path(directory, f"{strategy}-{index}.npz")
-        )
-        for strategy, names in json.loads(plan).items()
-        for index, flags in enumerate(STRATEGIES[strategy]())
-    }
+    started = {}
+    for name, cases in json.loads(plan).items():
+        for index, flags in enumerate(STRATEGIES[name]()):
+            path = pathlib.Path(directory, f"{name}-{index}.npz")
+            started[path.stem] = start(flags, cases, path)
     failed = 0
     for process, child in started.items():
         # -N for a process that signal N ended.

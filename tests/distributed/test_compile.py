@@ -20,28 +20,20 @@ def compiled(strategy, model=tiny, optimizer=SGD, **arguments):
 
 
 def with_layer(make):
-    """A function that builds a model with a layer of Keras."""
-
-    def build():
-        images, x = classifier.image_input((8, 8, 3))
-        logits = keras.layers.Dense(3)(make()(keras.layers.Flatten()(x)))
-        return classifier.Classifier.build_from(images, logits, "other")
-
-    return build
+    """A model with a layer of Keras."""
+    images, x = classifier.image_input((8, 8, 3))
+    logits = keras.layers.Dense(3)(make()(keras.layers.Flatten()(x)))
+    return classifier.Classifier.build_from(images, logits, "other")
 
 
 def nested():
     return keras.Sequential([keras.layers.Dense(4), keras.layers.BatchNormalization()])
 
 
-def outside(name, make):
+def outside(strategy, name, make):
     """Compiles what was made outside of the scope."""
-
-    def action(strategy):
-        made = make()
-        compiled(strategy, **{name: lambda: made})
-
-    return action
+    made = make()
+    compiled(strategy, **{name: lambda: made})
 
 
 def built_optimizer():
@@ -57,12 +49,14 @@ LAYERS = {
     "GaussianNoise": lambda: keras.layers.GaussianNoise(0.5),
 }
 REFUSED = {
-    "model outside": outside("model", tiny),
-    "optimizer outside": outside("optimizer", SGD),
-    "built optimizer outside": outside("optimizer", built_optimizer),
+    "model outside": lambda s: outside(s, "model", tiny),
+    "optimizer outside": lambda s: outside(s, "optimizer", SGD),
+    "built optimizer outside": lambda s: outside(s, "optimizer", built_optimizer),
     "jit_compile": lambda s: compiled(s, jit_compile=True),
     "run_eagerly": lambda s: compiled(s, run_eagerly=True),
-} | {name: lambda s, make=make: compiled(s, with_layer(make)) for name, make in LAYERS.items()}
+}
+for name, make in LAYERS.items():
+    REFUSED[name] = lambda s, make=make: compiled(s, lambda: with_layer(make))
 
 
 @pytest.mark.parametrize("name", REFUSED)

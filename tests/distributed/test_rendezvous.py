@@ -1,8 +1,10 @@
 """Workers are threads of this process, and processes where one is killed or stopped."""
 
 import contextlib
+import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,11 +61,15 @@ def starters(addresses, **options) -> list:
 
 def close_all(workers) -> None:
     assert all(isinstance(worker, Rendezvous) for worker in workers), workers
-    in_threads(*(worker.close for worker in workers))
+    each(workers, Rendezvous.close)
+
+
+def each(workers, function) -> list:
+    return in_threads(*(functools.partial(function, worker) for worker in workers))
 
 
 def gather_indices(workers) -> list:
-    return in_threads(*(lambda i=i, w=w: w.all_gather(i) for i, w in enumerate(workers)))
+    return each(workers, lambda worker: worker.all_gather(worker.index))
 
 
 def lines(results) -> list[str]:
@@ -121,8 +127,7 @@ def test_every_worker_gets_the_values_of_all_in_order(joined, count, host):
     workers = joined(count, host)
     for turn in range(3):
         values = [{"worker": i, "turn": turn, "list": [None, 1.5, "é"]} for i in range(count)]
-        pairs = zip(workers, values, strict=True)
-        gathered = in_threads(*(lambda w=w, v=v: w.all_gather(v) for w, v in pairs))
+        gathered = each(workers, lambda worker, v=values: worker.all_gather(v[worker.index]))
         assert gathered == [values] * count
 
 
@@ -153,13 +158,6 @@ def test_the_chief_may_start_last_and_its_name_become_known_later(monkeypatch):
     close_all(workers)
 
 
-def test_an_unknown_name_is_reported():
-    with pytest.raises(
-        UserError, match=r"worker 0 \(no\.such\.invalid:9\) .* within 0.5 s \(.*[Nn]ame"
-    ):
-        Rendezvous(["no.such.invalid:9", *free_addresses(1)], 1, 0.5, 5.0)
-
-
 def test_every_worker_names_the_missing_ones():
     addresses = free_addresses(3)
     chief, worker = lines(in_threads(starter(addresses, 0, timeout=1.0), starter(addresses, 2)))
@@ -167,21 +165,20 @@ def test_every_worker_names_the_missing_ones():
     assert chief.startswith(f"worker 1 ({addresses[1]}) has not started within 1 s; ")
     assert "--worker_index" in chief
     assert "--startup_timeout" in chief
-
-
-def test_many_missing_workers_are_abbreviated():
-    addresses = free_addresses(1) + [f"host{i}:1" for i in range(1, 1024)]
-    (line,) = lines(in_threads(starter(addresses, 0, timeout=0.1)))
+    many = free_addresses(1) + [f"host{i}:1" for i in range(1, 1024)]
+    (line,) = lines(in_threads(starter(many, 0, timeout=0.1)))
     assert "worker 1 (host1:1), worker 2 (host2:1)" in line
     assert "1015 more workers have not started" in line
     assert len(line) < 300
 
 
-def test_a_missing_chief_is_worker_0():
-    addresses = free_addresses(2)
-    (line,) = lines(in_threads(starter(addresses, 1, timeout=0.6)))
-    assert line.startswith(f"worker 0 ({addresses[0]}) has not started within 0.6 s")
-    assert "Connection refused" in line
+@pytest.mark.parametrize(
+    ("chief", "why"), [("127.0.0.1:9", "Connection refused"), ("no.such.invalid:9", "[Nn]ame")]
+)
+def test_a_missing_chief_is_worker_0(chief, why):
+    (line,) = lines(in_threads(starter([chief, *free_addresses(1)], 1, timeout=0.5)))
+    assert line.startswith(f"worker 0 ({chief}) has not started within 0.5 s")
+    assert re.search(why, line)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -216,31 +213,26 @@ def test_an_address_without_host_or_port_is_wrong_usage(address):
 
 
 def test_tensorflow_can_use_the_ports_after_all_have_joined(joined):
-    workers = joined(3)
-    for when in ("joined", "closed"):
-        for index, address in enumerate(workers[0].addresses):
-            rendezvous.listen(address, index).close()
-        if when == "joined":
-            close_all(workers)
+    for index, address in enumerate(joined(3)[0].addresses):
+        rendezvous.listen(address, index).close()
 
 
-def test_an_index_given_twice_is_reported_to_all(admitted):
+OTHER_LIST = "with other workers than worker 0; give all the same list"
+
+
+@pytest.mark.parametrize(
+    ("index", "common", "more", "problem"),
+    [
+        (1, 3, 0, "twice; give each worker its own index"),
+        (3, 3, 1, OTHER_LIST),
+        (2, 2, 1, OTHER_LIST),
+    ],
+)
+def test_a_worker_started_wrongly_is_reported_to_all(admitted, index, common, more, problem):
     addresses = free_addresses(3)
-    works = [starter(addresses, 0), starter(addresses, 1), starter(addresses, 1, after=admitted)]
-    line = "worker 1 at 127.0.0.1 was started twice; give each worker its own index"
-    assert lines(in_threads(*works)) == [line] * 3
-
-
-@pytest.mark.parametrize("longer", [True, False])
-def test_another_list_of_workers_is_reported_to_all(admitted, longer):
-    addresses = free_addresses(3)
-    other = addresses[: 3 if longer else 2] + free_addresses(1)
-    index = len(other) - 1
+    other = addresses[:common] + free_addresses(more)
     works = [starter(addresses, 0), starter(addresses, 1), starter(other, index, after=admitted)]
-    line = (
-        f"worker {index} at 127.0.0.1 was started with other workers than worker 0; give all the "
-        "same list"
-    )
+    line = f"worker {index} at 127.0.0.1 was started {problem}"
     assert lines(in_threads(*works)) == [line] * 3
 
 
@@ -324,18 +316,13 @@ def test_another_program_at_the_chiefs_address_is_tried_again(monkeypatch, reply
 def test_workers_that_wait_and_that_come_later_learn_why_another_ended(joined, who):
     workers = joined(3)
     waiting, later = workers[2 - who], workers[1]
-    ended = threading.Event()
 
     def end():
         time.sleep(0.2)
         workers[who].abort("the disk is full")
-        ended.set()
 
-    def come():
-        assert ended.wait(20)
-        return later.all_gather(1)
-
-    first, _, second = in_threads(lambda: waiting.all_gather(1), end, come)
+    first, _ = in_threads(lambda: waiting.all_gather(1), end)
+    (second,) = in_threads(lambda: later.all_gather(1))
     line = f"worker {who} ({workers[0].addresses[who]}) ended: the disk is full"
     assert lines([first, second]) == [line] * 2
     assert later.failure() == line
@@ -347,17 +334,15 @@ def test_workers_that_wait_and_that_come_later_learn_why_another_ended(joined, w
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_closing_after_the_last_gather_fails_nowhere(joined, first):
     for _ in range(3):
-        workers = joined(3)
-        values = ["x" * 200_000] * 3
 
-        def work(i, workers=workers, values=values):
-            time.sleep(0.01 * (i != first))
-            gathered = workers[i].all_gather(values[i])
-            workers[i].close()
-            workers[i].close()
+        def work(worker):
+            time.sleep(0.01 * (worker.index != first))
+            gathered = worker.all_gather("x" * 200_000)
+            worker.close()
+            worker.close()
             return gathered
 
-        assert in_threads(*(lambda i=i: work(i) for i in range(3))) == [values] * 3
+        assert each(joined(3), work) == [["x" * 200_000] * 3] * 3
 
 
 @pytest.mark.parametrize("who", [0, 2])
@@ -371,12 +356,12 @@ def test_a_worker_that_leaves_early_is_named(joined, who):
         workers[who].all_gather(1)
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def threads_and_files() -> tuple:
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
 
 def test_a_start_that_fails_or_is_interrupted_leaves_nothing(monkeypatch):
-    before = threading.active_count(), open_files()
+    before = threads_and_files()
     lines(in_threads(*(starter(free_addresses(3), i, timeout=0.3) for i in (0, 1))))
     close_all(in_threads(*starters(free_addresses(2))))
 
@@ -389,9 +374,9 @@ def test_a_start_that_fails_or_is_interrupted_leaves_nothing(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             Rendezvous(free_addresses(2), index, 20.0, 20.0)
     deadline = time.monotonic() + 5
-    while (threading.active_count(), open_files()) != before and time.monotonic() < deadline:
+    while threads_and_files() != before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert (threading.active_count(), open_files()) == before
+    assert threads_and_files() == before
 
 
 WORKER = """
@@ -431,21 +416,18 @@ def processes():
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_killed_worker_is_named_at_once(processes, who):
-    addresses, workers = processes([60.0 * (i == who) for i in range(3)])
-    workers[who].kill()
+@pytest.mark.parametrize(
+    ("number", "peer_timeout", "why"),
+    [
+        (signal.SIGKILL, 20.0, "ended while the others waited for it"),
+        (signal.SIGSTOP, 1.5, "has been silent for 1.5 s"),
+    ],
+)
+def test_a_killed_or_stopped_worker_is_named(processes, who, number, peer_timeout, why):
+    addresses, workers = processes([60.0 * (i == who) for i in range(3)], peer_timeout)
+    workers[who].send_signal(number)
     others = [worker.stdout.readline() for i, worker in enumerate(workers) if i != who]
-    line = f"worker {who} ({addresses[who]}) ended while the others waited for it\n"
-    assert others == [line] * 2
-
-
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_stopped_worker_is_named_when_it_was_silent_too_long(processes, who):
-    addresses, workers = processes([60.0 * (i == who) for i in range(3)], peer_timeout=1.5)
-    workers[who].send_signal(signal.SIGSTOP)
-    others = [worker.stdout.readline() for i, worker in enumerate(workers) if i != who]
-    line = f"worker {who} ({addresses[who]}) has been silent for 1.5 s\n"
-    assert others == [line] * 2
+    assert others == [f"worker {who} ({addresses[who]}) {why}\n"] * 2
 
 
 def test_workers_that_were_all_stopped_resume(processes):
@@ -458,10 +440,8 @@ def test_workers_that_were_all_stopped_resume(processes):
 
 
 def test_a_worker_that_works_longer_than_the_timeout_is_waited_for(joined):
-    workers = joined(2, peer_timeout=0.7)
+    def work(worker):
+        time.sleep(1.2 * worker.index)
+        return worker.all_gather(worker.index)
 
-    def work(i):
-        time.sleep(1.2 * (i == 1))
-        return workers[i].all_gather(i)
-
-    assert in_threads(*(lambda i=i: work(i) for i in range(2))) == [[0, 1]] * 2
+    assert each(joined(2, peer_timeout=0.7), work) == [[0, 1]] * 2

@@ -5,6 +5,7 @@ only the order of sums differs. In float32 that is enough to move an activation 
 which changes a step by the gradient of a pixel.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -13,32 +14,26 @@ import sys
 import numpy as np
 import pytest
 
-from tests.distributed.strategies import (
-    CASES,
-    FITS,
-    LARGE,
-    NORMS,
-    ROUNDING,
-    RUNS,
-    STRATEGIES,
-)
+from tests.distributed.strategies import CASES, FITS, LARGE, NORMS, ROUNDING, STRATEGIES
 
 COMPARED = [
     *("adam", "sgd float32", "uneven batches", "all at once", "last batch of one"),
     *("last batch of two", "clipnorm", "mixed_float16", "normalization"),
 ]
-PLAN = {
-    "one device": [*COMPARED, "sgd", "accumulate_steps"],
-    "mirrored 2": [*COMPARED, "dropout", "masks", "outside"],
-    "2 workers": ["adam", "uneven batches", "all at once", "mixed_float16"],
-}
-# What takes minutes is left to `-m slow`.
-SLOW_CASES = [name for name in CASES if name not in LARGE | ROUNDING]
-SLOW_PLAN = dict.fromkeys(STRATEGIES, SLOW_CASES)
-LARGE_PLAN = {
-    "one device": ["googlenet", "vgg_bn_drop"],
-    "mirrored 2": ["googlenet", "vgg_bn_drop"],
-    "2 workers": ["googlenet", "vgg_bn_drop", "vgg_bn_drop dropout"],
+ALL = [name for name in CASES if name not in LARGE | ROUNDING]
+# {strategy: cases}; what takes minutes is left to `-m slow`.
+PLANS = {
+    "quick": {
+        "one device": COMPARED,
+        "mirrored 2": [*COMPARED, "dropout", "masks", "outside"],
+        "2 workers": ["adam", "uneven batches", "all at once", "mixed_float16"],
+    },
+    "all": dict.fromkeys(STRATEGIES, ALL),
+    "large": {
+        "one device": ["googlenet", "vgg_bn_drop"],
+        "mirrored 2": ["googlenet", "vgg_bn_drop"],
+        "2 workers": ["googlenet", "vgg_bn_drop", "vgg_bn_drop dropout"],
+    },
 }
 NOT_TRAINING = ("masks", "normalization", "outside")
 
@@ -67,26 +62,33 @@ def computed(directory, plan: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
-    return computed(tmp_path_factory.mktemp("strategies"), PLAN)
+def results_of(tmp_path_factory):
+    """A function: what a plan computes, once."""
+    return functools.cache(lambda plan: computed(tmp_path_factory.mktemp(plan), PLANS[plan]))
 
 
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory) -> dict:
-    return computed(tmp_path_factory.mktemp("all"), SLOW_PLAN)
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> dict:
-    return computed(tmp_path_factory.mktemp("large"), LARGE_PLAN)
+@pytest.fixture
+def results(results_of) -> dict:
+    return results_of("quick")
 
 
 def of_case(arrays: dict, case: str) -> dict:
     return {k.partition("|")[2]: v for k, v in arrays.items() if k.startswith(f"{case}|")}
 
 
-def check(found: dict, strategy: str, case: str) -> None:
-    """Compares a case of a strategy with that of one device, and the workers with each other."""
+COMPARISONS = [
+    pytest.param(plan, strategy, case, marks=[] if plan == "quick" else pytest.mark.slow)
+    for plan, cases in PLANS.items()
+    for strategy in cases
+    for case in cases[strategy]
+    if strategy != "one device" and case not in NOT_TRAINING
+]
+
+
+@pytest.mark.parametrize(("plan", "strategy", "case"), COMPARISONS)
+def test_strategy_computes_what_one_device_does(results_of, plan, strategy, case):
+    """The workers of a strategy are compared with each other, too."""
+    found = results_of(plan)
     one, other = (of_case(found[name, 0], case) for name in ("one device", strategy))
     assert not [name for name in other if name.startswith("unequal")]
     for (name, worker), arrays in found.items():
@@ -108,32 +110,6 @@ def check(found: dict, strategy: str, case: str) -> None:
         if half and not key.startswith(("weights", "before", "after")):
             continue
         np.testing.assert_allclose(other[key], value, rtol=tolerance, atol=tolerance, err_msg=key)
-
-
-def compared(plan: dict) -> list:
-    return [
-        (strategy, case)
-        for strategy in plan
-        for case in plan[strategy]
-        if strategy != "one device" and case not in NOT_TRAINING
-    ]
-
-
-@pytest.mark.parametrize(("strategy", "case"), compared(PLAN))
-def test_strategy_computes_what_one_device_does(results, strategy, case):
-    check(results, strategy, case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "case"), compared(SLOW_PLAN))
-def test_every_strategy_computes_what_one_device_does(everything, strategy, case):
-    check(everything, strategy, case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "case"), compared(LARGE_PLAN))
-def test_strategy_computes_whole_networks_as_one_device_does(large, strategy, case):
-    check(large, strategy, case)
 
 
 KINDS = {
@@ -207,27 +183,6 @@ def test_each_replica_and_call_has_its_own_dropout_mask(results, channels):
         assert mask.mean() == pytest.approx(0.5, abs=0.06)
         for other in masks[:index]:
             assert (mask != other).mean() == pytest.approx(0.5, abs=0.06)
-
-
-def check_flag(found: dict, case: str) -> None:
-    arrays = found["one device", 0]
-    with_it, without = of_case(arrays, case), of_case(arrays, RUNS[case].without)
-    keys = [key for key in with_it if key.startswith("weights") and "kernel" in key]
-    assert any(
-        np.abs(with_it[key] - without[key]).max() > 1e-4
-        for key in keys
-        if key in without and with_it[key].shape == without[key].shape
-    )
-
-
-def test_accumulate_steps_changes_the_weights(results):
-    check_flag(results, "accumulate_steps")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [name for name in RUNS if RUNS[name].without])
-def test_flag_changes_the_weights(everything, case):
-    check_flag(everything, case)
 
 
 def test_clipping_changes_the_weights(results):

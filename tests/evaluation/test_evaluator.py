@@ -16,19 +16,21 @@ def command(*argv) -> int:
 
 
 @pytest.fixture(scope="module")
-def source(trained_run):
+def loaded(trained_run):
     """(model, dataset, spec) of the trained run."""
     return evaluator.load_run(trained_run, "test")
 
 
-def disturbed(source, tmp_path, seed=0, max_images=None) -> dict:
+@pytest.fixture
+def disturb(loaded, tmp_path, monkeypatch):
     """The record of the test split under disturbances; nothing is drawn."""
-    model, dataset, spec = source
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save", lambda *_: None)
-        return robustness.disturb(
-            model, "test", dataset.test, spec, Run(tmp_path), seed, max_images
-        )
+    monkeypatch.setattr(plots, "save", lambda *_: None)
+    monkeypatch.setattr(evaluator, "load_run", lambda *_: loaded)
+
+    def disturb(seed=0, max_images=None) -> dict:
+        return robustness.disturb(Run(tmp_path), "test", evaluator.RUNS_OWN, seed, max_images)
+
+    return disturb
 
 
 @pytest.fixture
@@ -38,27 +40,16 @@ def two(monkeypatch):
     monkeypatch.setattr(disturbances, "DISTURBANCES", few)
 
 
-# ---- Predictions
-
-
 def test_metrics_are_those_of_the_stored_predictions(trained_run):
-    stored_metrics = json.loads(trained_run.evaluation("test").read_text())
-    config = trained_run.read_config()
+    written = json.loads(trained_run.evaluation("test").read_text())
+    names = tuple(trained_run.read_config()["class_names"])
     with np.load(trained_run.predictions("test")) as stored:
         labels, probabilities = stored["labels"], stored["probabilities"]
-    assert labels.dtype == np.int64
-    assert probabilities.dtype == np.float32
+    assert (labels.dtype, probabilities.dtype) == (np.int64, np.float32)
     assert probabilities.shape == (30, 3)
-    again = metrics.summarize(probabilities, labels, tuple(config["class_names"]))
-    assert again == {key: stored_metrics[key] for key in again}
-    assert set(stored_metrics) - set(again) == {"split", "data", "fingerprint"}
-
-
-def test_evaluate_reads_the_configuration_once(trained_run, monkeypatch):
-    calls, read_config = [], Run.read_config
-    monkeypatch.setattr(Run, "read_config", lambda run: calls.append(run) or read_config(run))
-    assert evaluator.load_run(trained_run, "test")[2] == read_config(trained_run)["flags"]["data"]
-    assert len(calls) == 1
+    again = metrics.summarize(probabilities, labels, names)
+    assert again == {key: written[key] for key in again}
+    assert set(written) - set(again) == {"split", "data", "fingerprint"}
 
 
 def test_evaluate_prints_intervals_calibration_error_and_paths(trained_run, capsys):
@@ -76,12 +67,9 @@ def test_evaluate_prints_intervals_calibration_error_and_paths(trained_run, caps
     ]
 
 
-# ---- Disturbances
-
-
-def test_accuracies_under_disturbances_are_those_of_the_disturbed_images(source, tmp_path):
-    model, dataset, _ = source
-    record = disturbed(source, tmp_path, seed=5)
+def test_accuracies_under_disturbances_are_those_of_the_disturbed_images(loaded, disturb, tmp_path):
+    model, dataset, _ = loaded
+    record = disturb(seed=5)
     assert record == json.loads(Run(tmp_path).disturbances("test").read_text())
     chosen = robustness.choose(dataset.test, seed=5, max_images=None)
     images, labels = chosen.images, chosen.labels
@@ -102,25 +90,24 @@ def test_accuracies_under_disturbances_are_those_of_the_disturbed_images(source,
     assert record["mean_accuracy"] == pytest.approx(np.mean(every), abs=1e-12)
 
 
-def test_the_seed_changes_what_is_random(source, tmp_path, two):
-    first, again, other = (disturbed(source, tmp_path, seed) for seed in (0, 0, 1))
+def test_the_seed_changes_what_is_random(disturb, two):
+    first, again, other = (disturb(seed) for seed in (0, 0, 1))
     assert first == again
     assert first["disturbances"]["clutter"] != other["disturbances"]["clutter"]
     assert first["disturbances"]["contrast"] == other["disturbances"]["contrast"]
 
 
-def test_images_are_spread_over_the_split_and_mixed(source, tmp_path, two):
-    split = source[1].test
+def test_images_are_spread_over_the_split_and_mixed(loaded, disturb, two):
+    split = loaded[1].test
     for most, count in ((10, 10), (None, 30), (1000, 30)):
         rows = robustness.choose(split, 0, most).rows
         assert (rows != np.sort(rows)).any()
         np.testing.assert_array_equal(np.sort(rows), split.spread(count).rows)
-        assert disturbed(source, tmp_path, max_images=most)["count"] == len(rows)
+        assert disturb(max_images=most)["count"] == len(rows)
 
 
-def test_images_are_disturbed_in_batches_and_each_differently(source, tmp_path, monkeypatch, two):
-    batches = []
-    apply = disturbances.apply
+def test_images_are_disturbed_in_batches_and_each_differently(disturb, monkeypatch, two):
+    batches, apply = [], disturbances.apply
 
     def spy(name, images, strength, seed, first_row=0):
         batches.append((len(images), first_row))
@@ -128,10 +115,10 @@ def test_images_are_disturbed_in_batches_and_each_differently(source, tmp_path, 
 
     monkeypatch.setattr(disturbances, "apply", spy)
     monkeypatch.setattr(robustness, "DISTURBED_BYTES", 8 * 16 * 16 * 3)
-    in_batches = disturbed(source, tmp_path)
+    in_batches = disturb()
     assert list(dict.fromkeys(batches))[:4] == [(8, 0), (8, 8), (8, 16), (6, 24)]
     monkeypatch.setattr(robustness, "DISTURBED_BYTES", 2**22)
-    at_once = disturbed(source, tmp_path)
+    at_once = disturb()
     # The contrast is not random, so batches do not change it.
     assert in_batches["disturbances"]["contrast"] == at_once["disturbances"]["contrast"]
 
@@ -146,14 +133,12 @@ def test_evaluate_disturb_prints_a_table_and_keeps_the_metrics(trained_run, caps
     output = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in output.splitlines() if line}
     for name, row in record["disturbances"].items():
-        assert [float(value) for value in lines[name][1:6]] == pytest.approx(
-            row["accuracy"], abs=1e-4
-        )
+        assert lines[name][1:6] == [f"{value:.4f}" for value in row["accuracy"]]
         assert lines[name][7].rstrip(",") == f"{row['strengths'][0]:g}"
     assert f"{record['mean_accuracy']:.4f} averaged" in output
-    for path in (trained_run.disturbances("test"), trained_run.gallery("test")):
-        assert str(path) in output
-        assert path.exists()
+    assert f"metrics     {trained_run.disturbances('test')}\n" in output
+    assert f"images      {trained_run.gallery('test')}\n" in output
+    assert trained_run.gallery("test").exists()
 
 
 @pytest.mark.parametrize(

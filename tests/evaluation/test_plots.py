@@ -20,12 +20,9 @@ def pixels(figure, path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def history(*accuracies, validated=True) -> list[dict]:
-    rows = []
-    for epoch, accuracy in enumerate(accuracies, start=1):
-        row = {"epoch": epoch, "loss": 2 - accuracy, "accuracy": accuracy}
-        rows.append(row | ({"val_loss": 2.0, "val_accuracy": 0.3} if validated else {}))
-    return rows
+def history(*accuracies, **others) -> list[dict]:
+    rows = [{"loss": 2 - accuracy, "accuracy": accuracy} for accuracy in accuracies]
+    return [{"epoch": epoch, **row, **others} for epoch, row in enumerate(rows, start=1)]
 
 
 def lines(figure, axes: int = 0) -> list[tuple[list, list, str]]:
@@ -35,20 +32,20 @@ def lines(figure, axes: int = 0) -> list[tuple[list, list, str]]:
 
 
 def test_curves_are_loss_and_error_of_the_history(tmp_path):
-    figure = plots.curves([history(0.25, 0.5)])
+    figure = plots.curves([history(0.25, 0.5, val_loss=2.0, val_accuracy=0.3)])
     assert lines(figure) == [([1, 2], [1.75, 1.5], "--"), ([1, 2], [2, 2], "-")]
     assert lines(figure, 1) == [([1, 2], [0.75, 0.5], "--"), ([1, 2], [0.7, 0.7], "-")]
-    assert len(lines(plots.curves([history(0.25, validated=False)]))) == 1
     drawn = pixels(figure, tmp_path)
     assert (np.abs(drawn - LIGHT).max(axis=-1) < 20).sum() > 100
 
 
 def test_curves_of_several_runs_share_an_axis_and_leave_out_missing_values():
-    rows = history(0.25, 0.5, 0.5, validated=False)
+    rows = history(0.25, 0.5, 0.5)
     rows[1]["loss"] = None
-    (_, values, _), _, *rest = lines(plots.curves([rows, history(0.5), []], ["loss"], plots.SMALL))
+    others = [history(0.5, val_loss=2.0), []]
+    (_, values, _), *rest = lines(plots.curves([rows, *others], ["loss"], plots.SMALL))
     assert np.isnan(values).tolist() == [False, True, False]
-    assert rest == [([1], [2], "-")]
+    assert rest == [([1], [1.5], "--"), ([1], [2], "-")]
 
 
 @pytest.mark.parametrize("classes", [2, 20, 100])
@@ -80,7 +77,8 @@ def svg(figure, title="title", identifier="chart") -> str:
 
 
 def test_an_svg_has_the_colours_and_the_font_of_the_page():
-    text = svg(plots.curves([history(0.25, 0.5)], ["error"], plots.SMALL))
+    rows = history(0.25, 0.5, val_accuracy=0.3)
+    text = svg(plots.curves([rows], ["error"], plots.SMALL))
     assert {"--c1", "--c2", "--text", "--line"} <= set(re.findall(r"var\((--\w+)\)", text))
     assert "font-family" not in text
     assert "<style" not in text
@@ -119,13 +117,12 @@ def test_a_gallery_shows_each_image_at_its_place(tmp_path):
     black = pixels(plots.gallery(images), tmp_path)
     images["b"][2] = (255, 0, 0)
     red = pixels(plots.gallery(images), tmp_path)
-    y, x = np.nonzero((black != red).any(axis=-1))
     dark = black.sum(axis=-1) == 0
-    columns, rows = (np.flatnonzero(dark.mean(axis=axis) > 0.4) for axis in (0, 1))  # no letters
-    places = [
-        (d.min() + d.max() - 2 * a[0]) / 2 / (a[-1] - a[0]) for d, a in ((x, columns), (y, rows))
-    ]
-    assert places == pytest.approx([1.5 / 3, 2.5 / 6], abs=0.02)  # the second of 3, the third of 6
+    for axis, place in ((0, 1.5 / 3), (1, 2.5 / 6)):  # the second of 3, the third of 6
+        whole = np.flatnonzero(dark.mean(axis=axis) > 0.4)  # no letters
+        changed = np.flatnonzero((black != red).any(axis=-1).any(axis=axis))
+        middle = (changed[0] + changed[-1]) / 2 - whole[0]
+        assert middle / (whole[-1] - whole[0]) == pytest.approx(place, abs=0.02)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 30), (224, 224)])

@@ -1,29 +1,22 @@
 """Runs a SavedModel through libtensorflow's C API alone: no TensorFlow in Python, no Keras.
 
-Run as a program: c_api.py EXPORT INPUTS.npz OUTPUTS.npz. INPUTS has `images` uint8 [N, H, W, 3], and
-image files as `contents` uint8, one after the other, of `lengths` int64; OUTPUTS has
+Run as a program: c_api.py EXPORT SIGNATURES.json INPUTS.npz OUTPUTS.npz. SIGNATURES is
+{name: [inputs, outputs]}, both {name: [tensor, TF_DataType]}. INPUTS has `images` uint8 [N, H, W, 3],
+and image files as `contents` uint8, one after the other, of `lengths` int64; OUTPUTS has
 `SIGNATURE/OUTPUT` for each signature and output. The declarations are those of tensorflow/c/c_api.h
 and tf_tstring.h.
 """
 
 import ctypes
 import importlib.util
+import json
+import pathlib
 import sys
 
 import numpy as np
 
 DTYPES = {1: np.float32, 4: np.uint8, 9: np.int64}  # TF_DataType
 STRING = 7
-
-
-class Buffer(ctypes.Structure):
-    """TF_Buffer."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("length", ctypes.c_size_t),
-        ("deallocator", ctypes.c_void_p),
-    )
 
 
 class Output(ctypes.Structure):
@@ -57,59 +50,14 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
-def fields(data: bytes) -> list[tuple[int, bytes | int]]:
-    """(number, value) of each field of a serialized protobuf message."""
-    found, at = [], 0
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        key = varint()
-        if key & 7 == 0:
-            value = varint()
-        else:
-            size = {1: 8, 5: 4}.get(key & 7) or varint()
-            value, at = data[at : at + size], at + size
-        found.append((key >> 3, value))
-    return found
-
-
-def signatures(meta_graph: bytes) -> dict[str, tuple[dict, dict]]:
-    """{signature: ({input: (tensor, type)}, {output: (tensor, type)})} of a MetaGraphDef."""
-
-    def entry(data):  # of a map
-        values = dict(fields(data))
-        return values[1].decode(), values[2]
-
-    def tensors(data, number):  # TensorInfo: name is 1, dtype is 2
-        found = (entry(value) for key, value in fields(data) if key == number)
-        return {name: (dict(fields(x))[1].decode(), dict(fields(x))[2]) for name, x in found}
-
-    defs = dict(entry(value) for key, value in fields(meta_graph) if key == 5)
-    return {
-        name: (tensors(x, 1), tensors(x, 2))
-        for name, x in defs.items()
-        if not name.startswith("__")
-    }
-
-
 class Session:
     """A loaded SavedModel."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, signatures: dict):
+        self.signatures = signatures
         self.library = load_library()
         self.status = ctypes.c_void_p(self.library.TF_NewStatus())
         self.graph = ctypes.c_void_p(self.library.TF_NewGraph())
-        meta_graph = Buffer()
         self.session = ctypes.c_void_p(
             self.library.TF_LoadSessionFromSavedModel(
                 ctypes.c_void_p(self.library.TF_NewSessionOptions()),
@@ -118,12 +66,11 @@ class Session:
                 (ctypes.c_char_p * 1)(b"serve"),
                 1,
                 self.graph,
-                ctypes.byref(meta_graph),
+                None,
                 self.status,
             )
         )
         self.check()
-        self.signatures = signatures(ctypes.string_at(meta_graph.data, meta_graph.length))
 
     def check(self):
         if self.library.TF_GetCode(self.status):
@@ -159,15 +106,8 @@ class Session:
             size = int(np.prod(shape)) * np.dtype(DTYPES[kind]).itemsize
             return np.frombuffer(ctypes.string_at(data, size), DTYPES[kind]).reshape(shape)
         places = [data + i * 24 for i in range(shape[0])]
-        return np.array(
-            [
-                ctypes.string_at(
-                    self.library.TF_StringGetDataPointer(place),
-                    self.library.TF_StringGetSize(place),
-                )
-                for place in places
-            ]
-        )
+        pointer, size = self.library.TF_StringGetDataPointer, self.library.TF_StringGetSize
+        return np.array([ctypes.string_at(pointer(place), size(place)) for place in places])
 
     def run(self, signature: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         takes, gives = self.signatures[signature]
@@ -195,15 +135,12 @@ class Session:
         }
 
 
-def main(path: str, inputs: str, outputs: str) -> None:
+def main(path: str, signatures: str, inputs: str, outputs: str) -> None:
     given = np.load(inputs)
     images, lengths = given["images"], given["lengths"]
-    ends = np.cumsum(lengths)
-    files = [
-        given["contents"].tobytes()[end - n : end] for n, end in zip(lengths, ends, strict=True)
-    ]
-    encoded = np.array(files, object)
-    session = Session(path)
+    files = np.split(given["contents"], np.cumsum(lengths)[:-1])
+    encoded = np.array([file.tobytes() for file in files], object)
+    session = Session(path, json.loads(pathlib.Path(signatures).read_text()))
     found = {}
     for signature, (takes, _) in session.signatures.items():
         values = {name: encoded if name == "image_bytes" else images for name in takes}

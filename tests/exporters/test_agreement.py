@@ -24,16 +24,13 @@ def test_predict_and_evaluate_agree(trained_run, capsys):
 
     confusion = np.zeros((len(names), len(names)), int)
     for prediction in predictions:
-        confusion[
-            names.index(pathlib.Path(prediction["file"]).parent.name), prediction["top"][0]["index"]
-        ] += 1
+        label = names.index(pathlib.Path(prediction["file"]).parent.name)
+        confusion[label, prediction["top"][0]["index"]] += 1
     assert confusion.tolist() == metrics["confusion"]
 
     test = data.load(flags["data"], image_size=flags["image_size"]).test
     evaluated = evaluator.predict(models.load(run.model), test)
     # Both go through the classes and the files in the order of their names.
     for prediction, probabilities in zip(predictions, evaluated, strict=True):
-        served = np.zeros(len(names))
-        for top in prediction["top"]:
-            served[top["index"]] = top["probability"]
-        np.testing.assert_allclose(served, probabilities, atol=1e-5)
+        served = sorted((top["index"], top["probability"]) for top in prediction["top"])
+        np.testing.assert_allclose([p for _, p in served], probabilities, atol=1e-5)

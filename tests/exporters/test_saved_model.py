@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from tensorflow.core.protobuf import saved_model_pb2
 
 from keras_cifar import models
 from keras_cifar.core.files import versions
@@ -90,16 +91,13 @@ def test_probabilities_equal_the_models(exported):
 
 def test_features_are_what_the_classifier_sees(exported):
     model, path, images = exported
-    features = load(path).signatures["features"](images=tf.constant(images))
-    features = features["features"].numpy()
-    assert features.shape[0] == 5
-    if model.name != "nin":
-        kernel, bias = (v.numpy() for v in model.get_layer("logits").weights)
-        logits = features @ kernel + bias
-        expected = tf.nn.softmax(logits).numpy()
-        np.testing.assert_allclose(model(images, training=False), expected, atol=1e-5)
-    else:
+    features = load(path).signatures["features"](images=tf.constant(images))["features"].numpy()
+    if model.name == "nin":  # which averages maps after the classifier
         assert features.shape == (5, 192)
+        return
+    kernel, bias = (v.numpy() for v in model.get_layer("logits").weights)
+    expected = tf.nn.softmax(features @ kernel + bias)
+    np.testing.assert_allclose(model(images, training=False), expected, atol=1e-5)
 
 
 def test_every_format_and_size_is_decoded(resnet):
@@ -107,15 +105,8 @@ def test_every_format_and_size_is_decoded(resnet):
     serve = load(path).signatures["serving_bytes"]
     random = np.random.default_rng(1)
     large = random.integers(0, 256, (40, 70, 3), dtype=np.uint8)
-    files = [
-        png(large),
-        png(large, format="BMP"),
-        png(large, format="JPEG"),
-        png(large, "L"),
-        png(large, "P", "GIF"),
-        png(large, format="WEBP"),
-        png(large[:1, :1]),
-    ]
+    files = [png(large, format=form) for form in ("PNG", "BMP", "JPEG", "WEBP")]
+    files += [png(large, "L"), png(large, "P", "GIF"), png(large[:1, :1])]
     found = serve(image_bytes=tf.constant(files))
     assert found["probabilities"].shape == (7, 3)
     # PNG and BMP hold the same pixels.
@@ -129,36 +120,28 @@ def test_invalid_images_are_marked_and_the_others_are_predicted(resnet):
     alone = serve(image_bytes=tf.constant(good))
     assert not np.isnan(alone["probabilities"]).any()
     bad = [b"", b"text", b"\xff\xd8\xff", good[0][:200], good[1][:-20] + b"x" * 20]
-    found = serve(
-        image_bytes=tf.constant([x for pair in zip(bad, good, strict=True) for x in pair])
-    )
-    for name in ("probabilities", "label", "label_index"):
-        np.testing.assert_array_equal(found[name][1::2], alone[name])
-    assert np.isnan(found["probabilities"][::2]).all()
-    assert found["label"].numpy()[::2].tolist() == [b""] * 5
-    assert found["label_index"].numpy()[::2].tolist() == [-1] * 5
     only = serve(image_bytes=tf.constant(bad))
-    assert only["probabilities"].shape == (5, 3)
+    found = serve(image_bytes=tf.constant(bad + good))
+    for name in ("probabilities", "label", "label_index"):
+        np.testing.assert_array_equal(found[name], np.concatenate([only[name], alone[name]]))
+    assert np.isnan(only["probabilities"]).all()
+    assert only["label"].numpy().tolist() == [b""] * 5
     assert only["label_index"].numpy().tolist() == [-1] * 5
 
 
 def test_it_loads_without_keras_and_this_package(resnet, tmp_path):
     model, path, images = resnet
-    np.save(tmp_path / "images.npy", images)
     code = f"""
 import sys
 sys.modules["keras"] = sys.modules["keras_cifar"] = None  # importing either now fails
-import json, numpy, tensorflow as tf
-loaded = tf.saved_model.load({str(path)!r})
-images = tf.constant(numpy.load({str(tmp_path / "images.npy")!r}))
-found = loaded.signatures["serving_default"](images=images)
-print(json.dumps(found["probabilities"].numpy().tolist()))
+import tensorflow as tf
+serve = tf.saved_model.load({str(path)!r}).signatures["serving_default"]
+print(serve(images=tf.constant({images.tolist()}, tf.uint8))["probabilities"].numpy().tolist())
 """
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
+    (tmp_path / "x.py").write_text(code)
+    done = subprocess.check_output([sys.executable, "-I", "x.py"], text=True, cwd=tmp_path)
     expected = model(images, training=False).numpy()
-    np.testing.assert_allclose(json.loads(done.stdout), expected, atol=1e-5)
+    np.testing.assert_allclose(json.loads(done), expected, atol=1e-5)
 
 
 def test_libtensorflows_c_api_gives_the_same_from_all_signatures(resnet, tmp_path):
@@ -167,8 +150,15 @@ def test_libtensorflows_c_api_gives_the_same_from_all_signatures(resnet, tmp_pat
     contents = np.frombuffer(b"".join(files), np.uint8)
     lengths = [len(x) for x in files]
     np.savez(tmp_path / "in.npz", images=images, contents=contents, lengths=lengths)
+    graph = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
+    names = {
+        name: [{k: (t.name, t.dtype) for k, t in side.items()} for side in (d.inputs, d.outputs)]
+        for name, d in graph.meta_graphs[0].signature_def.items()
+        if not name.startswith("__")
+    }
+    (tmp_path / "names.json").write_text(json.dumps(names))
     program = pathlib.Path(__file__).with_name("c_api.py")
-    command = [sys.executable, "-I", program, path, tmp_path / "in.npz", tmp_path / "out.npz"]
+    command = [sys.executable, "-I", program, path, "names.json", "in.npz", "out.npz"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "out.npz")
@@ -208,17 +198,3 @@ def test_versions_count_up_and_nothing_temporary_is_left(tmp_path):
     assert versions(base) == [6, 7]
     assert {p.name for p in base.iterdir()} == {"6", "7", "models.config", "SERVING.md"}
     assert (base / "7" / "assets" / "labels.txt").read_text() == "cat\ndog\nfrog\n"
-    with pytest.raises(FileExistsError):
-        saved_model.export(model, base, NAMES, version=7)
-
-
-def test_a_failed_export_leaves_no_version(tmp_path, monkeypatch):
-    model = models.build("lenet5", (16, 16, 3), 3).deployable
-
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tf.saved_model, "save", fail)
-    with pytest.raises(OSError, match="No space"):
-        saved_model.export(model, tmp_path / "base", NAMES)
-    assert list((tmp_path / "base").iterdir()) == []

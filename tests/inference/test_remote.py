@@ -12,17 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cifar import predict
-from keras_cifar.core import cli
 from keras_cifar.inference import remote
 from tests.conftest import colour_images
+from tests.inference.test_predict import command
 
 PATH = "/v1/models/model"
-
-
-def command(*argv) -> int:
-    argv = [str(argument) for argument in argv]
-    return cli._execute("predict", predict.main, predict.PredictOptions, "IMAGE ...", argv)
 
 
 @pytest.fixture
@@ -30,9 +24,7 @@ def files(tmp_path) -> list:
     """Images of several formats, sizes and colour modes, and some files that are not images."""
     folder = tmp_path / "images"
     folder.mkdir()
-    images = [
-        Image.fromarray(pixels) for pixels in colour_images(7, 20, 3, seed=9)[0].repeat(3, axis=1)
-    ]
+    images = list(map(Image.fromarray, colour_images(7, 20, 3, seed=9)[0].repeat(3, axis=1)))
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turned
     images[0].save(folder / "0.jpg", exif=exif)
@@ -51,25 +43,21 @@ def files(tmp_path) -> list:
 # ---- A server of ours
 
 
-@pytest.fixture
-def url(served_run) -> str:
-    return served_run.url
-
-
 @pytest.mark.parametrize("form", ["text", "csv", "json"])
-def test_the_output_is_that_of_local_prediction(url, trained_run, files, capsys, form):
+def test_the_output_is_that_of_local_prediction(served_run, trained_run, files, capsys, form):
     found = []
-    for model in (trained_run.path, url, f"{url}/versions/1"):
+    for model in (trained_run.path, served_run.url, f"{served_run.url}/versions/1"):
         assert command(f"--model={model}", f"--format={form}", "--top_k=2", *files) == 1
         found.append(capsys.readouterr())
     assert found[0].out.count("class_") >= 14
-    assert found[1] == found[0]
-    assert found[2] == found[0]
+    assert found[0] == found[1] == found[2]
 
 
-def test_the_features_are_those_of_local_prediction(url, trained_run, image_folder, tmp_path):
+def test_the_features_are_those_of_local_prediction(
+    served_run, trained_run, image_folder, tmp_path
+):
     found = []
-    for number, model in enumerate((trained_run.path, url)):
+    for number, model in enumerate((trained_run.path, served_run.url)):
         out = tmp_path / f"{number}.npz"
         assert command(f"--model={model}", f"--features={out}", image_folder / "train") == 0
         found.append(np.load(out))
@@ -77,13 +65,26 @@ def test_the_features_are_those_of_local_prediction(url, trained_run, image_fold
         np.testing.assert_array_equal(found[0][name], found[1][name])
 
 
-def test_an_unknown_model_of_a_server_is_one_line(url, files, capsys):
-    for address in (f"{url}x", f"{url}/versions/99"):
-        assert command(f"--model={address}", *files) == 1
+@pytest.fixture
+def failure(capsys):
+    """Runs the command, which must fail before any output: the line on stderr."""
+
+    def run(*argv, status=1) -> str:
+        assert command(*argv) == status
         captured = capsys.readouterr()
         assert captured.out == ""
         (line,) = captured.err.splitlines()
-        assert line.startswith(f"predict: error: {address} answered 404: ")
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize("suffix", ["x", "/versions/99"])
+def test_an_unknown_model_of_a_server_is_one_line(served_run, files, failure, suffix):
+    address = f"{served_run.url}{suffix}"
+    assert failure(f"--model={address}", *files).startswith(
+        f"predict: error: {address} answered 404: "
+    )
 
 
 # ---- Servers that fail
@@ -167,9 +168,7 @@ def labels(tmp_path):
 @pytest.fixture
 def images() -> np.ndarray:
     """uint8 [300, 16, 16, 3], whose pixels are 0, 1, 2, 0, 1, ..."""
-    return (np.arange(300) % 3).astype(np.uint8)[:, None, None, None] * np.ones(
-        (1, 16, 16, 3), np.uint8
-    )
+    return np.tile(np.arange(3, dtype=np.uint8)[:, None, None, None], (100, 16, 16, 3))
 
 
 def test_tensorflow_serving_needs_labels(fake, labels, files, capsys):
@@ -179,26 +178,19 @@ def test_tensorflow_serving_needs_labels(fake, labels, files, capsys):
     assert "class_" in capsys.readouterr().out
 
 
-def test_images_are_sent_in_batches_and_in_order(fake, labels, images):
+@pytest.mark.parametrize(
+    ("limit", "failures", "sizes"),
+    [(300, [], [128, 128, 44]), (5, [], [9, 4, 5]), (300, [(503, b""), (429, {})], [3, 3, 3])],
+    ids=["in batches", "split where it is too large", "again after a temporary failure"],
+)
+def test_images_are_sent(fake, labels, images, limit, failures, sizes):
     predictor = remote.RemotePredictor(fake.url, 10, str(labels))
     assert predictor.size == (16, 16)
+    fake.max_images, fake.responses = limit, list(failures)
+    images = images[: sizes[0] if sizes[0] < 128 else None]
     assert predictor.classify(images).argmax(1).tolist() == images[:, 0, 0, 0].tolist()
-    assert [len(request["inputs"]["image_bytes"]) for request in fake.requests] == [128, 128, 44]
+    assert [len(request["inputs"]["image_bytes"]) for request in fake.requests] == sizes
     assert predictor.classify(images[:0]).shape == (0, 3)
-
-
-def test_a_request_that_is_too_large_is_split(fake, labels, images):
-    predictor = remote.RemotePredictor(fake.url, 10, str(labels))
-    fake.max_images = 5
-    assert predictor.classify(images[:9]).argmax(1).tolist() == images[:9, 0, 0, 0].tolist()
-    assert [len(request["inputs"]["image_bytes"]) for request in fake.requests] == [9, 4, 5]
-
-
-def test_a_temporary_failure_is_retried(fake, labels, images):
-    predictor = remote.RemotePredictor(fake.url, 10, str(labels))
-    fake.responses = [(503, b"away"), (429, {"error": "busy"}), None]
-    assert predictor.classify(images[:3]).argmax(1).tolist() == [0, 1, 2]
-    assert len(fake.requests) == 3
 
 
 @pytest.mark.parametrize(
@@ -213,45 +205,38 @@ def test_a_temporary_failure_is_retried(fake, labels, images):
         ([(200, b"[" * 10**5)], 1, "with JSON"),
         ([(200, [])], 1, "did not answer with probabilities of 1 images in 3 classes"),
         ([(200, {"outputs": {}})], 1, "not answer with"),
-        ([(200, {"outputs": {"probabilities": [[0.1]]}})], 1, "not answer with"),
-        ([(200, {"outputs": {"probabilities": [[1, 2, 3], [4]]}})], 1, "not answer with"),
-        ([(200, {"outputs": {"probabilities": ["a"]}})], 1, "not answer with"),
-        ([(200, {"outputs": {"probabilities": 3}})], 1, "not answer with"),
+        *(
+            ([(200, {"outputs": {"probabilities": x}})], 1, "not answer with")
+            for x in ([[0.1]], [[1, 2, 3], [4]], ["a"], 3)
+        ),
     ],
 )
-def test_a_server_that_fails_is_one_line(fake, labels, files, capsys, responses, tries, message):
+def test_a_server_that_fails_is_one_line(fake, labels, files, failure, responses, tries, message):
     fake.responses = list(responses)
-    assert command(f"--model={fake.url}", f"--labels={labels}", files[0] / "6.png") == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
+    line = failure(f"--model={fake.url}", f"--labels={labels}", files[0] / "6.png")
     assert line.startswith(f"predict: error: {fake.url} ")
     assert message in line
     assert len(fake.requests) == tries
 
 
-def test_a_server_that_takes_too_long(fake, labels, files, capsys):
+def test_a_server_that_takes_too_long(fake, labels, files, failure):
     fake.delay = 0.5
     flags = [f"--model={fake.url}", f"--labels={labels}", "--timeout=0.1"]
-    assert command(*flags, files[0] / "6.png") == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "no response in 0.1 s" in line
+    assert "no response in 0.1 s" in failure(*flags, files[0] / "6.png")
     assert len(fake.requests) == 3
 
 
-def test_a_server_that_is_not_running_is_one_line(fake, files, capsys):
+def test_a_server_that_is_not_running_is_one_line(fake, files, failure):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    assert command(f"--model=http://127.0.0.1:{port}{PATH}", *files) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    line = failure(f"--model=http://127.0.0.1:{port}{PATH}", *files)
     assert "cannot be reached: Connection refused" in line
 
 
 @pytest.mark.parametrize("metadata", [[], {}, {"metadata": {"signature_def": 3}}, 3, b"x"])
-def test_metadata_of_another_model_is_one_line(fake, labels, files, capsys, metadata):
+def test_metadata_of_another_model_is_one_line(fake, labels, files, failure, metadata):
     fake.metadata = metadata
-    assert command(f"--model={fake.url}", f"--labels={labels}", *files) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    line = failure(f"--model={fake.url}", f"--labels={labels}", *files)
     assert "is not a model that keras_cifar exported" in line or "not answer with JSON" in line
 
 
@@ -268,7 +253,6 @@ def test_metadata_of_another_model_is_one_line(fake, labels, files, capsys, meta
         ("gs://bucket/v1/models/a", 1),
     ],
 )
-def test_an_invalid_url_is_one_line(files, capsys, monkeypatch, model, status):
+def test_an_invalid_url_is_one_line(files, failure, monkeypatch, model, status):
     monkeypatch.setattr(remote, "DELAYS", ())
-    assert command(f"--model={model}", *files) == status
-    assert capsys.readouterr().err.count("\n") == 1
+    failure(f"--model={model}", *files, status=status)

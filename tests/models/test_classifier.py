@@ -45,15 +45,6 @@ def test_evaluation_is_the_mean_over_examples_also_with_a_partial_batch(batch_si
     assert got["loss"] == pytest.approx(cross_entropies(labels, logits).mean(), rel=1e-5)
 
 
-def test_training_reports_the_cross_entropy_of_the_batch_before_the_step():
-    model, (images, labels) = compiled(), examples()
-    logits = model.logits_model(images, training=True)
-    accuracy = (logits.numpy().argmax(axis=1) == labels.argmax(axis=1)).mean()
-    got = fit(compiled(), images, labels)
-    assert got["loss"] == pytest.approx(cross_entropies(labels, logits).mean(), rel=1e-5)
-    assert got["accuracy"] == pytest.approx(accuracy, abs=1e-7)
-
-
 @functools.cache
 def stepped(ema: float = 0.0, **options) -> list[np.ndarray]:
     """The weights after two steps of a TrainingStep by itself, and their averages."""
@@ -93,26 +84,6 @@ def test_fit_is_the_training_step_with_the_options_of_compile(options, of_step):
         assert len(found) > len(expected) or not all(same)
 
 
-def test_accumulated_microbatches_are_the_step_of_their_batch():
-    models = [compiled(tiny(norm=False)), compiled(tiny(norm=False), accumulate_steps=5)]
-    found = [fit(model, *examples(10)) for model in models]
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-    for one, other in zip(*(values(model).values() for model in models), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6)
-
-
-def test_averages_are_used_in_the_body_of_averaged_and_are_no_weights():
-    model, (images, labels) = compiled(ema=0.9), examples()
-    assert len(model.weights) == len(model.averages) == len(tiny().weights)
-    fit(model, images, labels)
-    trained = model(images).numpy()
-    with model.averaged():
-        for weight, average in zip(model.weights, model.averages, strict=True):
-            np.testing.assert_array_equal(weight.numpy(), average.numpy())
-        assert not np.array_equal(model(images), trained)
-    np.testing.assert_array_equal(model(images), trained)
-
-
 def test_statistics_are_recomputed_from_microbatches():
     model, (images, _) = compiled(accumulate_steps=2), examples()
     batches = [(tf.constant(part), None) for part in (images[:5], images[5:])]
@@ -121,15 +92,6 @@ def test_statistics_are_recomputed_from_microbatches():
     means = [conv(part).numpy().mean((0, 1, 2)) for part, _ in batches]
     expected = (0.9 * means[0] + means[1]) / 1.9
     np.testing.assert_allclose(model.get_layer("conv_bn").moving_mean.numpy(), expected, atol=1e-6)
-
-
-def test_stop_request_is_in_the_totals():
-    model = compiled()
-    fit(model, *examples())
-    assert model.totals[4] == 0
-    model.request_stop()
-    fit(model, *examples())
-    assert model.totals[4] == 1
 
 
 def test_train_step_of_a_subclass_is_what_fit_runs():
@@ -150,7 +112,6 @@ def test_train_step_of_a_subclass_is_what_fit_runs():
 @pytest.mark.parametrize(
     ("policy", "computed", "output"),
     [
-        ("float32", "float32", "float32"),
         ("float64", "float64", "float64"),
         ("mixed_float16", "float16", "float32"),
         ("mixed_bfloat16", "bfloat16", "float32"),

@@ -27,20 +27,19 @@ def norms(**arguments) -> tuple:
     return ours, keras.layers.BatchNormalization(**(OURS | arguments))
 
 
-def results(layer, shape: tuple, offset: float, training: bool, mask=None, call=None) -> dict:
+def results(layer, shape: tuple, offset: float, training: bool, call=None) -> dict:
     """Of three calls: outputs and gradients of the last, and the weights after them."""
     random = np.random.default_rng(0)
     layer.build(shape)
     for weight in layer.weights:  # all of them above 0, as variances are
         weight.assign(random.uniform(0.5, 2, weight.shape))
     factors = tf.constant(random.normal(0, 1, shape), layer.compute_dtype)
-    arguments = {"training": training} | ({} if mask is None else {"mask": mask})
     variables = [v.value for v in layer.trainable_variables]
     for _ in range(3):
         x = tf.constant(random.normal(offset, 1, shape), layer.compute_dtype)
         with tf.GradientTape() as tape:
             tape.watch(x)
-            outputs = (call or layer)(x, **arguments)
+            outputs = (call or layer)(x, training=training)
             target = tf.reduce_sum(tf.cast(outputs * factors, layer.variable_dtype))
         gradients = tape.gradient(target, [x, *variables])
     assert outputs.dtype == layer.compute_dtype
@@ -64,12 +63,9 @@ CASES = {
     "one pixel": ("float32", (1, 1, 1, 8), {}, 0, 1e-4, True),
     "two pixels": ("float32", (1, 2, 1, 8), {}, 0, 1e-4, True),
     "one image": ("float32", (1, 5, 6, 8), {}, 0, 1e-5, True),
-    "one channel": ("float32", (4, 5, 6, 1), {}, 0, 1e-5, True),
     "large mean": ("float32", MAPS, {}, 1e3, 3e-4, True),
-    "large negative mean": ("float32", MAPS, {}, -1e3, 3e-4, True),
     "mixed_float16": ("mixed_float16", MAPS, {}, 0, 1e-3, True),
     "mixed_bfloat16": ("mixed_bfloat16", MAPS, {}, 0, 8e-3, True),
-    "float16": ("float16", MAPS, {}, 0, 1e-3, True),
     "frozen": ("float32", MAPS, {"trainable": False}, 0, 1e-5, True),
     "other numbers": ("float32", MAPS, {"momentum": 0.7, "epsilon": 0.1}, 0, 1e-5, True),
     "axis 3": ("float32", MAPS, {"axis": 3}, 0, 1e-5, True),
@@ -99,35 +95,12 @@ def test_batch_norm_equals_keras_in_outputs_gradients_and_statistics(case, train
     assert not (fused and "SquaredDifference" in found)
 
 
-def test_batch_norm_with_a_mask_equals_keras():
-    mask = np.random.default_rng(1).integers(0, 2, MAPS[:3]).astype(bool)
-    ours, theirs = norms()
-    got, expected = (results(layer, MAPS, 5, True, mask) for layer in (ours, theirs))
-    assert_same(got, expected, 1e-5)
-    assert not np.allclose(got["moving_mean"], results(norms()[0], MAPS, 5, True)["moving_mean"])
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_batch_norm_compiled_by_xla_equals_keras(training):
     ours, theirs = norms()
     call = tf.function(ours, jit_compile=True, autograph=False)
     got = results(ours, MAPS, 2, training, call=call)
     assert_same(got, results(theirs, MAPS, 2, training), 3e-5)
-
-
-def test_batch_norm_takes_batches_of_any_size_in_one_graph():
-    ours, theirs = norms()
-    call = tf.function(
-        lambda x: ours(x, training=True),
-        input_signature=[tf.TensorSpec((None, None, None, 3))],
-        autograph=False,
-    )
-    ours.build((None, None, None, 3))
-    for shape in ((1, 4, 4, 3), (7, 2, 5, 3), (2, 1, 1, 3)):
-        x = np.random.default_rng(0).normal(1, 2, shape).astype(np.float32)
-        np.testing.assert_allclose(call(x), theirs(x, training=True), atol=1e-5)
-    for mine, other in zip(ours.weights, theirs.weights, strict=True):
-        np.testing.assert_allclose(mine.numpy(), other.numpy(), atol=1e-6)
 
 
 # ---- Dropout
@@ -163,26 +136,20 @@ def test_dropout_gives_its_input_back_in_inference_and_at_rate_0(rate, training)
 def test_dropout_scales_what_it_keeps_and_zeroes_the_rest(rate, shape, policy, tolerance, random):
     layer = layers.Dropout(rate, seed=1, dtype=policy)
     x = tf.constant(random.uniform(1, 2, shape), policy)
-    y = layer(x, training=True)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x, training=True)
     assert y.dtype == policy
-    x, y = (np.array(v, np.float64) for v in (x, y))
+    slope, x, y = (np.array(v, np.float64) for v in (tape.gradient(y, x), x, y))
     assert 0 < (y == 0).mean() < 1
     np.testing.assert_allclose(y, np.where(y == 0, 0, x / (1 - rate)), rtol=tolerance)
+    np.testing.assert_allclose(slope, np.where(y == 0, 0, 1 / (1 - rate)), rtol=tolerance)
 
 
 @pytest.mark.parametrize(
     ("rate", "shape"),
-    [
-        (0.3, (64, 8, 8, 16)),
-        (0.5, (64, 8, 8, 16)),
-        (0.001, (64, 8, 8, 16)),
-        (0.999, (64, 8, 8, 16)),
-        (255 / 256, (64, 8, 8, 16)),
-        (0.3, (64, 8, 8, 6)),
-        (0.4, (512, 100)),
-        (0.4, (512, 33)),
-        (0.1, (4096,)),
-    ],
+    [(rate, (64, 8, 8, 16)) for rate in (0.3, 0.001, 255 / 256)]  # 0.001: a quarter of 1 in 256
+    + [(0.3, (64, 8, 8, 6)), (0.4, (512, 100)), (0.4, (512, 33)), (0.1, (4096,))],
 )
 def test_share_that_is_dropped_is_the_rate(rate, shape):
     calls = 100
@@ -196,14 +163,6 @@ def test_share_that_is_dropped_is_the_rate(rate, shape):
     by_channel = found.reshape(-1, shape[-1]).mean(axis=0)
     spread = (rate * (1 - rate) * shape[-1] / found.size) ** 0.5 + threshold
     np.testing.assert_allclose(by_channel, rate, rtol=0, atol=6 * spread)
-
-
-def test_thresholds_are_dithered_not_rounded():
-    # 256 * 0.001 is 0.256: about a quarter of the calls drop one in 256, the others nothing.
-    counts = dropped(layers.Dropout(0.001, seed=1), calls=400).reshape(400, -1).mean(axis=1)
-    some = counts > 0
-    assert some.mean() == pytest.approx(0.256, abs=0.09)
-    np.testing.assert_allclose(counts[some], 1 / 256, rtol=0.2)
 
 
 @pytest.mark.parametrize("channels", [16, 6])
@@ -225,18 +184,6 @@ def test_neighbours_are_dropped_independently(rate):
                 theirs = np.delete(found, range(-distance, 0), axis).ravel()
                 # Each of some 200,000 pairs.
                 assert abs(np.corrcoef(mine, theirs)[0, 1]) < 0.015, (axis, distance)
-
-
-@pytest.mark.parametrize("channels", [16, 6])
-def test_gradient_of_dropout_is_the_mask_and_its_scale(channels, random):
-    x = tf.constant(random.uniform(1, 2, (8, 4, 4, channels)), tf.float32)
-    factors = tf.constant(random.normal(0, 1, x.shape), tf.float32)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = layers.Dropout(0.3, seed=1)(x, training=True)
-        target = tf.reduce_sum(y * factors)
-    expected = np.where(np.equal(y, 0), 0, factors / 0.7)
-    np.testing.assert_allclose(tape.gradient(target, x), expected, rtol=1e-5)
 
 
 def test_dropout_draws_one_word_for_four_elements_where_it_can():
@@ -269,34 +216,24 @@ def test_dropout_compiled_by_xla_drops_the_same_elements():
 # ---- The convolution before normalization
 
 
-def block(convolution=layers.ConvBeforeNorm, **arguments) -> keras.Model:
-    images = keras.Input((8, 8, 3))
-    x = convolution(4, 3, padding="same", name="conv", **arguments)(images)
-    model = keras.Model(images, layers.BatchNormalization(name="norm")(x))
-    model.get_layer("conv").bias.assign([1.0, -2.0, 3.0, 0.0])
-    return model
-
-
 @pytest.mark.parametrize(
-    ("policy", "tolerance"),
-    [("float32", 1e-5), ("float64", 1e-12), ("mixed_float16", 4e-3), ("mixed_bfloat16", 4e-2)],
+    ("policy", "tolerance"), [("float32", 1e-5), ("float64", 1e-12), ("mixed_float16", 4e-3)]
 )
 @pytest.mark.parametrize("arguments", [{}, {"strides": 2, "activation": "tanh"}])
 def test_convolution_before_norm_computes_what_conv2d_does(policy, tolerance, arguments, random):
     keras.config.set_dtype_policy(policy)
     x = random.normal(0, 1, (2, 8, 8, 3)).astype("float32")
-    ours, theirs = (block(c, **arguments) for c in (layers.ConvBeforeNorm, keras.layers.Conv2D))
+    kinds = (layers.ConvBeforeNorm, keras.layers.Conv2D)
+    ours, theirs = (kind(4, 3, name="conv", **arguments) for kind in kinds)
+    for layer in (ours, theirs):
+        layer.build(x.shape)
+    ours.bias.assign([1.0, -2.0, 3.0, 0.0])
     theirs.set_weights(ours.get_weights())
-    for training in (True, False):
-        pairs = [(m.get_layer("conv")(x), m(x, training=training)) for m in (ours, theirs)]
-        for mine, other in zip(*pairs, strict=True):
-            assert mine.dtype == other.dtype
-            np.testing.assert_allclose(
-                *(np.array(v, np.float64) for v in (mine, other)), atol=tolerance, rtol=tolerance
-            )
-    for mine, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
-        assert mine.dtype == other.dtype
-        np.testing.assert_allclose(mine, other, atol=tolerance)
+    mine, other = ours(x), theirs(x)
+    assert mine.dtype == other.dtype
+    np.testing.assert_allclose(
+        *(np.array(v, np.float64) for v in (mine, other)), tolerance, tolerance
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
@@ -326,13 +263,6 @@ def test_convolution_with_a_stride_pads_both_sides_alike():
     model.get_layer("c").kernel.assign(tf.ones((3, 3, 1, 1)))
     sums = model(np.ones((1, 8, 8, 1), np.float32)).numpy()[0, ..., 0]
     np.testing.assert_array_equal(sums, [[4, 6, 6, 6], *[[6, 9, 9, 9]] * 3])
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("size", "side"), [(1, 8), (3, 8), (3, 7), (7, 9)])
-def test_convolution_rounds_the_sides_up(size, side, stride):
-    images = keras.Input((side, side, 3))
-    assert layers.conv(images, 4, size, stride, name="c").shape[1] == -(-side // stride)
 
 
 @pytest.mark.parametrize("policy", ["float32", "float64"])
@@ -399,7 +329,7 @@ def test_whitened_patches_are_uncorrelated_and_of_variance_1(size, random):
     half = layer.filters // 2
     np.testing.assert_allclose(outputs[:, half:], -outputs[:, :half], atol=1e-4)
     moments = outputs[:, :half].T @ outputs[:, :half] / len(outputs)
-    # Of the smallest component the epsilon takes more.
+    # Epsilon takes more of the smallest component.
     variances = np.diag(moments)
     assert variances.max() <= 1 + 1e-4
     assert variances.min() > 0.5

@@ -57,11 +57,8 @@ def test_epochs_continue_in_an_endless_data_set_and_report_means():
     assert losses(log.calls, "train_batch_end") == [(1, 0.5), (2, 1), (1, 3.5), (2, 4)]
     assert losses(log.calls, "epoch_end") == [(0, 1), (1, 4)]
     np.testing.assert_array_equal(counter.totals, [24, 0, 6, 0, 0])
-    assert [call[0] for call in log.calls[:3]] == [
-        "train_begin",
-        "epoch_begin",
-        "train_batch_begin",
-    ]
+    begun = [call[0] for call in log.calls[:3]]
+    assert begun == ["train_begin", "epoch_begin", "train_batch_begin"]
     assert log.calls[-1][0] == "train_end"
 
 
@@ -87,9 +84,7 @@ def test_validation_is_in_the_logs_of_each_so_many_epochs():
 
 
 def test_stop_training_ends_the_epoch_and_the_fit():
-    counter, log = model(), Log()
-    data = batches(range(9), 3)
-    done = []
+    counter, log, done = model(), Log(), []
 
     def function(iterator, count):
         done.append(1)
@@ -97,7 +92,7 @@ def test_stop_training_ends_the_epoch_and_the_fit():
         return counting(iterator, count)
 
     counter.make_train_function = lambda: function
-    loop.fit(counter, data, None, log, epochs=3)
+    loop.fit(counter, batches(range(9), 3), None, log, epochs=3)
     assert len(done) == 2
     assert [call[0] for call in log.calls[-2:]] == ["epoch_end", "train_end"]
 
@@ -115,21 +110,6 @@ def test_evaluation_is_the_mean_over_a_pass(steps):
     assert loop.evaluate(model(2), batches([1, 2, 6], steps), log)["loss"] == 3
     assert losses(log.calls, "test_batch_end")[-1] == (2, 3)
     assert (log.calls[0][0], log.calls[-1][0]) == ("test_begin", "test_end")
-
-
-@pytest.mark.parametrize("steps_per_execution", [1, 3])
-def test_steps_of_one_execution_add_up(steps_per_execution):
-    counter = tf.Variable(0.0)
-
-    def step():
-        return tf.stack([counter.assign_add(1.0), 1.0])
-
-    @tf.function(autograph=False)
-    def run(count):
-        return loop.sum_steps(step, count, steps_per_execution, 2, "float32")
-
-    expected = {1: [1, 1], 3: [1 + 2 + 3, 3]}[steps_per_execution]
-    np.testing.assert_array_equal(run(tf.constant(steps_per_execution)), expected)
 
 
 def split(x, y=None, batch_size=None, **arguments) -> ShardedBatches:

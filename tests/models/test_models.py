@@ -30,34 +30,15 @@ def skeleton(name: str, shape: tuple = (32, 32, 3), classes: int = 10) -> models
 # Those of ImageNet's networks are torchvision's and Caffe's; those of resnet20 to resnet1202 follow
 # from section 4.2 of the paper, with shortcuts of option B.
 PARAMETERS = {
-    "alexnet": 60_965_224,
-    "googlenet": 6_998_552,
-    "googlenet_bn": 7_013_112,
-    "resnet18": 11_689_512,
-    "resnet34": 21_797_672,
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet152": 60_192_808,
-    "vgg11": 132_863_336,
-    "vgg13": 133_047_848,
-    "vgg16": 138_357_544,
-    "vgg19": 143_667_240,
-    "vgg11_bn": 132_868_840,
-    "vgg13_bn": 133_053_736,
-    "vgg16_bn": 138_365_992,
-    "vgg19_bn": 143_678_248,
-    "resnet20": 272_474,
-    "resnet32": 466_906,
-    "resnet44": 661_338,
-    "resnet56": 855_770,
-    "resnet110": 1_730_714,
-    "resnet1202": 19_424_026,
-    "nin": 966_986,
-    "lenet5": 62_006,
-    "vgg_bn_drop": 15_254_602,
-    "airbench94": 1_971_352,
-    "airbench_small": 568_728,
-}
+    "alexnet": 60_965_224, "googlenet": 6_998_552, "googlenet_bn": 7_013_112,
+    "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032,
+    "resnet101": 44_549_160, "resnet152": 60_192_808, "vgg11": 132_863_336,
+    "vgg13": 133_047_848, "vgg16": 138_357_544, "vgg19": 143_667_240, "vgg11_bn": 132_868_840,
+    "vgg13_bn": 133_053_736, "vgg16_bn": 138_365_992, "vgg19_bn": 143_678_248,
+    "resnet20": 272_474, "resnet32": 466_906, "resnet44": 661_338, "resnet56": 855_770,
+    "resnet110": 1_730_714, "resnet1202": 19_424_026, "nin": 966_986, "lenet5": 62_006,
+    "vgg_bn_drop": 15_254_602, "airbench94": 1_971_352, "airbench_small": 568_728,
+}  # fmt: skip
 MULTIPLY_ADDS = {
     "resnet18": (1.81e9, 0.01e9),
     "vgg16": (15.47e9, 0.01e9),
@@ -144,12 +125,10 @@ def test_layers_that_others_rely_on(smallest):
     assert names.index("features") < names.index("logits")
     assert names[-1] == "probabilities"
     assert smallest.get_layer("features").output.shape[-1] > 10
-    norms = [
-        x for x in smallest.logits_model.layers if isinstance(x, models.layers.BatchNormalization)
-    ]
+    kind = models.layers.BatchNormalization
+    norms = [layer for layer in smallest.logits_model.layers if isinstance(layer, kind)]
     assert {(norm.momentum, norm.epsilon) for norm in norms} <= {(0.9, 1e-5)}
-    normalized = smallest.name.startswith(("resnet", "airbench")) or "_bn" in smallest.name
-    assert bool(norms) == normalized
+    assert bool(norms) == (smallest.name.startswith(("resnet", "air")) or "_bn" in smallest.name)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -176,18 +155,10 @@ def test_vgg_bn_drop_is_the_tutorials_sequence_of_layers():
         rate = 0.3 if filters == 64 else 0.4
         block = [("Conv2D", filters), ("BatchNormalization", None), ("ReLU", None)]
         expected += [*block, ("Dropout", rate)] * (count - 1) + block + [("MaxPooling2D", None)]
-    assert outline(skeleton("vgg_bn_drop").deployable) == [
-        *expected,
-        ("Flatten", None),
-        ("Dropout", 0.5),
-        ("Dense", 512),
-        ("BatchNormalization", None),
-        ("ReLU", None),
-        ("Dropout", 0.5),
-        ("Dense", 512),
-        ("Dense", 10),
-        ("Activation", None),
-    ]
+    hidden = [("Dense", 512), ("BatchNormalization", None), ("ReLU", None), ("Dropout", 0.5)]
+    expected += [("Flatten", None), ("Dropout", 0.5), *hidden]
+    expected += [("Dense", 512), ("Dense", 10), ("Activation", None)]
+    assert outline(skeleton("vgg_bn_drop").deployable) == expected
 
 
 @pytest.mark.parametrize(
@@ -213,16 +184,13 @@ def test_stems_and_bottlenecks_have_the_documented_convolutions(name, side, laye
 @pytest.mark.parametrize(
     ("name", "side", "layer", "shape"),
     [
-        ("resnet18", 32, "stage3_block1_relu", (4, 4, 512)),
         ("resnet18", 64, "stage3_block1_relu", (8, 8, 512)),
         ("resnet18", 224, "stage3_block1_relu", (7, 7, 512)),
         ("googlenet", 32, "inception3a_concat", (16, 16, 256)),
         ("googlenet", 32, "inception5b_concat", (4, 4, 1024)),
         ("googlenet", 224, "inception3a_concat", (28, 28, 256)),
-        ("googlenet", 224, "inception5b_concat", (7, 7, 1024)),
         ("alexnet", 224, "conv1_conv", (55, 55, 96)),
         ("alexnet", 224, "conv2_concat", (27, 27, 256)),
-        ("alexnet", 224, "conv5_concat", (13, 13, 256)),
         ("alexnet", 224, "flatten", (6 * 6 * 256,)),
     ],
 )
@@ -240,14 +208,11 @@ def test_unknown_name_lists_the_choices():
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("depth", [2, 19, 33, -4])
-def test_depth_that_is_not_6n_plus_2_is_refused(depth):
-    with pytest.raises(ValueError, match=rf"6n \+ 2.*got {depth}$"):
-        resnet_cifar.resnet_cifar(depth)
-
-
-def test_any_depth_of_6n_plus_2_can_be_built():
+def test_depths_of_6n_plus_2_can_be_built_and_others_are_refused():
     with keras.StatelessScope(initialize_variables=False):
         model = resnet_cifar.resnet_cifar(26)
     assert models.count_parameters(model.deployable) == 369_690
     assert model.name == "resnet26"
+    for depth in (2, 19, 33, -4):
+        with pytest.raises(ValueError, match=rf"6n \+ 2.*got {depth}$"):
+            resnet_cifar.resnet_cifar(depth)

@@ -48,22 +48,15 @@ def test_network_sees_the_batch_as_in_training_and_keeps_its_weights():
         np.testing.assert_array_equal(values(network)[path], value)
 
 
-@pytest.mark.parametrize(("norm", "count"), [(True, 0), (False, 5)])
-def test_without_normalization_or_count_no_batch_is_taken_and_nothing_changes(norm, count):
-    network = used(functional(norm))
+@pytest.mark.parametrize("case", ["no batches", "frozen", "no normalization"])
+def test_without_trainable_normalization_or_batches_nothing_changes(case):
+    network = used(functional(norm=case != "no normalization"))
+    if case == "frozen":
+        network.get_layer("conv_bn").trainable = False
     before = values(network)
-    recompute(network, [], count)
+    recompute(network, [], 0 if case == "no batches" else 5)
     for path, value in values(network).items():
         np.testing.assert_array_equal(value, before[path])
-
-
-def test_frozen_normalization_keeps_its_statistics():
-    network = used(functional())
-    norm = network.get_layer("conv_bn")
-    norm.trainable = False
-    before = norm.moving_mean.numpy()
-    recompute(network, [examples()[0]])
-    np.testing.assert_array_equal(norm.moving_mean.numpy(), before)
 
 
 def test_dropout_is_off_meanwhile_and_continues_as_before():

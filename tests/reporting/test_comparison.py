@@ -8,10 +8,11 @@ from PIL import Image
 
 from keras_cifar import compare
 from keras_cifar.core import cli
-from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UserError
+from keras_cifar.core.files import write_json
 from keras_cifar.core.run_directory import Run
 from keras_cifar.reporting import comparison
+from tests.reporting import reports
 
 # Epochs of (val_accuracy, seconds, images a second).
 SLOW = [(0.2, 10.0, 100.0), (0.4, 20.0, 300.0), (0.6, 30.0, 200.0)]
@@ -20,25 +21,15 @@ FAST = [(0.5, 1.0, 900.0), (0.7, 1.0, 1000.0)]
 
 def write(path, epochs=SLOW, accuracy=0.5, interval=None, validated=True, **flags):
     """A run directory with what a comparison reads."""
-    run = Run(path)
-    run.path.mkdir(parents=True)
-    config = {
-        "flags": TrainConfig.from_flags(**flags).flags(),
-        "class_names": ["a", "b"],
-        "image_shape": [32, 32, 3],
-        "splits": {},
-        "parameter_count": 12345,
-    }
-    run.config.write_text(json.dumps(config))
+    run = reports.write_run(path, ["a", "b"], flags, epochs=0, parameter_count=12345)
     header = "epoch,loss,accuracy,val_accuracy,seconds,images_per_second"
     rows = [f"{i},1.0,{a / 2},{a},{s},{v}" for i, (a, s, v) in enumerate(epochs, start=1)]
     text = "\n".join([header, *rows]) + "\n"
     run.history.write_text(text if validated else text.replace("val_accuracy", "other"))
     if accuracy is not None:
-        metrics = {"accuracy": accuracy, "data": config["flags"]["data"]}
+        metrics = {"accuracy": accuracy, "data": flags.get("data", "digits")}
         metrics |= {"intervals": {"accuracy": interval}} if interval else {}
-        run.evaluation("test").parent.mkdir()
-        run.evaluation("test").write_text(json.dumps(metrics))
+        write_json(run.evaluation("test"), metrics)
     return str(path)
 
 
@@ -57,7 +48,7 @@ def command(capsys):
 
 
 def cells(line: str) -> list[str]:
-    return [cell for cell in line.split("  ") if cell]
+    return [cell.strip() for cell in line.split("  ") if cell]
 
 
 def test_the_table_has_accuracy_time_and_speed(tmp_path, command):
@@ -65,10 +56,8 @@ def test_the_table_has_accuracy_time_and_speed(tmp_path, command):
     b = write(tmp_path / "b", FAST, accuracy=None)
     status, lines, _ = command(a, b)
     assert status == 0
-    found = [[cell.strip() for cell in cells(line)] for line in lines[:3]]
-    assert found[0] == [
-        *("run", "test accuracy", "error", "time", "images/s", "epochs", "parameters")
-    ]
+    found = list(map(cells, lines))
+    assert ", ".join(found[0]) == "run, test accuracy, error, time, images/s, epochs, parameters"
     assert found[1] == [a, "0.8125", "[0.8000, 0.8200]", "18.75%", "60.0 s", "200", "3", "12,345"]
     assert found[2] == [b, "not tested", "2.0 s", "950", "2", "12,345"]
     assert len(lines) == 3  # and no table of flags, as none differs
@@ -87,10 +76,9 @@ def test_flags_that_decide_and_differ_are_shown(tmp_path, command):
 
 
 def test_metrics_of_other_images_are_left_out(tmp_path, command):
-    run = Run(write(tmp_path / "a", data="digits"))
-    path = run.evaluation("test")
+    path = Run(write(tmp_path / "a")).evaluation("test")
     path.write_text(path.read_text().replace("digits", "folder:elsewhere"))
-    assert "not tested" in command(run.path)[1][1]
+    assert "not tested" in command(tmp_path / "a")[1][1]
 
 
 def test_seeds_count_as_one_run(tmp_path, command):
@@ -99,23 +87,20 @@ def test_seeds_count_as_one_run(tmp_path, command):
         write(several / f"seed_{seed}", FAST if seed else SLOW, accuracy, seed=seed)
     alone = write(tmp_path / "alone", seed=7)
     _, lines, _ = command(several, alone)
-    found = [cell.strip() for cell in cells(lines[1])]
+    found = cells(lines[1])
     # The standard deviation is that of a sample; time and epochs are means of a run.
     assert found[1:5] == ["0.6000", "± 0.1414, 2 of 3 seeds", "40.00%", "21.3 s"]
     assert found[6] == "2.3"
     assert lines[-1].split() == ["--seed", "-", "7"]
 
 
-def test_curve_of_seeds_has_the_epochs_that_all_have(tmp_path):
+def test_curves_have_the_epochs_that_all_seeds_have(tmp_path):
     for seed, epochs in enumerate((SLOW, FAST)):
         write(tmp_path / f"seed_{seed}", epochs)
     what, values, seconds = comparison.load(str(tmp_path)).curve()
     assert what == "validation"
     np.testing.assert_allclose(values, [[0.2, 0.4], [0.5, 0.7]])
     np.testing.assert_allclose(seconds, [[10, 30], [1, 2]])
-
-
-def test_curve_without_validation_is_that_of_training(tmp_path):
     what, values, _ = comparison.load(write(tmp_path / "a", validated=False)).curve()
     assert what == "train"
     np.testing.assert_allclose(values, [[0.1, 0.2, 0.3]])
@@ -165,26 +150,24 @@ def test_wrong_usage_is_one_line(command, argv, status, words):
 
 
 def test_no_run_and_damaged_files_are_errors(tmp_path):
-    with pytest.raises(UserError, match="is no run directory: it has neither"):
+    with pytest.raises(UserError, match="is not a run directory: it has neither"):
         comparison.load(str(tmp_path))
     run = Run(write(tmp_path / "a"))
     whole = run.history.read_text()
-    for damage in (whole.replace("30.0", "?"), whole.replace("seconds", "x"), "epoch\n1,2\n"):
-        run.history.write_text(damage)
-        with pytest.raises(UserError, match=r"history\.csv is damaged"):
+    damages = (whole.replace("30.0", "?"), whole.replace("seconds", "x"), "epoch\n1,2\n")
+    found = [(run.history, damage) for damage in damages]
+    found += [(run.evaluation("test"), damage) for damage in ("", "[]", '{"accuracy": "much"}')]
+    for path, damage in found:
+        whole = path.read_text()
+        path.write_text(damage)
+        with pytest.raises(UserError, match=f"{path.name} is damaged"):
             comparison.load(str(run.path))
-    run.history.write_text(whole)
-    for damage in ("", "[]", '{"accuracy": "much"}'):
-        run.evaluation("test").write_text(damage)
-        with pytest.raises(UserError, match=r"test\.json is damaged"):
-            comparison.load(str(run.path))
+        path.write_text(whole)
 
 
 def test_real_run_is_read(trained_run, command):
-    status, lines, _ = command(trained_run.path)
     accuracy = json.loads(trained_run.evaluation("test").read_text())["accuracy"]
-    assert status == 0
-    assert f"{accuracy:.4f}" in lines[1]
+    assert f"{accuracy:.4f}" in command(trained_run.path)[1][1]
 
 
 @pytest.mark.parametrize(

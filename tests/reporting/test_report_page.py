@@ -1,4 +1,4 @@
-"""The report in a real browser: see tests/test_page.py for what it needs."""
+"""The report in a real browser: a Chromium on PATH, or the one that CHROMIUM names."""
 
 import os
 
@@ -35,19 +35,16 @@ def write(path, *class_names) -> str:
     return (path / "report.html").as_uri()
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory) -> str:
-    return write(tmp_path_factory.mktemp("few"), [LONG, "bee", *map(str, range(8))])
+KINDS = {
+    "few": [[LONG, "bee", *map(str, range(8))]],
+    "many": [[f"class {i}" for i in range(100)]],
+    "several": [["a", "b"], [LONG, "b", "c"]],
+}
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory) -> str:
-    return write(tmp_path_factory.mktemp("many"), [f"class {i}" for i in range(100)])
-
-
-@pytest.fixture(scope="module")
-def several(tmp_path_factory) -> str:
-    return write(tmp_path_factory.mktemp("several"), ["a", "b"], [LONG, "b", "c"])
+def addresses(tmp_path_factory) -> dict[str, str]:
+    return {kind: write(tmp_path_factory.mktemp(kind), *runs) for kind, runs in KINDS.items()}
 
 
 @pytest.fixture
@@ -56,8 +53,7 @@ def visit(browser):
     contexts, asked, errors = [], [], []
 
     def visit(address, width=1280, **options):
-        size = {"width": width, "height": 800}
-        context = browser.new_context(viewport=size, **options)
+        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
         contexts.append(context)
         page = context.new_page()
         page.on("request", lambda r: asked.append(r.url))
@@ -76,9 +72,9 @@ def visit(browser):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("kind", ["few", "many", "several"])
-def test_every_section_is_there_and_nothing_sticks_out(visit, request, kind, width):
-    page = visit(request.getfixturevalue(kind), width)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_section_is_there_and_nothing_sticks_out(visit, addresses, kind, width):
+    page = visit(addresses[kind], width)
     for number in (1, 2) if kind == "several" else (1,):
         for name in SECTIONS:
             section = page.locator(f"#run{number}-{name}")
@@ -96,8 +92,8 @@ def test_every_section_is_there_and_nothing_sticks_out(visit, request, kind, wid
     assert page.locator("h1").count() == page.locator("main").count() == 1
 
 
-def test_the_keyboard_sorts_the_classes(visit, few):
-    page = visit(few)
+def test_the_keyboard_sorts_the_classes(visit, addresses):
+    page = visit(addresses["few"])
     button = page.locator("th button", has_text="recall")
     heading = button.locator("xpath=..")
 
@@ -119,20 +115,18 @@ def test_the_keyboard_sorts_the_classes(visit, few):
     assert names == [*map(str, range(8)), LONG, "bee"]
 
 
-def test_the_first_tab_leads_to_the_content(visit, few):
-    page = visit(few)
+def test_the_first_tab_leads_to_the_content(visit, addresses):
+    page = visit(addresses["few"])
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.getAttribute('href')") == "#main"
     assert page.evaluate("document.activeElement.getBoundingClientRect().left >= 0")
 
 
-def test_who_does_not_see_is_told(visit, several):
-    page = visit(several)
-    assert page.locator("img:not([alt])").count() == page.locator("img[alt='']").count() == 0
-    assert page.locator("svg:not([aria-label]):not([aria-hidden])").count() == 0
-    assert page.locator("table:not(:has(caption))").count() == 0
-    assert page.locator("th:not([scope])").count() == 0
-    assert page.locator("section:not([aria-labelledby])").count() == 0
+def test_who_does_not_see_is_told(visit, addresses):
+    page = visit(addresses["several"])
+    unnamed = "img:not([alt]), img[alt=''], svg:not([aria-label]):not([aria-hidden])"
+    unnamed += ", table:not(:has(caption)), th:not([scope]), section:not([aria-labelledby])"
+    assert page.locator(unnamed).count() == 0
     missing = page.evaluate(
         """() => [...document.querySelectorAll("[aria-labelledby], a[href]")]
             .map(e => e.getAttribute("aria-labelledby") ?? e.getAttribute("href").slice(1))
@@ -145,7 +139,6 @@ def test_who_does_not_see_is_told(visit, several):
 
 CONTRAST = """() => {
   const paint = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const back = [];
   const over = element => {  // the colour behind an element's text
     paint.fillStyle = getComputedStyle(document.body).backgroundColor;
     paint.fillRect(0, 0, 1, 1);
@@ -172,15 +165,15 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_light_and_dark(visit, several, scheme):
-    page = visit(several, color_scheme=scheme)
+def test_text_can_be_read_in_light_and_dark(visit, addresses, scheme):
+    page = visit(addresses["several"], color_scheme=scheme)
     assert page.evaluate(CONTRAST) >= 4.5  # WCAG 2.2, 1.4.3
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=os.path.join(folder, f"report_{scheme}.png"))
 
 
-def test_it_prints_dark_on_white(visit, few, tmp_path):
-    page = visit(few, color_scheme="dark")
+def test_it_prints_dark_on_white(visit, addresses):
+    page = visit(addresses["few"], color_scheme="dark")
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate(CONTRAST) >= 4.5

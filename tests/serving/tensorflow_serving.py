@@ -17,6 +17,10 @@ def _object(required: dict, optional: dict | None = None) -> dict:
     }
 
 
+def _map(values: dict) -> dict:
+    return {"type": "object", "additionalProperties": values}
+
+
 def _list(items: dict, **more) -> dict:
     return {"type": "array", "items": items, "minItems": 1} | more
 
@@ -86,36 +90,20 @@ _TENSOR = _object(
         "name": {"type": "string"},
     }
 )
-_TENSORS = {"type": "object", "additionalProperties": _TENSOR}
+_TENSORS = _map(_TENSOR)
+_METHOD = {"method_name": {"type": "string"}}
+_SIGNATURE_DEF = _object(
+    {"inputs": _TENSORS, "outputs": _TENSORS} | _METHOD, {"defaults": {"type": "object"}}
+)
 METADATA = _object(
     {
         "model_spec": _object(
-            {
-                "name": {"type": "string"},
-                "signature_name": {"const": ""},
-                "version": _INT64,
-            }
+            {"name": {"type": "string"}, "signature_name": {"const": ""}, "version": _INT64}
         ),
         "metadata": {
             "type": "object",  # a map; clients skip what they do not know
             "required": ["signature_def"],
-            "properties": {
-                "signature_def": _object(
-                    {
-                        "signature_def": {
-                            "type": "object",
-                            "additionalProperties": _object(
-                                {
-                                    "inputs": _TENSORS,
-                                    "outputs": _TENSORS,
-                                    "method_name": {"type": "string"},
-                                },
-                                {"defaults": {"type": "object"}},
-                            ),
-                        }
-                    }
-                )
-            },
+            "properties": {"signature_def": _object({"signature_def": _map(_SIGNATURE_DEF)})},
         },
     }
 )
@@ -123,5 +111,4 @@ METADATA = _object(
 
 def check(value: object, schema: dict) -> None:
     """Raises jsonschema.ValidationError where `value` is not as the documentation says."""
-    jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(value, schema, jsonschema.Draft202012Validator)

@@ -63,14 +63,8 @@ def page(browser, address):
 def shares(page) -> list[tuple[str, float]]:
     """(class, percent) of each row, when there are some."""
     page.wait_for_selector("#classes li")
-    rows = page.locator("#classes li")
-    return [
-        (
-            row.locator("span").nth(0).text_content(),
-            float(row.locator("span").nth(1).text_content()[:-1]),
-        )
-        for row in rows.all()
-    ]
+    rows = (row.locator("span").all_text_contents() for row in page.locator("#classes li").all())
+    return [(texts[0], float(texts[1][:-1])) for texts in rows]
 
 
 def test_a_chosen_image_is_classified_as_locally(page, image, address, trained_run, tmp_path):

@@ -17,13 +17,12 @@ import pytest
 
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.run_directory import Run
-from keras_cifar.data.images import load_image
+from keras_cifar.inference.predictions import classify_files
 from keras_cifar.inference.predictor import Predictor
 from keras_cifar.training import trainer
 from tests.serving.server import serving
 
-for package in ("starlette", "uvicorn", "prometheus_client"):
-    pytest.importorskip(package, reason="the extra `serve` is not installed")
+pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 
 PREDICT = "/v1/models/model:predict"
 CLIENTS = 16
@@ -59,9 +58,8 @@ def run(tmp_path_factory, images) -> Run:
 @pytest.fixture(scope="module")
 def expected(run, images) -> list[str]:
     """The labels by local prediction."""
-    predictor = Predictor(str(run.path))
-    best = predictor.classify(np.stack([load_image(p, (32, 32)) for p in images])).argmax(1)
-    return [predictor.class_names[index] for index in best]
+    rows, _ = classify_files(Predictor(str(run.path)), list(map(str, images)), 1)
+    return [row["top"][0]["label"] for row in rows]
 
 
 @pytest.fixture
@@ -90,21 +88,15 @@ def test_a_thousand_real_images_have_the_labels_of_local_prediction(server, imag
     assert server.metric("keras_cifar_batch_rows_sum") / batches > 2  # an image each would be 1
 
 
-def refused(server, body) -> None:
-    status, response = server.predict(body)
-    assert (status, list(response)) == (400, ["error"])
+NOT_JSON = b"{'instances'"
+WRONG_SHAPE = {"instances": [[[[1, 2, 3]]]]}
+NOT_AN_IMAGE = {"signature_name": "serving_bytes", "inputs": [{"b64": "AAAA"}]}
 
 
-def not_json(server) -> None:
-    refused(server, b"{'instances'")
-
-
-def wrong_shape(server) -> None:
-    refused(server, {"instances": [[[[1, 2, 3]]]]})
-
-
-def not_an_image(server) -> None:
-    refused(server, {"signature_name": "serving_bytes", "inputs": [{"b64": "AAAA"}]})
+def refused(server) -> None:
+    for body in (NOT_JSON, WRONG_SHAPE, NOT_AN_IMAGE):
+        status, response = server.predict(body)
+        assert (status, list(response)) == (400, ["error"])
 
 
 def connect(server, length: int) -> socket.socket:
@@ -146,7 +138,7 @@ def dropped(server) -> None:
 @pytest.mark.cifar
 @pytest.mark.slow
 def test_for_a_minute_bad_requests_fail_alone_and_memory_stays(server, images, expected):
-    kinds = (not_json, wrong_shape, not_an_image, too_large, slow, dropped)
+    kinds = (refused, too_large, slow, dropped)
     counts, memory = dict.fromkeys(["good", *(f.__name__ for f in kinds)], 0), []
     turns, lock = itertools.cycle(range(len(images))), threading.Lock()
     end = time.monotonic() + SECONDS

@@ -8,7 +8,6 @@ after some steps. Prints how many there were, how many of them while something w
 differs from the run that was not killed; the status is 1 if anything does.
 """
 
-import csv
 import json
 import os
 import pathlib
@@ -125,18 +124,21 @@ def kill(child: int, run: Run) -> tuple[bool, bool]:
     return True, bool(written(run))
 
 
-def results(run: Run) -> dict[str, bytes | str]:
-    """Everything that a run leaves, but for times."""
+def trained(run: Run) -> dict[str, bytes | str]:
+    """What training leaves, but for times."""
     variables, position = saved_state(run.checkpoint)
     found = {"variables of the checkpoint": variables}
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in position["history"]]
-    found["position of the checkpoint"] = json.dumps(position | {"history": rows, "seconds": 0})
-    with open(run.history) as file:
-        rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-    found["history.csv"] = json.dumps(rows)
+    position |= {"history": without_times(position["history"]), "seconds": 0}
+    found["position of the checkpoint"] = json.dumps(position)
+    found["history.csv"] = json.dumps(without_times(run.read_history()))
     found["TensorBoard"] = json.dumps(scalars(run))
-    found["test.json"] = run.evaluation("test").read_text()
     found["model.keras"] = joined(models.load(run.model).get_weights())
+    return found
+
+
+def results(run: Run) -> dict[str, bytes | str]:
+    """What training, the test and the export leave, but for times."""
+    found = trained(run) | {"test.json": run.evaluation("test").read_text()}
     (number,) = versions(run.export)
     version = run.export / str(number)
     reader = tf.train.load_checkpoint(str(version / "variables" / "variables"))
@@ -149,6 +151,10 @@ def results(run: Run) -> dict[str, bytes | str]:
     left = [path.name for path in run.path.rglob(f"{TEMPORARY}*")]
     found["what is left of writing"] = " ".join(left)
     return found
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 def saved_state(directory: pathlib.Path) -> tuple[bytes, dict]:

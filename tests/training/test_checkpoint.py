@@ -1,7 +1,6 @@
 """Checkpoints: saving and restoring the full training state."""
 
 import json
-import os
 import random
 
 import keras
@@ -58,13 +57,12 @@ def test_resuming_equals_training_without_a_stop(tmp_path):
     step(other, 2)
     assert checkpoint.digest(other) == checkpoint.digest(model)
     # Dropout's random states were restored: with others, the weights differ much.
-    third = build("tiny", ema=0.9)
-    restore(tmp_path, third)
-    for layer in third._flatten_layers():
+    restore(tmp_path, other)
+    for layer in other._flatten_layers():
         if hasattr(layer, "seed_generator"):
             layer.seed_generator.state.assign(layer.seed_generator.state + 7)
-    step(third, 2)
-    kernels = [m.get_layer("logits").kernel.numpy() for m in (model, third)]
+    step(other, 2)
+    kernels = [m.get_layer("logits").kernel.numpy() for m in (model, other)]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
@@ -120,22 +118,20 @@ def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(two, lenet, capsys
     out = capsys.readouterr().out
     assert f"checkpoint {newest.name} is damaged; resuming from the previous one" in out
     assert out.count("\n") == 1
-    # The damaged file is removed by the next save.
-    checkpoint.save(two, lenet, TrainingProgress(steps=1, seconds=2.0), 1)
-    assert newest not in checkpoint._files(two)
-
-
-@pytest.mark.parametrize("how", DAMAGES)
-def test_two_damaged_checkpoints_are_one_error(two, lenet, how):
-    for path in checkpoint._files(two):
-        damage(path, how)
+    # With a second one it is an error.
+    other = checkpoint._files(two)[1]
+    whole = other.read_bytes()
+    damage(other, how)
     with pytest.raises(UserError) as caught:
         restore(two, lenet)
     message = str(caught.value)
-    assert f"all checkpoints in {two} are damaged" in message
-    assert all(path.name in message for path in checkpoint._files(two))
+    assert f"all checkpoints in {two} are damaged: {newest.name}, {other.name}; " in message
     assert "--init_from" in message
     assert "\n" not in message
+    # A damaged file is removed by the next save.
+    other.write_bytes(whole)
+    checkpoint.save(two, lenet, TrainingProgress(steps=1, seconds=2.0), 1)
+    assert newest not in checkpoint._files(two)
 
 
 def test_an_empty_directory_has_no_checkpoint(tmp_path):
@@ -145,10 +141,8 @@ def test_an_empty_directory_has_no_checkpoint(tmp_path):
 
 def test_the_last_two_are_kept(two, lenet):
     checkpoint.save(two, lenet, TrainingProgress(steps=3), 3)
-    assert [restored.name[:14] for restored in checkpoint._files(two)] == [
-        "step-000000003",
-        "step-000000002",
-    ]
+    names = [path.name[:14] for path in checkpoint._files(two)]
+    assert names == ["step-000000003", "step-000000002"]
     # The end of an epoch is after its last step.
     checkpoint.save(two, lenet, TrainingProgress([{"epoch": 1}]), 3)
     assert restore(two, lenet).history
@@ -205,4 +199,3 @@ def test_a_full_disk_leaves_what_was_there(two, lenet, full_disk):
     assert str(two) in str(caught.value.filename)
     assert {path.name: path.read_bytes() for path in two.iterdir()} == before
     assert restore(two, lenet).steps == 2
-    assert os.listdir(two)  # and nothing is left of the attempt

@@ -1,14 +1,12 @@
 """Stopping, resuming, rolling back, starting from other weights; one writer; full disks."""
 
 import contextlib
-import csv
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ from keras_cifar.models.training_step import TrainingStep
 from keras_cifar.training import checkpoint, recorder, signals, trainer, transfer
 from keras_cifar.training.plan import prepare
 from tests.conftest import write_folder
-from tests.training.kills import TIMES, joined, saved_state, scalars
+from tests.training.kills import joined, saved_state, trained
 
 # 96 images less a tenth: 5 steps an epoch.
 FLAGS = {
@@ -38,24 +36,35 @@ FLAGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def quick_plots(monkeypatch):
+    """Curves take as long to draw as an epoch takes to train."""
+    monkeypatch.setattr(recorder.plots, "curves", lambda histories: None)
+    monkeypatch.setattr(recorder.plots, "save", lambda figure, path: path.write_bytes(b""))
+
+
+def config(folder, **flags) -> TrainConfig:
+    return TrainConfig.from_flags(data=f"folder:{folder}", **FLAGS | flags)
+
+
 def train_to(path, folder, **flags) -> Run:
-    run = Run(path)
-    trainer.train(TrainConfig.from_flags(data=f"folder:{folder}", **FLAGS | flags), run)
+    trainer.train(config(folder, **flags), Run(path))
+    return Run(path)
+
+
+def fit_to(path, folder, **flags) -> Run:
+    """Trains, without the test, the export and the report of `train_to`."""
+    run, asked = Run(path), signals.StopSignals()
+    plan = prepare(config(folder, **flags), is_new=not checkpoint.exists(run.checkpoint))
+    with asked.handled():
+        trainer.fit(plan, run, asked)
     return run
 
 
-def results(run: Run) -> list:
-    variables, position = saved_state(run.checkpoint)
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in position["history"]]
-    with open(run.history) as file:
-        table = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-    return [variables, rows, table, scalars(run), joined(models.load(run.model).get_weights())]
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, image_folder) -> list:
+def whole(tmp_path_factory, image_folder) -> dict:
     """The results of a run that nothing happened to."""
-    return results(train_to(tmp_path_factory.mktemp("whole") / "run", image_folder))
+    return trained(fit_to(tmp_path_factory.mktemp("whole") / "run", image_folder))
 
 
 @contextlib.contextmanager
@@ -92,15 +101,15 @@ def test_signal_saves_after_the_step_and_the_run_resumes_to_the_same_end(
 ):
     path = tmp_path / "run"
     with signalled(monkeypatch, method, count, number), pytest.raises(StoppedError) as caught:
-        train_to(path, image_folder)
+        fit_to(path, image_folder)
     assert caught.value.status == 128 + number
     assert str(caught.value) == (
         f"stopped by {number.name}; {place} is saved in {path / 'checkpoint'}; the same command with "
         f"--run_dir={path} resumes"
     )
-    run = train_to(path, image_folder)
+    run = fit_to(path, image_folder)
     assert f"resuming from {place}\n" in capsys.readouterr().out
-    assert results(run) == whole
+    assert trained(run) == whole
 
 
 def test_signal_before_training_ends_at_once(tmp_path, image_folder, monkeypatch):
@@ -149,7 +158,16 @@ def test_command_exits_with_the_signals_status_and_one_line(tmp_path, image_fold
 # ---- When checkpoints are written
 
 
-def test_checkpoints_are_written_when_they_are_due(tmp_path, image_folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({"epochs": 2, "checkpoint_every": 3, "steps_per_execution": 2}, [0, 4, 5, 7, 9, 10]),
+        ({"epochs": 1, "checkpoint_seconds": 1e-9}, [0, 1, 2, 3, 4, 5, 5]),
+    ],
+)
+def test_checkpoints_are_written_when_they_are_due(
+    tmp_path, image_folder, monkeypatch, flags, steps
+):
     found, original = [], checkpoint.save
 
     def save(directory, model, progress, step):
@@ -157,32 +175,8 @@ def test_checkpoints_are_written_when_they_are_due(tmp_path, image_folder, monke
         return original(directory, model, progress, step)
 
     monkeypatch.setattr(checkpoint, "save", save)
-    flags = {"epochs": 2, "checkpoint_every": 3, "steps_per_execution": 2}
-    train_to(tmp_path / "run", image_folder, **flags)
-    assert found == [0, 4, 5, 7, 9, 10]
-
-
-@pytest.mark.parametrize(
-    ("flags", "steps"),
-    [
-        ({"checkpoint_every": 2}, [2, 4, 6, 8, 10]),
-        ({"checkpoint_seconds": 1e-9}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
-        ({"checkpoint_seconds": 0.0}, []),
-        ({}, []),
-    ],
-)
-def test_checkpoints_are_due_by_steps_and_by_time(flags, steps):
-    """Steps of two epochs of five."""
-    due = []
-    for step in range(1, 11):
-        epoch, done = divmod(step - 1, 5)
-        plan = types.SimpleNamespace(config=TrainConfig.from_flags(**flags), steps_per_epoch=5)
-        now = types.SimpleNamespace(
-            plan=plan, epochs_done=epoch, _steps=done + 1, _saved_at=time.perf_counter()
-        )
-        if recorder.Recorder._checkpoint_is_due(now, before=done):
-            due.append(step)
-    assert due == steps
+    fit_to(tmp_path / "run", image_folder, **flags)
+    assert found == steps
 
 
 def test_the_run_resumes_from_the_checkpoint_before_a_damaged_one(
@@ -190,34 +184,34 @@ def test_the_run_resumes_from_the_checkpoint_before_a_damaged_one(
 ):
     path = tmp_path / "run"
     with signalled(monkeypatch, "on_train_batch_end", 8), pytest.raises(StoppedError):
-        train_to(path, image_folder)
+        fit_to(path, image_folder)
     newest = checkpoint._files(path / "checkpoint")[0]
     newest.write_bytes(b"")
-    run = train_to(path, image_folder)
+    run = fit_to(path, image_folder)
     said = capsys.readouterr().out
     assert f"checkpoint {newest.name} is damaged" in said
     assert "resuming from epoch 1 of 3\n" in said
-    assert results(run) == whole
+    assert trained(run) == whole
 
 
 def test_a_history_without_checkpoints_is_not_overwritten(tmp_path, image_folder):
-    run = train_to(tmp_path / "run", image_folder, epochs=1)
+    run = fit_to(tmp_path / "run", image_folder, epochs=1)
     before = run.model.read_bytes()
     for path in run.checkpoint.iterdir():
         path.unlink()
     with pytest.raises(UserError, match="has a history but no checkpoint"):
-        train_to(run.path, image_folder, epochs=1)
+        fit_to(run.path, image_folder, epochs=1)
     assert run.model.read_bytes() == before
 
 
 def test_files_derived_from_the_history_are_rewritten_on_resuming(tmp_path, image_folder, whole):
-    run = train_to(tmp_path / "run", image_folder)
+    run = fit_to(tmp_path / "run", image_folder)
     run.history.write_text("epoch\n1\n")
     for path in run.tensorboard.rglob("events.*"):
         path.unlink()
     run.curves.unlink()
-    train_to(run.path, image_folder)
-    assert results(run) == whole
+    fit_to(run.path, image_folder)
+    assert trained(run) == whole
     assert run.curves.exists()
 
 
@@ -243,12 +237,11 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path, image_folde
         assert not run.config.exists()
         first.kill()
     # What it left does not matter.
-    (run.path / f"{files.TEMPORARY}x").mkdir()
-    train_to(run.path, image_folder, epochs=1)
-    assert not (run.path / f"{files.TEMPORARY}x").exists()
-    (run.path / "onnx" / f"{files.TEMPORARY}x").mkdir(parents=True)
+    left = [folder / f"{files.TEMPORARY}x" for folder in (run.path, run.path / "onnx")]
+    for path in left:
+        path.mkdir(parents=True)
     with run.locked():
-        assert not list((run.path / "onnx").iterdir())
+        assert not any(path.exists() for path in left)
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, image_folder):
@@ -281,47 +274,43 @@ def test_full_disk_between_epochs_is_a_warning_and_training_continues(
     tmp_path, image_folder, monkeypatch, full_disk, capsys, whole
 ):
     with full_while(monkeypatch, full_disk, recorder.Recorder, "on_train_batch_end"):
-        run = train_to(tmp_path / "run", image_folder, checkpoint_every=2)
+        run = fit_to(tmp_path / "run", image_folder, checkpoint_every=2)
     error = capsys.readouterr().err.splitlines()
     assert error[0].startswith("warning: no checkpoint at step 2 (File too large: ")
     assert len(error) == 7  # steps 2, 4, ... 14
-    assert results(run) == whole
+    assert trained(run) == whole
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("train", "owner", "name"),
     [
-        (checkpoint, "save"),
-        (recorder.Recorder, "_validate"),
-        (recorder.Scalars, "add"),
-        (trainer.saved_model, "export"),
-        pytest.param(recorder, "write_history", marks=pytest.mark.slow),
-        pytest.param(recorder.plots, "curves", marks=pytest.mark.slow),
-        pytest.param(trainer.evaluator, "evaluate", marks=pytest.mark.slow),
+        (fit_to, checkpoint, "save"),
+        (fit_to, recorder.Recorder, "_validate"),
+        (fit_to, recorder.Scalars, "add"),
+        (train_to, trainer.saved_model, "export"),
+        pytest.param(fit_to, recorder, "write_history", marks=pytest.mark.slow),
+        pytest.param(train_to, trainer.evaluator, "evaluate", marks=pytest.mark.slow),
     ],
 )
 def test_full_disk_stops_the_run_and_saved_files_still_load(
-    tmp_path, image_folder, monkeypatch, full_disk, whole, owner, name
+    tmp_path, image_folder, monkeypatch, full_disk, whole, train, owner, name
 ):
     path = tmp_path / "run"
     with signalled(monkeypatch, "on_train_batch_end", 7), pytest.raises(StoppedError):
-        train_to(path, image_folder, export=True)
+        train(path, image_folder, export=True)
     before = saved_state(path / "checkpoint")[1]
-    with (
-        full_while(monkeypatch, full_disk, owner, name),
-        pytest.raises((OSError, UserError)) as caught,
-    ):
-        train_to(path, image_folder, export=True)
-    assert str(path) in str(caught.value)
-    assert re.search(
-        "File too large|written: Could not flush|written: .*/export/", str(caught.value)
-    )
+    full = full_while(monkeypatch, full_disk, owner, name)
+    with full, pytest.raises((OSError, UserError)) as caught:
+        train(path, image_folder, export=True)
+    message = str(caught.value)
+    assert str(path) in message
+    assert re.search("File too large|written: Could not flush|written: .*/export/", message)
     after = saved_state(path / "checkpoint")[1]
     assert after == before or len(after["history"]) > len(before["history"])
     assert models.load(path / "model.keras")
-    run = train_to(path, image_folder, export=True)
-    assert results(run) == whole
-    assert versions(run.export) == [1]
+    run = train(path, image_folder, export=True)
+    assert trained(run) == whole
+    assert versions(run.export) == [1] * (train is train_to)
 
 
 def test_a_small_disk_that_fills_up_and_is_made_read_only(tmp_path, image_folder, whole):
@@ -337,18 +326,21 @@ def test_a_small_disk_that_fills_up_and_is_made_read_only(tmp_path, image_folder
         assert str(mount) in str(caught.value.filename)
         assert saved_state(mount / "run" / "checkpoint")[1]["steps"] >= 0
         subprocess.run(["mount", "-o", "remount,size=30m", str(mount)], check=True)
-        assert results(train_to(mount / "run", image_folder)) == whole
+        assert trained(train_to(mount / "run", image_folder)) == whole
         subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
         for name in ("run", "new"):
             with pytest.raises(OSError, match="Read-only file system") as caught:
                 train_to(mount / name, image_folder)
             assert str(mount / name) in str(caught.value)
-        assert results(Run(mount / "run")) == whole
+        assert trained(Run(mount / "run")) == whole
     finally:
         subprocess.run(["umount", str(mount)], check=True)
 
 
 # ---- Losses that are not finite
+
+
+ROLLBACK = {"on_nan": "rollback", "lr_schedule": "constant"}
 
 
 def poisoned(monkeypatch, times: int):
@@ -365,36 +357,30 @@ def poisoned(monkeypatch, times: int):
     return done
 
 
-@pytest.mark.parametrize("flags", [{}, {"replicas": 2}], ids=["one device", "two replicas"])
+@pytest.mark.parametrize("flags", [{}, pytest.param({"replicas": 2}, marks=pytest.mark.slow)])
 def test_rollback_resumes_from_the_last_checkpoint_with_half_the_rate(
     tmp_path, image_folder, monkeypatch, capsys, flags
 ):
     rates = poisoned(monkeypatch, 2)
-    flags = flags | {"on_nan": "rollback", "lr_schedule": "constant"}
-    run = train_to(tmp_path / "run", image_folder, **flags)
+    run = fit_to(tmp_path / "run", image_folder, **flags | ROLLBACK)
     assert rates == pytest.approx([1e-3, 5e-4])
     said = capsys.readouterr().out
     assert "the loss became nan at step 8 (epoch 2, learning rate 0.001, " in said
-    assert (
-        "; rolled back to epoch 1 of 3 with 0.5 of the learning rate (1 of at most 3 rollbacks)"
-        in said
-    )
+    assert "; rolled back to epoch 1 of 3 with 0.5 of the learning rate (1 of at most 3" in said
     assert "with 0.25 of the learning rate (2 of at most 3 rollbacks)" in said
     _, position = saved_state(run.checkpoint)
     assert [row["epoch"] for row in position["history"]] == [1, 2, 3]
-    assert [row["learning_rate"] for row in position["history"]] == pytest.approx(
-        [1e-3, 2.5e-4, 2.5e-4]
-    )
+    rates = [row["learning_rate"] for row in position["history"]]
+    assert rates == pytest.approx([1e-3, 2.5e-4, 2.5e-4])
     assert position["rollbacks"] == 2
     assert all(np.isfinite(w).all() for w in models.load(run.model).get_weights())
 
 
 def test_rollback_survives_an_interruption(tmp_path, image_folder, monkeypatch):
     poisoned(monkeypatch, 1)
-    flags = {"on_nan": "rollback", "lr_schedule": "constant"}
     with signalled(monkeypatch, "_validate", 3), pytest.raises(StoppedError):
-        train_to(tmp_path / "run", image_folder, **flags)
-    run = train_to(tmp_path / "run", image_folder, **flags)
+        fit_to(tmp_path / "run", image_folder, **ROLLBACK)
+    run = fit_to(tmp_path / "run", image_folder, **ROLLBACK)
     rates = [row["learning_rate"] for row in saved_state(run.checkpoint)[1]["history"]]
     assert rates == pytest.approx([1e-3, 5e-4, 5e-4])
 
@@ -402,7 +388,7 @@ def test_rollback_survives_an_interruption(tmp_path, image_folder, monkeypatch):
 def test_rollback_ends_after_three_times(tmp_path, image_folder, monkeypatch):
     rates = poisoned(monkeypatch, 9)
     with pytest.raises(UserError, match="the loss became nan"):
-        train_to(tmp_path / "run", image_folder, on_nan="rollback", lr_schedule="constant")
+        fit_to(tmp_path / "run", image_folder, **ROLLBACK)
     assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4, 1.25e-4])
 
 
@@ -417,7 +403,7 @@ def test_gradient_that_is_not_finite_is_noticed_before_it_is_saved(
 
     monkeypatch.setattr(TrainingStep, "gradients", broken)
     with pytest.raises(UserError, match=r"the gradient became (nan|inf) at step 1 "):
-        train_to(tmp_path / "run", image_folder, checkpoint_every=1)
+        fit_to(tmp_path / "run", image_folder, checkpoint_every=1)
     assert saved_state(tmp_path / "run" / "checkpoint")[1]["steps"] == 0
 
 
@@ -425,105 +411,100 @@ def test_gradient_that_is_not_finite_is_noticed_before_it_is_saved(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, image_folder) -> Run:
-    return train_to(tmp_path_factory.mktemp("first") / "run", image_folder, ema=0.0)
+def first(tmp_path_factory, image_folder) -> Run:
+    return train_to(tmp_path_factory.mktemp("first") / "run", image_folder, ema=0.0, epochs=1)
 
 
 def layer_weights(model, name) -> bytes:
     return joined(model.get_layer(name).get_weights())
 
 
-def begun(path, folder, **flags):
+def begun(folder, **flags):
     """The model that a run starts with, and its plan."""
-    flags = FLAGS | {"ema": 0.0} | flags
-    plan = prepare(TrainConfig.from_flags(data=f"folder:{folder}", **flags))
+    plan = prepare(config(folder, **{"ema": 0.0} | flags))
     return plan.model, plan
 
 
 @pytest.mark.parametrize("form", ["run", "file"])
-def test_init_from_takes_all_weights_of_the_same_classes(tmp_path, image_folder, trained, form):
-    source = trained.path if form == "run" else trained.model
-    model, plan = begun(tmp_path, image_folder, init_from=str(source), ema=0.9)
-    old = models.load(trained.model)
+def test_init_from_takes_all_weights_of_the_same_classes(image_folder, first, form):
+    source = first.path if form == "run" else first.model
+    model, plan = begun(image_folder, init_from=str(source), ema=0.9)
+    old = models.load(first.model)
     assert joined(model.get_weights()) == joined(old.get_weights())
     assert joined(x.numpy() for x in model.averages) == joined(old.get_weights())
-    assert f"weights   the weights of {trained.model}" in plan.summary()
+    assert f"weights   the weights of {first.model}" in plan.summary()
     assert "new" not in plan.origin
 
 
 @pytest.mark.parametrize("classes", [4, 3])
-def test_init_from_has_a_new_head_for_other_classes(tmp_path, trained, classes):
+def test_init_from_has_a_new_head_for_other_classes(tmp_path, first, classes):
     folder = tmp_path / "other"
     write_folder(folder, {"train": 60, "test": 12}, classes=classes)
     if classes == 3:  # as many, but others
         for split in ("train", "test"):
             (folder / split / "class_0").rename(folder / split / "zebra")
-    model, plan = begun(tmp_path, folder, init_from=str(trained.path))
-    old = models.load(trained.model)
+    model, plan = begun(folder, init_from=str(first.path))
+    old = models.load(first.model)
     names = [layer.name for layer in old.layers if layer.weights and layer.name != "logits"]
     assert all(layer_weights(model, name) == layer_weights(old, name) for name in names)
     assert layer_weights(model, "logits") != layer_weights(old, "logits")
     assert plan.origin.endswith("; new layers: logits")
 
 
-def test_init_from_another_network_is_refused(tmp_path, image_folder, trained):
-    with pytest.raises(
-        UserError, match="is another network: only one of it and resnet20 has the layer"
-    ):
-        begun(tmp_path, image_folder, model="resnet20", init_from=str(trained.path))
+def test_init_from_another_network_is_refused(tmp_path, image_folder, first):
+    source, text = str(first.path), "is another network: only one of it and nin has the layer"
+    with pytest.raises(UserError, match=text):
+        begun(image_folder, model="nin", init_from=source)
     with pytest.raises(UserError, match=r"does not fit: layer .* use the same --model and"):
-        begun(tmp_path, image_folder, image_size=24, init_from=str(trained.path))
+        begun(image_folder, image_size=24, init_from=source)
     with pytest.raises(UserError, match="does not exist"):
-        begun(tmp_path, image_folder, init_from=str(tmp_path / "none"))
+        begun(image_folder, init_from=str(tmp_path / "none"))
 
 
-def test_init_from_is_read_once_alone(tmp_path, image_folder, trained, monkeypatch):
+def test_init_from_is_read_once_alone(tmp_path, image_folder, first, monkeypatch):
     """A resumed run does not read the weights of --init_from again."""
-    flags = {"init_from": str(tmp_path / "old.keras")}
-    (tmp_path / "old.keras").write_bytes(trained.model.read_bytes())
+    old = tmp_path / "old.keras"
+    old.write_bytes(first.model.read_bytes())
+    flags = {"init_from": str(old), "epochs": 1}
     with signalled(monkeypatch, "on_train_batch_end", 4), pytest.raises(StoppedError):
         train_to(tmp_path / "run", image_folder, **flags)
-    (tmp_path / "old.keras").unlink()
-    (tmp_path / "old.keras").write_bytes(b"")
-    run = train_to(tmp_path / "run", image_folder, **flags)
-    (tmp_path / "old.keras").write_bytes(trained.model.read_bytes())
-    assert results(run) == results(train_to(tmp_path / "whole", image_folder, **flags))
+    old.unlink()
+    assert train_to(tmp_path / "run", image_folder, **flags).model.exists()
 
 
-def test_frozen_layers_stay_and_the_others_learn(tmp_path, image_folder):
-    """With normalization, averages and two branches."""
-    flags = {"model": "resnet20", "freeze": "stage0_block1_add", "epochs": 1}
-    model, _ = begun(tmp_path, image_folder, **flags)
-    names = [layer.name for layer in model.layers if layer.weights]
+def test_freeze_takes_all_branches_below_a_layer():
+    model = models.build("resnet20", (16, 16, 3), 3)
+    transfer.freeze(model, "stage0_block1_add")
     frozen = [layer.name for layer in model.layers if layer.weights and not layer.trainable]
+    blocks = ("stage0_block0_1", "stage0_block0_2", "stage0_block1_1", "stage0_block1_2")
+    assert {name.rpartition("_")[0] for name in frozen} == {"stem", *blocks}
+
+
+def test_frozen_layers_stay_and_the_others_learn(tmp_path, image_folder, small_network):
+    """With normalization and averages."""
+    flags = {"model": small_network, "freeze": "conv_relu", "epochs": 1, "ema": 0.9}
+    model, _ = begun(image_folder, **flags)
+    names = ("conv_conv", "conv_bn", "logits")
     before = {name: layer_weights(model, name) for name in names}
-    run = train_to(tmp_path / "run", image_folder, **flags)
-    after = models.load(run.model)
-    changed = [name for name in names if layer_weights(after, name) != before[name]]
-    assert changed == [name for name in names if name not in frozen]
-    # The third block of the stage is not among them.
-    assert {name.rpartition("_")[0] for name in frozen} == {
-        *("stem", "stage0_block0_1", "stage0_block0_2", "stage0_block1_1", "stage0_block1_2"),
-    }
+    after = models.load(fit_to(tmp_path / "run", image_folder, **flags).model)
+    assert [name for name in names if layer_weights(after, name) != before[name]] == ["logits"]
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [("none", "unknown layer in --freeze"), ("logits", "leaves nothing to train")],
 )
-def test_freeze_of_an_unknown_layer_or_of_all(tmp_path, image_folder, name, words):
+def test_freeze_of_an_unknown_layer_or_of_all(image_folder, name, words):
     with pytest.raises(UsageError, match=words):
-        begun(tmp_path, image_folder, freeze=name)
+        begun(image_folder, freeze=name)
 
 
 def test_auxiliary_classifiers_are_new(tmp_path):
-    source = models.build("googlenet", (32, 32, 3), 3)
+    source, model = (models.build("googlenet", (16, 16, 3), 3) for _ in range(2))
     source.deployable.save(tmp_path / "g.keras")
-    model = models.build("googlenet", (32, 32, 3), 3)
     line = transfer.take_weights(model, str(tmp_path / "g.keras"), ("a", "b", "c"))
     assert joined(model.deployable.get_weights()) == joined(source.deployable.get_weights())
-    heads = {x.name for x in model.logits_model.layers if x.weights} - {
-        x.name for x in model.layers
-    }
+    weighted = {layer.name for layer in model.logits_model.layers if layer.weights}
+    heads = weighted - {layer.name for layer in model.layers}
     assert heads
     assert set(line.partition("; new layers: ")[2].split(", ")) == heads

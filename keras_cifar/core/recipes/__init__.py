@@ -18,7 +18,6 @@ comments say how a recipe differs from its source. A recipe does not say where t
 """
 
 import pathlib
-import re
 
 from keras_cifar.core.errors import unknown
 
@@ -28,12 +27,7 @@ HEAD = ("expected", "spread", "basis", "source", "data", "hardware", "time", "co
 BASES = ("published", "measured", "none")
 NOT_RUN = "not run"
 # Names of earlier revisions, for command lines that use them.
-FORMER = {
-    "chapter_resnet32": "tutorial_resnet32",
-    "chapter_vgg_bn_drop": "tutorial_vgg_bn_drop",
-}
-
-_SHOWN = ("expected", "basis", "data", "time", "hardware", "source")
+FORMER = {"chapter_resnet32": "tutorial_resnet32", "chapter_vgg_bn_drop": "tutorial_vgg_bn_drop"}
 
 
 def names() -> list[str]:
@@ -42,11 +36,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> pathlib.Path:
-    """The file of a recipe.
-
-    Raises:
-        UsageError: there is no recipe of this name.
-    """
+    """The file of a recipe; raises UsageError if there is none of this name."""
     name = FORMER.get(name, name)
     if name not in names():
         raise unknown("--recipe", name, names())
@@ -54,24 +44,16 @@ def find(name: str) -> pathlib.Path:
 
 
 def head(name: str) -> dict[str, str]:
-    """What a recipe says about its result: a text for each name in HEAD.
-
-    Raises:
-        UsageError: there is no recipe of this name.
-        ValueError: a line is missing.
-    """
-    lines = find(name).read_text("utf-8").splitlines()
-    matches = [re.fullmatch(r"# (\w+): (.+)", line) for line in lines[: len(HEAD)]]
-    found = {match[1]: match[2].strip() for match in matches if match}
-    if list(found) != list(HEAD):
-        raise ValueError(f"{name}{SUFFIX} does not start with a line for each of {', '.join(HEAD)}")
-    return found
+    """What a recipe says about its result: a text for each name in HEAD."""
+    lines = find(name).read_text("utf-8").splitlines()[: len(HEAD)]
+    return dict(line.removeprefix("# ").split(": ", 1) for line in lines)
 
 
 def table() -> str:
     """All recipes, one a line."""
-    rows = [["name", *_SHOWN]]
-    rows += [[name, *(head(name)[column] for column in _SHOWN)] for name in names()]
+    shown = ("expected", "basis", "data", "time", "hardware", "source")
+    rows = [["name", *shown]]
+    rows += [[name, *(head(name)[column] for column in shown)] for name in names()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
