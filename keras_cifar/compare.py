@@ -29,7 +29,6 @@ class CompareOptions:
 
 
 def main(options: CompareOptions, arguments: list[str]) -> None:
-    """Runs the command."""
     check(arguments, "name at least one run directory")
     from keras_cifar.reporting import comparison
 

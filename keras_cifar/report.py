@@ -20,7 +20,6 @@ class ReportOptions:
 
 
 def main(options: ReportOptions, arguments: list[str]) -> None:
-    """Runs the command."""
     from keras_cifar.reporting import gallery, page, record
 
     check(arguments, "name at least one run directory")

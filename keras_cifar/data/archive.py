@@ -115,10 +115,7 @@ def _folder_members(path: pathlib.Path) -> dict[str, bytes]:
 
 
 class _Bounded:
-    """An unpacked archive that refuses to be read beyond MAX_ARCHIVE.
-
-    A few megabytes can unpack to terabytes, and a header can claim a name of any length.
-    """
+    """An unpacked archive that refuses to be read beyond MAX_ARCHIVE, whatever its headers claim."""
 
     def __init__(self, file: BinaryIO):
         self._file = file

@@ -78,8 +78,7 @@ def load_run(run: Run, name: str, source: DataSource = RUNS_OWN) -> tuple:
     Raises:
         UserError: the run or the data is missing, damaged, or not what the run was made with.
     """
-    config = run.read_config()
-    model = models.load(run.model)
+    config, model = run.read_config(), models.load(run.model)
     return model, load_data(config, name, source), source.data or config["flags"]["data"]
 
 

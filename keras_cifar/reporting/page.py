@@ -115,8 +115,7 @@ def _run(number: int, record: Record, gallery: Gallery) -> dict:
 
 def _curves(records: list[Record], identifier: str) -> list[tuple[str, Markup]]:
     """(title, chart) of loss and error over the epochs; several runs share a chart."""
-    histories = [record.history for record in records]
-    drawn = []
+    histories, drawn = [record.history for record in records], []
     for title in ("Loss", "Error") if any(histories) else ():
         figure = plots.curves(histories, [title.lower()], plots.SMALL)
         chart = plots.svg(figure, f"{title} over the epochs", f"{identifier}-{title.lower()}")

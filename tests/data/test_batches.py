@@ -51,9 +51,6 @@ def assert_same_batches(got: list, expected: list) -> None:
         np.testing.assert_array_equal(mine[1], other[1])
 
 
-# ---- Training
-
-
 @pytest.mark.parametrize(
     ("count", "batch_size"), [(12, 4), (14, 4), (15, 4), (7, 7), (13, 7), (5, 1)]
 )
@@ -143,9 +140,6 @@ def test_batch_larger_than_the_split_and_wrong_augmentation_are_refused_in_one_l
         training_batches(numbered(8), 3, 4, "crap(4)", seed=0)
 
 
-# ---- Evaluation
-
-
 @pytest.mark.parametrize(
     ("count", "batch_size"), [(10, 4), (8, 4), (1, 4), (5, 1), (9, 8), (130, 128)]
 )
@@ -166,8 +160,6 @@ def test_evaluation_holds_every_example_once_in_order_and_pads_with_labels_of_ze
     np.testing.assert_array_equal(labels[count:], 0)
     assert_same_batches(take(dataset, 1000), batches)
 
-
-# ---- Shards
 
 # (replicas in all, replicas of each process, microbatches) of a batch of 16.
 LAYOUTS = [(2, 1, 1), (3, 1, 1), (3, 3, 1), (4, 2, 1), (2, 1, 2), (3, 1, 2), (4, 2, 2), (16, 8, 1)]
@@ -296,9 +288,6 @@ def test_batch_too_small_to_split_is_refused_in_one_line(batch_size, microbatche
     if microbatches == 1:
         with pytest.raises(UsageError, match="--batch_size"):
             evaluation_batches(numbered(20), 3, batch_size, replicas)
-
-
-# ---- Where the images are
 
 
 def test_images_are_read_when_a_batch_is_computed():

@@ -473,7 +473,7 @@ def change_pixels(path):
 
 def rename_class(path):
     for split in ("train", "test"):
-        (path.parents[2] / split / "class_1").rename(path.parents[2] / split / "other")
+        (path.parents[2] / split / "class_1").rename(path.parents[2] / split / "class_1b")
 
 
 CHANGES = {

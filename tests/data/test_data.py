@@ -26,9 +26,6 @@ def splits_of(train, test, val=None) -> Splits:
     return Splits(split_of(train), val, split_of(test), NAMES, where="the place")
 
 
-# ---- Specs
-
-
 @pytest.mark.parametrize(
     "spec", ["", ":", "zip:x.zip", "folders:x", "splits:x", "cache:x", "tfds:cifar10"]
 )
@@ -53,9 +50,6 @@ def test_source_that_is_written_wrong_says_how_to_write_it(spec, form, image_fol
     monkeypatch.chdir(image_folder)  # An empty path must not mean the current directory.
     with pytest.raises(UsageError, match=f"write {form}"):
         data.load(spec)
-
-
-# ---- Digits
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +77,6 @@ def test_digits_hold_a_fifth_out_for_test_whatever_the_seed(digits):
     assert other.val.fingerprint != digits.val.fingerprint
     assert data.load("digits", image_size=8).train.images.shape[1:] == (8, 8, 3)
 
-
-# ---- Held-out splits
 
 LABELS = np.repeat([0, 1, 2], [100, 40, 10])
 
@@ -135,9 +127,6 @@ def test_share_that_holds_out_nothing_is_refused():
         finish(splits_of([0, 1, 2], [0]), 0.01, seed=0)
 
 
-# ---- Checks
-
-
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_class_that_cannot_be_learnt_is_named(split):
     labels = {"val": [0], "test": [0], split: [0, 2]}
@@ -186,9 +175,6 @@ def test_parts_of_parts_are_the_same_rows_and_share_their_images():
     assert part.labels.tolist() == [2, 0]
     assert len(part) == 2
     assert part.image_shape == (4, 4, 3)
-
-
-# ---- Memory
 
 
 def test_what_does_not_fit_in_memory_is_refused(monkeypatch):

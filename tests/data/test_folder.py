@@ -49,9 +49,6 @@ def write_image(path: pathlib.Path, sides: tuple[int, int] = (8, 8)) -> pathlib.
     return path
 
 
-# ---- Layouts
-
-
 def test_train_and_test_come_back_exact(tmp_path):
     write_folder(tmp_path, {"train": 12, "test": 6})
     dataset = load(tmp_path, val_fraction=0)
@@ -103,9 +100,6 @@ def test_folder_may_be_below_home(tmp_path, monkeypatch):
     assert len(data.load("folder:~/a:b", val_fraction=0).train) == 12
 
 
-# ---- The split by hash
-
-
 def test_flat_folder_is_split_by_name_whatever_the_seed_the_place_and_other_files(tmp_path):
     write_flat(tmp_path / "a", 60)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -130,9 +124,6 @@ def test_one_image_is_too_few_in_one_line(tmp_path):
         assert "has no" in refusal(tmp_path / str(index))
 
 
-# ---- Sizes
-
-
 def test_images_of_different_sizes_need_image_size(tmp_path):
     write_folder(tmp_path, {"train": 12, "test": 6})
     odd = write_image(tmp_path / "train" / "class_1" / "odd.png", (20, 20))
@@ -143,9 +134,6 @@ def test_images_of_different_sizes_need_image_size(tmp_path):
         )
     assert load(tmp_path, image_size=16, val_fraction=0).image_shape == (16, 16, 3)
     assert "--image_size" in refusal(tmp_path, image_size=10**6)
-
-
-# ---- Damaged images
 
 
 def truncated(path):
@@ -201,9 +189,6 @@ def test_bad_image_is_refused_with_its_name(tmp_path, damage, name, why, image_s
     message = refusal(tmp_path, image_size=image_size)
     assert message.startswith(f"{bad} cannot be read: ")
     assert why in message.removeprefix(f"{bad} cannot be read: ").partition(";")[0]
-
-
-# ---- Skipped images
 
 
 SKIP = data.BadImages(skip=True, max_share=0.25)
@@ -320,9 +305,6 @@ def test_names_that_are_no_line_of_text_are_read_and_named(tmp_path):
         f"{name} bad.png" for name in names
     )
     assert "empty" in refusal(tmp_path)  # which is one line that can be printed
-
-
-# ---- Damaged folders
 
 
 def test_folder_that_is_missing_a_file_or_without_class_folders_is_named(tmp_path):

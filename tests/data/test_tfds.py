@@ -115,9 +115,6 @@ def assert_is(split, builder: type, name: str) -> None:
     assert split.labels.dtype == np.int64
 
 
-# ---- Splits
-
-
 def test_pixels_labels_and_names_come_back_exact_and_are_prepared_once(
     data_dir, monkeypatch, capsys
 ):
@@ -179,9 +176,6 @@ def test_data_set_of_train_alone_gets_a_test_split_whatever_the_seed(data_dir):
     assert len(np.unique(together, axis=0)) == 60
     second = load(data_dir, "tiny_only_train", seed=1)
     assert second.test.fingerprint == first.test.fingerprint
-
-
-# ---- The cache
 
 
 @pytest.fixture
@@ -281,9 +275,6 @@ def test_reading_takes_no_memory_for_all_of_it(tmp_path, file_format):
     assert result["second"] < 30, result
 
 
-# ---- What is invalid
-
-
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -370,9 +361,6 @@ def test_data_set_that_names_code_is_refused_and_nothing_is_imported(
     assert str(file) in str(caught.value)
     assert str(caught.value).isprintable()
     assert not (tmp_path / "made").exists()
-
-
-# ---- No network
 
 
 @pytest.fixture

@@ -208,9 +208,10 @@ def test_a_command_that_cannot_be_started_ends_the_others(capfd):
     ],
 )
 def test_a_signal_ends_everything(number, status, error):
-    script, seconds = FAMILY, 0.0
+    script, seconds = FAMILY, 0
     if number == signal.SIGKILL:  # Linux then kills the workers, but not their children.
-        script, seconds = FAMILY.replace("child.pid", "").replace("subprocess.Popen", "list"), 5.0
+        script = FAMILY.replace("child.pid", "os.getpid()").replace("subprocess.Popen", "list")
+        seconds = 5.0
     with start_launcher(script, script) as process:
         pids = family_of(process)
         assert all(map(alive, pids))

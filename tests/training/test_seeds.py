@@ -110,7 +110,7 @@ def test_stopped_run_says_how_all_seeds_resume(tmp_path, image_folder, monkeypat
     ("flags", "message"),
     [
         ({"workers": "a:1,b:2", "worker_index": 0}, "--seeds needs a single worker"),
-        ({"seed": 2**31 - 2}, "--seed=2147483648 must be below 2147483648"),
+        ({"seed": 2**31 - 2}, "--seed=2147483648 must be at least 0 and below 2147483648"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_written(tmp_path, image_folder, flags, message):
