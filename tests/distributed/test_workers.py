@@ -186,7 +186,9 @@ MISSING = "has not started within 3 s"
 RATES = f"{SECOND} differs: --learning_rate is 0.5 there and 0.001 at worker 0"
 IMAGES = f"{SECOND} differs: the train images is '54 ("
 NO_FOLDER = "folder images does not exist"
-BY_INT, BY_TERM, BY_OTHER = (f"stopped by {who}" for who in ("SIGINT", "SIGTERM", "another worker"))
+BY_INT, BY_TERM, BY_OTHER = (
+    f"stopped by {who}" for who in ("SIGINT", "SIGTERM", "a signal to another worker")
+)
 STATUS = {BY_INT: 130, BY_TERM: 143, BY_OTHER: 143}
 WAIT, RATE = ["--startup_timeout=3"], ["--learning_rate=0.5"]
 # What happens, and what each worker prints. Left to `-m slow` but for SIGSTOP to 0.
