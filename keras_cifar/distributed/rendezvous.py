@@ -15,6 +15,7 @@ starts can take part in it or end it. Run it where only the workers reach each o
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -326,11 +327,13 @@ def listen(address: str, worker: int) -> socket.socket:
     Raises:
         UserError: the port cannot be used.
     """
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
     port = parse_address(address)[1]
-    try:
-        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
-    except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise UserError(f"worker {worker} cannot use {address}: {why}") from None
+    for family in (socket.AF_INET6, socket.AF_INET):  # IPv6 may be missing or disabled
+        try:
+            both = family == socket.AF_INET6
+            return socket.create_server(("", port), family=family, dualstack_ipv6=both)
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "errno", None) or 0
+            if problem == errno.EADDRINUSE:
+                break
+    raise UserError(f"worker {worker} cannot use {address}: {os.strerror(problem)}") from None
