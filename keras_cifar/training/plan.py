@@ -172,9 +172,15 @@ def prepare(
 
 def _load_data(config: TrainConfig) -> data.Dataset:
     flags = config.data
-    sizes = (flags.image_size, flags.val_fraction, config.fit.seed)
-    bad_images = data.BadImages(flags.on_bad_image == "skip", flags.max_bad_share)
-    return data.load(flags.data, flags.data_dir, *sizes, flags.cache_dir, bad_images)
+    return data.load(
+        flags.data,
+        flags.data_dir,
+        flags.image_size,
+        flags.val_fraction,
+        config.fit.seed,
+        flags.cache_dir,
+        data.BadImages(flags.on_bad_image == "skip", flags.max_bad_share),
+    )
 
 
 def _build_model(config: TrainConfig, dataset: data.Dataset, is_new: bool) -> tuple:
