@@ -317,11 +317,11 @@ ROUNDING = {
 
 
 def run_split(context, function, *arrays) -> list[list[np.ndarray]]:
-    """Runs a function on equal shards of each array; the replicas' copies of each result."""
+    """Runs a function on shards of each array; the replicas' copies of each result."""
     strategy = context.strategy
 
     def shards(array):
-        parts = np.split(array, strategy.num_replicas_in_sync)
+        parts = np.array_split(array, strategy.num_replicas_in_sync)
         return strategy.experimental_distribute_values_from_function(
             lambda value: tf.constant(parts[value.replica_id_in_sync_group])
         )
