@@ -300,10 +300,9 @@ class TrainConfig:
     @classmethod
     def from_json(cls, flags: dict) -> "TrainConfig":
         """The configuration of a config.json without unknown flags; UsageError for a wrong value."""
-        known = {field.name: field for field in fields(cls)}
-        flags = {name: value for name, value in canonical(flags).items() if name in known}
+        flags = {name: value for name, value in canonical(flags).items() if name in FLAGS}
         for name, value in flags.items():
-            kinds: typing.Any = known[name].type
+            kinds: typing.Any = FLAGS[name].type
             kinds = float | int if kinds is float else kinds
             # To Python, a bool is an int.
             right = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
@@ -321,7 +320,7 @@ class TrainConfig:
     def shared_flags(self) -> dict:
         """The flags that all workers of a run must have in common, as `--name`."""
         values = self.flags()
-        return {f"--{f.name}": values[f.name] for f in fields(type(self)) if f.metadata["shared"]}
+        return {f"--{n}": values[n] for n, field in FLAGS.items() if field.metadata["shared"]}
 
     def differences(self, previous: dict) -> list[str]:
         """The flags that decide the result and differ from those of an earlier run, as text."""
@@ -333,8 +332,9 @@ class TrainConfig:
         ]
 
 
-# The flags of training by name, and those that decide the result.
+# The flags of training by name, their defaults, and those that decide the result.
 FLAGS = {field.name: field for field in fields(TrainConfig)}
+DEFAULTS = {name: field.default for name, field in FLAGS.items()}
 COMPARED = frozenset(name for name, field in FLAGS.items() if field.metadata["compared"])
 _FORMER = {alias: name for name, f in FLAGS.items() for alias in f.metadata["aliases"]}
 
@@ -344,5 +344,4 @@ def canonical(flags: dict) -> dict:
 
     A flag that is newer than the run does not make it another run.
     """
-    defaults = {name: field.default for name, field in FLAGS.items()}
-    return defaults | {_FORMER.get(name, name): value for name, value in flags.items()}
+    return DEFAULTS | {_FORMER.get(name, name): value for name, value in flags.items()}

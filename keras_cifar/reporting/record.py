@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from keras_cifar.core.config import FLAGS, SPLITS
+from keras_cifar.core.config import DEFAULTS, SPLITS
 from keras_cifar.core.errors import UserError, one_line, reason
 from keras_cifar.core.files import read
 from keras_cifar.core.run_directory import Run
@@ -56,12 +56,11 @@ class Record:
 
     def flags(self) -> dict:
         """Model, data, and all other flags that are not at their default and decide the result."""
-        defaults = {name: field.default for name, field in FLAGS.items()}
         return {
             name: value
             for name, value in self.config["flags"].items()
             if name in ("model", "data")
-            or (name not in PLACES and value != defaults.get(name) and value is not None)
+            or (name not in PLACES and value != DEFAULTS.get(name) and value is not None)
         }
 
     def command(self) -> str:
