@@ -63,6 +63,18 @@ def write_folder(
             Image.fromarray(pixels).save(folder / f"{index:03}.png")
 
 
+def refuse_folder(monkeypatch, folder: pathlib.Path) -> None:
+    """Lets the system refuse to list one folder, as it does without the right to read it."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if pathlib.Path(path) == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> pathlib.Path:
     """A folder of 96 training and 30 test pictures of 16 x 16 in 3 classes."""

@@ -200,8 +200,8 @@ def test_training_shards_are_the_batches_of_one_process(total, count, microbatch
     assert_same_batches(got, expected if microbatches == 1 else halves(expected))
 
 
-@pytest.mark.parametrize(("total", "count", "microbatches"), [t for t in LAYOUTS if t[2] == 1])
-def test_evaluation_shards_are_the_batches_of_one_process_and_repeat(total, count, microbatches):
+@pytest.mark.parametrize(("total", "count"), [t[:2] for t in LAYOUTS if t[2] == 1])
+def test_evaluation_shards_are_the_batches_of_one_process_and_repeat(total, count):
     split = numbered(37)
     expected = take(evaluation_batches(split, 3, 16), 9)
     assert evaluation_steps(split, 16) == len(expected) == 3

@@ -33,12 +33,12 @@ KEY = {"source": "test", "contents": "abc"}
 SHAPE = (20, 4, 5, 3)
 
 
-def pixels(shape=SHAPE, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8)
 
 
-def labels(count: int = SHAPE[0]) -> np.ndarray:
-    return np.arange(count) % 3
+def labels() -> np.ndarray:
+    return np.arange(SHAPE[0]) % 3
 
 
 def fill(write) -> np.ndarray:

@@ -13,7 +13,7 @@ from keras_cifar.core.errors import UserError
 from keras_cifar.data import folder
 from keras_cifar.data.images import load_image, resize_images
 from tests.commands import hostile
-from tests.conftest import colour_images, write_folder
+from tests.conftest import colour_images, refuse_folder, write_folder
 
 
 def load(root: pathlib.Path, **options):
@@ -348,14 +348,7 @@ def test_class_name_that_is_not_printable_is_refused(tmp_path, name):
 def test_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch):
     write_folder(tmp_path, {"train": 12, "test": 6})
     locked = tmp_path / which
-    scandir = os.scandir
-
-    def refuse(path):
-        if pathlib.Path(path) == locked:
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    refuse_folder(monkeypatch, locked)
     message = refusal(tmp_path)
     assert str(locked) in message
     assert "Permission denied" in message

@@ -232,7 +232,7 @@ def test_only_the_ends_of_record_files_are_looked_at(data_dir, tmp_path, monkeyp
     assert decoded == []
 
 
-def test_array_records_are_read_as_tfrecords_are(data_dir, tmp_path, decoded):
+def test_array_records_are_read_as_tfrecords_are(data_dir, tmp_path):
     TinyValidation(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
     assert list((tmp_path / "tiny_validation" / "1.0.0").glob("*.array_record-*"))
     dataset = load(tmp_path, "tiny_validation", cache_dir=str(tmp_path / "cache"))

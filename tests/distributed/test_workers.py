@@ -6,7 +6,6 @@ most of their time is spent waiting.
 
 import concurrent.futures
 import contextlib
-import csv
 import dataclasses
 import functools
 import json
@@ -20,9 +19,10 @@ import time
 
 import pytest
 
+from keras_cifar.core.run_directory import Run
 from tests.conftest import write_folder
 from tests.distributed.test_rendezvous import free_addresses
-from tests.training.kills import saved_state
+from tests.training.kills import saved_state, without_times
 
 LIMIT = 60  # seconds, within which every other worker must have ended
 STARTED = "epoch 2/"  # in worker 0's output: all functions are traced and a checkpoint is saved
@@ -248,9 +248,7 @@ FLAGS = ("--epochs=6", "--ema=0.9", "--augment=crop(2)|flip|mixup(0.2)")
 def results(run: pathlib.Path) -> tuple[bytes, list, dict]:
     """(all variables of the checkpoint, history without times, metrics of the test split)."""
     saved, _ = saved_state(run / "checkpoint")
-    with open(run / "history.csv") as file:
-        times = ("seconds", "images_per_second")
-        rows = [{k: v for k, v in row.items() if k not in times} for row in csv.DictReader(file)]
+    rows = without_times(Run(run).read_history())
     return saved, rows, json.loads((run / "eval" / "test.json").read_text())
 
 

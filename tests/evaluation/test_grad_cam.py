@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cifar import models, predict
-from keras_cifar.core import cli
+from keras_cifar import models
 from keras_cifar.evaluation import grad_cam
 from keras_cifar.models import layers, lenet5
 from tests.conftest import colour_images
+from tests.inference.test_predict import command
 
 SIDE = 16
 
@@ -85,10 +85,6 @@ def test_an_overlay_is_grey_where_it_is_cold_and_bright_where_it_is_hot():
     assert pixels[0, 0, 0].tolist() == pixels[0, 1, 1].tolist() == [120, 120, 120]
     assert pixels[0, 1, 0].min() < pixels[0, 1, 0].max() > 150  # yellow
     assert (pixels[0, 0, 1] != pixels[0, 1, 0]).any()
-
-
-def command(*argv) -> int:
-    return cli._execute("predict", predict.main, predict.PredictOptions, "IMAGE", list(argv))
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import pathlib
 
 import numpy as np
 
-from keras_cifar import data, models, predict
-from keras_cifar.core import cli
+from keras_cifar import data, models
 from keras_cifar.evaluation import evaluator
+from tests.inference.test_predict import command
 
 
 def test_predict_and_evaluate_agree(trained_run, capsys):
@@ -17,7 +17,7 @@ def test_predict_and_evaluate_agree(trained_run, capsys):
     folder = pathlib.Path(flags["data"].removeprefix("folder:")) / "test"
     argv = [f"--model={run.path}", str(folder), "--format=json", "--top_k=1000"]
     capsys.readouterr()
-    assert cli._execute("predict", predict.main, predict.PredictOptions, "IMAGE", argv) == 0
+    assert command(*argv) == 0
     predictions = json.loads(capsys.readouterr().out)
     metrics = evaluator.evaluate_run(run, "test")
     names = run.read_config()["class_names"]

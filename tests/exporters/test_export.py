@@ -133,7 +133,7 @@ def test_without_the_data_an_export_is_verified_on_random_pixels(trained_run, tm
     assert versions(run / "export") == [1]
 
 
-def test_labels_replace_the_class_names(trained_run, tmp_path, capsys):
+def test_labels_replace_the_class_names(trained_run, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("Katze\nHund\n日本\n", "utf-8")
     out = tmp_path / "m"

@@ -14,6 +14,7 @@ from PIL import Image
 from keras_cifar.data.images import ImageError
 from keras_cifar.inference import image_files
 from tests.commands import hostile
+from tests.conftest import refuse_folder
 
 # ---- Finding
 
@@ -54,14 +55,8 @@ def test_a_pattern_stands_for_what_it_matches_sorted(tmp_path):
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     touch(tmp_path, "a.png", "locked/b.png")
-    locked, scandir = tmp_path / "locked", os.scandir
-
-    def refuse(path):
-        if pathlib.Path(path) == locked:
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    locked = tmp_path / "locked"
+    refuse_folder(monkeypatch, locked)
     files = list(image_files.find([str(tmp_path)]))
     assert files == [(str(tmp_path / "a.png"), None), (str(locked), "Permission denied")]
 

@@ -226,7 +226,7 @@ def test_a_server_that_takes_too_long(fake, labels, files, failure):
     assert len(fake.requests) == 3
 
 
-def test_a_server_that_is_not_running_is_one_line(fake, files, failure):
+def test_a_server_that_is_not_running_is_one_line(files, failure):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     line = failure(f"--model=http://127.0.0.1:{port}{PATH}", *files)

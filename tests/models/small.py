@@ -23,8 +23,8 @@ def functional(norm: bool = True, heads: int = 1) -> keras.Model:
     return keras.Model(*network(norm, heads))
 
 
-def tiny(norm: bool = True) -> classifier.Classifier:
-    images, (logits,) = network(norm)
+def tiny() -> classifier.Classifier:
+    images, (logits,) = network()
     return classifier.Classifier.build_from(images, logits, "tiny")
 
 

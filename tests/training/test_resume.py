@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,14 +63,29 @@ def fit_to(path, folder, **flags) -> Run:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, image_folder) -> dict:
-    """The results of a run that nothing happened to."""
-    return trained(fit_to(tmp_path_factory.mktemp("whole") / "run", image_folder))
+def whole_run(tmp_path_factory, image_folder) -> Run:
+    """A run that nothing happened to."""
+    return fit_to(tmp_path_factory.mktemp("whole") / "run", image_folder)
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run) -> dict:
+    """The results of `whole_run`."""
+    return trained(whole_run)
+
+
+@pytest.fixture
+def copied_run(whole_run, tmp_path) -> Run:
+    """A copy of `whole_run`."""
+    return Run(shutil.copytree(whole_run.path, tmp_path / "run"))
 
 
 @contextlib.contextmanager
 def signalled(monkeypatch, method: str, count: int, number: int = signal.SIGTERM):
-    """Sends this process a signal in the nth call of a method of the Recorder."""
+    """Sends this process a signal in the nth call of a method of the Recorder.
+
+    The value is a list that grows by one with each call.
+    """
     original, calls = getattr(recorder.Recorder, method), []
 
     def send(self, *arguments, **kwargs):
@@ -81,7 +97,7 @@ def signalled(monkeypatch, method: str, count: int, number: int = signal.SIGTERM
 
     with monkeypatch.context() as patch:
         patch.setattr(recorder.Recorder, method, send)
-        yield
+        yield calls
 
 
 # ---- Signals
@@ -194,18 +210,18 @@ def test_the_run_resumes_from_the_checkpoint_before_a_damaged_one(
     assert trained(run) == whole
 
 
-def test_a_history_without_checkpoints_is_not_overwritten(tmp_path, image_folder):
-    run = fit_to(tmp_path / "run", image_folder, epochs=1)
+def test_a_history_without_checkpoints_is_not_overwritten(copied_run, image_folder):
+    run = copied_run
     before = run.model.read_bytes()
     for path in run.checkpoint.iterdir():
         path.unlink()
     with pytest.raises(UserError, match="has a history but no checkpoint"):
-        fit_to(run.path, image_folder, epochs=1)
+        fit_to(run.path, image_folder)
     assert run.model.read_bytes() == before
 
 
-def test_files_derived_from_the_history_are_rewritten_on_resuming(tmp_path, image_folder, whole):
-    run = fit_to(tmp_path / "run", image_folder)
+def test_files_derived_from_the_history_are_rewritten_on_resuming(copied_run, image_folder, whole):
+    run = copied_run
     run.history.write_text("epoch\n1\n")
     for path in run.tensorboard.rglob("events.*"):
         path.unlink()
@@ -410,11 +426,6 @@ def test_gradient_that_is_not_finite_is_noticed_before_it_is_saved(
 # ---- Starting from other weights
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory, image_folder) -> Run:
-    return train_to(tmp_path_factory.mktemp("first") / "run", image_folder, ema=0.0, epochs=1)
-
-
 def layer_weights(model, name) -> bytes:
     return joined(model.get_layer(name).get_weights())
 
@@ -426,33 +437,33 @@ def begun(folder, **flags):
 
 
 @pytest.mark.parametrize("form", ["run", "file"])
-def test_init_from_takes_all_weights_of_the_same_classes(image_folder, first, form):
-    source = first.path if form == "run" else first.model
+def test_init_from_takes_all_weights_of_the_same_classes(image_folder, trained_run, form):
+    source = trained_run.path if form == "run" else trained_run.model
     model, plan = begun(image_folder, init_from=str(source), ema=0.9)
-    old = models.load(first.model)
+    old = models.load(trained_run.model)
     assert joined(model.get_weights()) == joined(old.get_weights())
     assert joined(x.numpy() for x in model.averages) == joined(old.get_weights())
-    assert f"weights   the weights of {first.model}" in plan.summary()
+    assert f"weights   the weights of {trained_run.model}" in plan.summary()
     assert "new" not in plan.origin
 
 
 @pytest.mark.parametrize("classes", [4, 3])
-def test_init_from_has_a_new_head_for_other_classes(tmp_path, first, classes):
+def test_init_from_has_a_new_head_for_other_classes(tmp_path, trained_run, classes):
     folder = tmp_path / "other"
     write_folder(folder, {"train": 60, "test": 12}, classes=classes)
     if classes == 3:  # as many, but others
         for split in ("train", "test"):
             (folder / split / "class_0").rename(folder / split / "zebra")
-    model, plan = begun(folder, init_from=str(first.path))
-    old = models.load(first.model)
+    model, plan = begun(folder, init_from=str(trained_run.path))
+    old = models.load(trained_run.model)
     names = [layer.name for layer in old.layers if layer.weights and layer.name != "logits"]
     assert all(layer_weights(model, name) == layer_weights(old, name) for name in names)
     assert layer_weights(model, "logits") != layer_weights(old, "logits")
     assert plan.origin.endswith("; new layers: logits")
 
 
-def test_init_from_another_network_is_refused(tmp_path, image_folder, first):
-    source, text = str(first.path), "is another network: only one of it and nin has the layer"
+def test_init_from_another_network_is_refused(tmp_path, image_folder, trained_run):
+    source, text = str(trained_run.path), "is another network: only one of it and nin has the layer"
     with pytest.raises(UserError, match=text):
         begun(image_folder, model="nin", init_from=source)
     with pytest.raises(UserError, match=r"does not fit: layer .* use the same --model and"):
@@ -461,10 +472,10 @@ def test_init_from_another_network_is_refused(tmp_path, image_folder, first):
         begun(image_folder, init_from=str(tmp_path / "none"))
 
 
-def test_init_from_is_read_once_alone(tmp_path, image_folder, first, monkeypatch):
+def test_init_from_is_read_once_alone(tmp_path, image_folder, trained_run, monkeypatch):
     """A resumed run does not read the weights of --init_from again."""
     old = tmp_path / "old.keras"
-    old.write_bytes(first.model.read_bytes())
+    old.write_bytes(trained_run.model.read_bytes())
     flags = {"init_from": str(old), "epochs": 1}
     with signalled(monkeypatch, "on_train_batch_end", 4), pytest.raises(StoppedError):
         train_to(tmp_path / "run", image_folder, **flags)

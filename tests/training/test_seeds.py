@@ -1,10 +1,7 @@
 """Several seeds: each is the run that it would be alone, and finished runs stay."""
 
 import json
-import os
-import signal
 import statistics
-import time
 
 import pytest
 
@@ -12,8 +9,9 @@ from keras_cifar import train
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import StoppedError, UsageError
 from keras_cifar.core.run_directory import Run
-from keras_cifar.training import recorder, seeds, trainer
+from keras_cifar.training import seeds, trainer
 from tests.training.kills import trained
+from tests.training.test_resume import signalled
 
 
 def config(folder, path, **flags) -> TrainConfig:
@@ -84,24 +82,15 @@ def test_finished_seeds_are_not_trained_again(done, monkeypatch):
 
 
 def test_stopped_run_says_how_all_seeds_resume(tmp_path, image_folder, monkeypatch):
-    original, calls = recorder.Recorder.on_train_batch_end, []
-
-    def stop(self, *arguments, **kwargs):
-        calls.append(0)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)  # Python hears it
-        return original(self, *arguments, **kwargs)
-
-    monkeypatch.setattr(recorder.Recorder, "on_train_batch_end", stop)
     path = tmp_path / "several"
     flags = config(image_folder, path, seeds=1, epochs=1)
-    with pytest.raises(StoppedError) as caught:
+    with signalled(monkeypatch, "on_train_batch_end", 2) as calls:
+        with pytest.raises(StoppedError) as caught:
+            train.main(flags)
+        assert str(caught.value).endswith(
+            f"is saved in {path}/seed_0/checkpoint; the same command with --run_dir={path} resumes"
+        )
         train.main(flags)
-    assert str(caught.value).endswith(
-        f"is saved in {path}/seed_0/checkpoint; the same command with --run_dir={path} resumes"
-    )
-    train.main(flags)
     assert len(calls) == 5
     assert list(json.loads(Run(path).seeds.read_text())["seeds"]) == ["0"]
 

@@ -52,7 +52,7 @@ def copied_run(trained_run, tmp_path) -> Run:
 # ---- What a run leaves
 
 
-def test_the_run_directory_is_the_contract(trained_run, image_folder):
+def test_the_run_directory_is_the_contract(trained_run):
     written = json.loads(trained_run.config.read_text())
     assert written["flags"]["augment"] == "crop(2)|flip"
     assert set(written["flags"]) == set(FLAGS)
