@@ -122,6 +122,12 @@ class FitConfig(Options):
         "normalization sees a microbatch",
         limit=POSITIVE,
     )
+    norm_batch: str = _training(
+        "auto",
+        "images whose statistics normalize an image in training: the whole batch, or groups of so many "
+        "images, which no replica shares; auto is whole on one device, and each replica's images "
+        "where it has 32 or more",
+    )
     precise_bn_batches: int = _training(
         10,
         "training batches from which the statistics of batch normalization are recomputed after "
@@ -158,6 +164,11 @@ class FitConfig(Options):
             self.batch_size % self.accumulate_steps == 0,
             f"--batch_size={self.batch_size} must be a multiple of "
             f"--accumulate_steps={self.accumulate_steps}",
+        )
+        check(
+            self.norm_batch in ("auto", "whole")
+            or (self.norm_batch.isdecimal() and int(self.norm_batch) > 0),
+            f"--norm_batch={self.norm_batch!r} is not auto, whole or a number of images above 0",
         )
 
 
@@ -323,12 +334,15 @@ class TrainConfig:
         return {f"--{n}": values[n] for n, field in FLAGS.items() if field.metadata["shared"]}
 
     def differences(self, previous: dict) -> list[str]:
-        """The flags that decide the result and differ from those of an earlier run, as text."""
+        """The flags that decide the result and differ from those of an earlier run, as text.
+
+        With `auto` the devices decide, and differ from run to run.
+        """
         mine = self.flags()
         return [
             f"--{name} was {theirs!r}, is {mine[name]!r}"
             for name, theirs in canonical(previous).items()
-            if name in COMPARED and mine[name] != theirs
+            if name in COMPARED and mine[name] != theirs and "auto" not in (mine[name], theirs)
         ]
 
 

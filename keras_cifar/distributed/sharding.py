@@ -15,6 +15,11 @@ class ReplicaRange:
     total: int = 1
 
 
+def replicas() -> int:
+    """The number of replicas, in all processes, of the strategy in whose scope this is called."""
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
 def bounds(examples: int, replicas: int) -> list[int]:
     """Splits examples as equally as possible: the boundaries of the shards, replicas + 1 positions."""
     return [examples * replica // replicas for replica in range(replicas + 1)]

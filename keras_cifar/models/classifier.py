@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar.models import layers, loop, training_step
+from keras_cifar.models import batch_norm, layers, loop, training_step
 from keras_cifar.models.precise_batch_norm import PreciseBatchNorm
 from keras_cifar.models.training_step import EVALUATION_METRICS, METRICS, TrainingStep
 from keras_cifar.models.weight_averaging import WeightAverages
@@ -58,6 +58,7 @@ class Classifier(keras.Model):
         weight_decay: float = 0.0,
         ema: float = 0.0,
         accumulate_steps: int = 1,
+        norm_batch: str | int = batch_norm.WHOLE,
         jit_compile: bool = False,
         **kwargs,
     ):
@@ -72,6 +73,10 @@ class Classifier(keras.Model):
             ema: decay of averaged weights in each step; 0 keeps none. `averaged` uses them.
             accumulate_steps: microbatches, one after another, in which a batch is computed; only
                 batch normalization differs.
+            norm_batch: the examples whose statistics normalize an example in training: "whole" batch
+                (or microbatch), the "replica"'s shard of it, or groups of so many consecutive
+                examples. With groups, any number of replicas computes the same if each shard
+                consists of whole groups. See `batch_norm.BatchNormalization`.
             jit_compile: compiles the step with XLA; on one device only.
             **kwargs: of keras.Model.compile, except losses and metrics, which are fixed.
 
@@ -94,10 +99,19 @@ class Classifier(keras.Model):
             self._averages = WeightAverages(self.weights, ema)
             self.averages = self._averages.variables  # a checkpoint has them
             network, variables = self.logits_model, self.trainable_variables
-            options = (self._loss_dtype, label_smoothing, weight_decay, accumulate_steps)
-            self._step = TrainingStep(network, variables, self.optimizer, self._averages, *options)
+            statistics = batch_norm.configure(network, norm_batch)
+            options = (label_smoothing, weight_decay, accumulate_steps)
+            self._step = TrainingStep(
+                network,
+                variables,
+                self.optimizer,
+                self._averages,
+                self._loss_dtype,
+                statistics,
+                *options,
+            )
         eager = self.run_eagerly
-        self._precise_batch_norm = PreciseBatchNorm(network, self.layers, strategy, eager)
+        self._precise_batch_norm = PreciseBatchNorm(network, strategy, statistics, eager)
         self.totals = np.zeros(len(METRICS))
         self.test_function = self._compiled(self._evaluate_steps)
 
@@ -170,8 +184,8 @@ class Classifier(keras.Model):
     ) -> keras.callbacks.History:
         """Keras's `fit`, which is the same on every strategy: one device, many, many machines.
 
-        Loss, gradients, metrics and the statistics of batch normalization are those of the whole
-        batch, also where replicas have unequal shards of it.
+        Loss, gradients and metrics are those of the whole batch, also where replicas have unequal
+        shards of it.
 
         Args:
             x: arrays with `y`, a tf.data.Dataset of whole batches (images uint8 [B, H, W, 3], labels

@@ -4,83 +4,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# The defaults of PaddlePaddle and of PyTorch (whose momentum 0.1 is 1 - ours). With Keras's own, 0.99
-# and 1e-3, the moving statistics lag in short runs: after one pass over CIFAR-10, ResNet-32 had a
-# test accuracy of 0.354 instead of 0.564.
-BATCH_NORM_MOMENTUM = 0.9
-BATCH_NORM_EPSILON = 1e-5
+from keras_cifar.distributed.sharding import replicas
+from keras_cifar.models.batch_norm import BatchNormalization
 
 # Added to the variances of the patches' components, as a share of the pixels' variance, so that
 # whitening does not amplify noise: Jordan 2024, arXiv:2404.00498, whose pixels have a variance of 1.
 WHITENING_EPSILON = 5e-4
-
-# The types of FusedBatchNormV3. For half precision it computes in float32, as Keras does.
-FUSED_DTYPES = ("float32", "float16", "bfloat16")
-
-
-@keras.saving.register_keras_serializable("keras_cifar")
-class BatchNormalization(keras.layers.BatchNormalization):
-    """Keras's BatchNormalization by a fused kernel (Ioffe and Szegedy 2015, arXiv:1502.03167).
-
-    Arguments, weights and results are those of Keras's layer, but for defaults. Keras 3 computes
-    moments and scaling by a dozen elementwise kernels. This layer uses one where it exists: for 4-D
-    input with channels last, in FUSED_DTYPES, on one replica.
-
-    Several replicas always use the statistics of the whole batch, however unequal their shards are;
-    none may be empty.
-    """
-
-    def __init__(self, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON, **kwargs):
-        super().__init__(momentum=momentum, epsilon=epsilon, **kwargs)
-
-    def call(self, inputs, training=None, mask=None):
-        training = bool(training and self.trainable)
-        fused = (
-            mask is None
-            and len(inputs.shape) == 4
-            and self.axis in (-1, 3)
-            and not self.renorm
-            and inputs.dtype.name in FUSED_DTYPES
-            and not (training and replicas() > 1)
-        )
-        if not fused:
-            return super().call(inputs, training=training, mask=mask)
-        averages = [self.moving_mean, self.moving_variance]
-        gamma = self.gamma if self.scale else tf.ones_like(self.moving_variance)
-        beta = self.beta if self.center else tf.zeros_like(self.moving_mean)
-        weights = [tf.cast(v, tf.float32) for v in (gamma, beta, *averages)]
-        given = ([], []) if training else weights[2:]  # The kernel makes its own in training.
-        outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=inputs,
-            scale=weights[0],
-            offset=weights[1],
-            mean=given[0],
-            variance=given[1],
-            epsilon=self.epsilon,
-            is_training=training,
-        )
-        if training:
-            # The kernel's variance is the unbiased one: N - 1 is its divisor, and 1 where N is 1.
-            count = tf.cast(tf.size(inputs) // tf.shape(inputs)[-1], tf.float32)
-            variance *= tf.maximum(count - 1.0, 1.0) / count
-            for average, old, new in zip(averages, weights[2:], (mean, variance), strict=True):
-                average.assign(old * self.momentum + new * (1 - self.momentum))
-        return outputs
-
-    def _moments(self, inputs, mask):
-        """(mean, variance) over all replicas, each float [C]."""
-        context = tf.distribute.get_replica_context()
-        if mask is not None or replicas() == 1 or context is None:
-            return super()._moments(inputs, mask)
-        # Chan et al. 1983: one all-reduce sums the count, mean and mean square of the replicas, in
-        # float64, since in float32 the square of a large mean would drown the variance.
-        mean, variance = tf.nn.moments(inputs, self._reduction_axes)
-        dtype, mean, variance = mean.dtype, *(tf.cast(x, tf.float64) for x in (mean, variance))
-        count = tf.cast(tf.size(inputs) // tf.shape(inputs)[self.axis], tf.float64)
-        own = tf.concat([count * mean, count * (variance + mean**2), [count]], 0)
-        *sums, total = tf.split(context.all_reduce("SUM", own), [*[mean.shape[0]] * 2, 1])
-        mean, square = (x / total for x in sums)
-        return tf.cast(mean, dtype), tf.cast(tf.maximum(square - mean**2, 0.0), dtype)
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
@@ -113,11 +42,6 @@ class Dropout(keras.layers.Dropout):
             threshold = tf.cast(256 * self.rate + dither, tf.uint8)
             kept = tf.reshape(tf.bitcast(words, tf.uint8), shape) >= threshold
         return inputs * (tf.cast(kept, inputs.dtype) * (1 / (1 - self.rate)))
-
-
-def replicas() -> int:
-    """The number of replicas, in all processes, of the strategy in whose scope this is called."""
-    return tf.distribute.get_strategy().num_replicas_in_sync
 
 
 def check_for_replicas(model: keras.Model) -> None:

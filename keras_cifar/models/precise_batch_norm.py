@@ -12,17 +12,22 @@ from collections.abc import Iterator, Sequence
 import keras
 import tensorflow as tf
 
+from keras_cifar.models import batch_norm
+
 
 @dataclasses.dataclass(eq=False)
 class PreciseBatchNorm:
-    """Recomputes the moving statistics of those `layers` that are trainable normalizations.
+    """Recomputes the moving statistics of the trainable normalizations of `network`.
 
-    The replicas of the strategy compute them together, with all layers of `network`.
+    The replicas of the strategy compute them together.
+
+    Attributes:
+        statistics: those that differ between replicas after the forward pass; they are averaged.
     """
 
     network: keras.Model
-    layers: Sequence[keras.layers.Layer]
     strategy: tf.distribute.Strategy
+    statistics: Sequence = ()
     run_eagerly: bool = False
 
     def __post_init__(self):
@@ -36,8 +41,7 @@ class PreciseBatchNorm:
         Dropout is off meanwhile, as it is in the network that is deployed: with it the variances
         would be too large (Li et al. 2018, arXiv:1801.05134).
         """
-        norms = [x for x in self.layers if isinstance(x, keras.layers.BatchNormalization)]
-        norms = [layer for layer in norms if layer.trainable]
+        norms = [layer for layer in batch_norm.norms(self.network) if layer.trainable]
         if not norms or not count:
             return
         statistics = [(x, v) for x in norms for v in (x.moving_mean, x.moving_variance)]
@@ -51,7 +55,14 @@ class PreciseBatchNorm:
             variable.assign(variable / (1 - layer.momentum**count))
 
     def _on_replicas(self, images) -> None:
-        self.strategy.run(lambda x: self.network(x, training=True), args=(images,))
+        def forward(images):
+            self.network(images, training=True)
+            if self.statistics:
+                context = tf.distribute.get_replica_context()
+                sums = context.all_reduce("SUM", [tf.identity(v.value) for v in self.statistics])
+                batch_norm.assign_means(self.statistics, sums)
+
+        self.strategy.run(forward, args=(images,))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import keras
 import tensorflow as tf
 
-from keras_cifar.models import layers
+from keras_cifar.distributed.sharding import replicas
+from keras_cifar.models import batch_norm
 from keras_cifar.models.weight_averaging import WeightAverages
 
 # The weight of each auxiliary classifier's loss: Szegedy et al. 2014, arXiv:1409.4842, section 5.
@@ -39,6 +40,8 @@ class TrainingStep:
         variables: the trainable ones.
         optimizer: a built one.
         dtype: of losses and metrics.
+        statistics: moving averages that differ between replicas after the forward pass; the step
+            averages them.
         label_smoothing, weight_decay, accumulate_steps: as in `Classifier.compile`.
     """
 
@@ -47,6 +50,7 @@ class TrainingStep:
     optimizer: keras.optimizers.Optimizer
     averages: WeightAverages
     dtype: str = "float32"
+    statistics: Sequence = ()
     label_smoothing: float = 0.0
     weight_decay: float = 0.0
     accumulate_steps: int = 1
@@ -91,7 +95,7 @@ class TrainingStep:
 
         The gradient's norm is that before clipping.
         """
-        alone = layers.replicas() == 1
+        alone = replicas() == 1
         gradients, metrics = self.gradients(images, labels, divide=alone)
         return self.update(gradients, metrics, divided=alone)
 
@@ -131,16 +135,20 @@ class TrainingStep:
         gradients = tape.gradient(
             scaled,
             [v.value for v in self.variables],
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,  # layers.ConvBeforeNorm's bias
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,  # that of layers.ConvBeforeNorm
         )
         return gradients, tf.concat([evaluation_metrics(labels, logits), [self._stop]], 0)
 
     def update(self, gradients: list, metrics, divided: bool = False) -> tf.Tensor:
         """Sums gradients and metrics over the replicas, updates the variables; returns METRICS."""
         variables, optimizer = self.variables, self.optimizer
-        if layers.replicas() > 1:
-            context = tf.distribute.get_replica_context()
-            *gradients, metrics = context.all_reduce("SUM", [*gradients, metrics])
+        if replicas() > 1:
+            # In reverse order of their packs: the statistics are ready first.
+            values = [*gradients, metrics, *(tf.identity(v.value) for v in self.statistics)]
+            values = tf.distribute.get_replica_context().all_reduce("SUM", values)
+            count = len(gradients)
+            gradients, metrics, sums = values[:count], values[count], values[count + 1 :]
+            batch_norm.assign_means(self.statistics, sums)
         if not divided:
             factor = NOMINAL_BATCH / metrics[2]
             gradients = [g * tf.cast(factor, g.dtype) for g in gradients]
@@ -151,13 +159,13 @@ class TrainingStep:
                 for g, v in zip(gradients, variables, strict=True)
             ]
         norm = self._norm(gradients)
-        if layers.replicas() == 1:
+        if replicas() == 1:
             optimizer.apply(gradients, variables)
         elif hasattr(optimizer, "apply_reduced"):
             optimizer.apply_reduced(self._clip(gradients), variables)
         else:
             # Keras sums the gradients of the replicas once more.
-            optimizer.apply([g / layers.replicas() for g in self._clip(gradients)], variables)
+            optimizer.apply([g / replicas() for g in self._clip(gradients)], variables)
         self.averages.update(optimizer.iterations.value)
         return tf.stack([*tf.unstack(metrics[:3]), norm, metrics[3]])
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import pathlib
 import platform
 import resource
@@ -11,6 +12,7 @@ import sys
 import time
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_cifar import data, models
@@ -21,10 +23,15 @@ from keras_cifar.data import augmentation
 from keras_cifar.distributed import sharding, strategy
 from keras_cifar.distributed.sharding import ReplicaRange, ShardedBatches
 from keras_cifar.distributed.strategy import DistributedContext
+from keras_cifar.models.batch_norm import REPLICA, WHOLE
 from keras_cifar.models.classifier import Classifier
 from keras_cifar.training import optimizers, transfer
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.optimizers import Schedule
+
+# From so many images on, a replica's own statistics train as well as those of larger batches: Goyal et
+# al. 2017, arXiv:1706.02677, section 2.3.
+MIN_NORM_IMAGES = 32
 
 PACKAGES = ("keras", "tensorflow", "numpy", "Pillow", "tensorflow-datasets")
 
@@ -36,6 +43,7 @@ class Plan:
     Attributes:
         dtype_policy: (Keras's dtype policy, why).
         xla: (whether XLA compiles the step, why).
+        norm_batch: (that of `Classifier.compile`, what it means).
         origin: what the weights of --init_from are, as text; empty without.
     """
 
@@ -47,6 +55,7 @@ class Plan:
     context: DistributedContext
     dtype_policy: tuple[str, str]
     xla: tuple[bool, str]
+    norm_batch: tuple[str | int, str]
     deterministic: bool
     origin: str
 
@@ -89,6 +98,7 @@ class Plan:
                 f"{config.fit.batch_size} images ({left_out} are left out of each pass), "
                 f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g} "
                 f"{optimizer.lr_schedule}",
+                f"norm      by the statistics of {self.norm_batch[1]}",
                 *([f"weights   {self.origin}"] if self.origin else []),
                 f"devices   strategy {spec.name} ({spec.reason}), {_shard_size(config.fit, spec)}, "
                 f"{policy} ({why_policy}), XLA {'on' if xla else 'off'} ({why_xla})",
@@ -110,6 +120,35 @@ def _shard_size(fit: FitConfig, spec: strategy.StrategySpec) -> str:
     text = f"{size} or {size + 1} images" if larger else f"{size} images"
     each = f" in each of {microbatches} microbatches" if microbatches > 1 else ""
     return f"{text} per replica{each}"
+
+
+def choose_norm_batch(fit: FitConfig, replicas: int) -> tuple[str | int, str]:
+    """(norm_batch of `Classifier.compile`, what it means and why) for --norm_batch.
+
+    Raises:
+        UsageError: the images of a replica are not groups of so many.
+    """
+    limits = sharding.bounds(fit.batch_size // fit.accumulate_steps, replicas)
+    sizes = sorted({int(size) for size in np.diff(limits)})
+    images = f"{' or '.join(map(str, sizes))} images"
+    batch = "each microbatch" if fit.accumulate_steps > 1 else "the whole batch"
+    if fit.norm_batch.isdecimal():
+        number, common = int(fit.norm_batch), math.gcd(*sizes)
+        if common % number:
+            choices = [str(n) for n in range(common, 1, -1) if common % n == 0]
+            raise UsageError(
+                f"--norm_batch={number} does not divide the {images} of each replica; use "
+                f"{', '.join([*choices, 'whole'])}"
+            )
+        return number, f"groups of {number} images"
+    if fit.norm_batch == "whole":
+        return WHOLE, f"{batch} (--norm_batch)"
+    if replicas == 1:
+        return WHOLE, f"{batch} (one replica)"
+    if sizes[0] < MIN_NORM_IMAGES:
+        return WHOLE, f"{batch} (a replica has fewer than {MIN_NORM_IMAGES} images)"
+    own = sizes[0] if len(sizes) == 1 else REPLICA
+    return own, f"each replica's {images} (a replica has {MIN_NORM_IMAGES} or more)"
 
 
 def check_names(config: TrainConfig) -> None:
@@ -146,6 +185,8 @@ def prepare(
             f"({replicas}) times --accumulate_steps={fit.accumulate_steps}"
         )
 
+    norm_batch = choose_norm_batch(fit, replicas)
+
     keras.utils.set_random_seed(fit.seed)
     deterministic = environment.make_deterministic(config.devices.deterministic)
     dtype_policy = environment.dtype_policy(config.devices.dtype_policy)
@@ -160,13 +201,24 @@ def prepare(
     steps = fit.steps_per_epoch or one_pass
     xla = environment.use_xla(context.spec.name)
     options = {"accumulate_steps": fit.accumulate_steps, "jit_compile": xla[0]}
+    options["norm_batch"] = norm_batch[0]
     options["steps_per_execution"] = config.devices.steps_per_execution
     with context.strategy.scope():
         model, origin = _build_model(config, dataset, is_new)
         rate = optimizers.schedule(config.optimizer, fit.epochs, steps)
         optimizers.compile_model(model, config.optimizer, rate, **options)
     return Plan(
-        config, dataset, model, rate, steps, context, dtype_policy, xla, deterministic, origin
+        config,
+        dataset,
+        model,
+        rate,
+        steps,
+        context,
+        dtype_policy,
+        xla,
+        norm_batch,
+        deterministic,
+        origin,
     )
 
 
@@ -246,6 +298,7 @@ def describe_run(plan: Plan) -> dict:
         "replicas": plan.context.spec.replicas,
         "dtype_policy": plan.dtype_policy[0],
         "xla": plan.xla[0],
+        "norm_batch": plan.norm_batch[0],
         "deterministic": plan.deterministic,
         "machine": environment.machine(),
         "versions": package_versions(),

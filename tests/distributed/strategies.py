@@ -67,6 +67,7 @@ BASE = {
     "dtype_policy": "float64",
     "val_fraction": 0.1,
     "precise_bn_batches": 2,
+    "norm_batch": "whole",
 }
 SGD = {"optimizer": "sgd", "learning_rate": 0.1}
 # Rounding alone may move an activation across ReLU's kink, which changes the weights by the learning
@@ -90,13 +91,19 @@ RUNS = {
     "l2": SGD | {"weight_decay": 0.01},
 }
 RUNS["all at once"] = functools.reduce(operator.or_, list(RUNS.values())[4:])
+GROUPS = {"norm_batch": "8"}
 RUNS |= {
+    "groups": GROUPS,
+    "groups, float32": SGD | FLOAT32 | GROUPS,
+    "groups, all at once": RUNS["all at once"] | GROUPS | {"batch_size": 96},
+    # 48 or 49 images.
+    "each replica by itself": SGD | {"batch_size": 97, "norm_batch": "auto"},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
     "dropout": {"model": "tiny_drop"},
     "resnet20 adam": {"model": "resnet20", "steps_per_epoch": 10, "learning_rate": 1e-3},
 }
 # Those that use averaged weights, recompute statistics and evaluate at the end.
-DEPLOYED = ("adam", "ema", "all at once")
+DEPLOYED = ("adam", "ema", "all at once", *(name for name in RUNS if name.startswith("groups")))
 # Whole networks, for a few steps. With SGD, as the gradient of a bias before normalization is 0 but
 # for rounding, which Adam turns into steps. Dropout, whose masks differ between replicas and one
 # device, is disabled except in the last.

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.models import classifier, layers
+from keras_cifar.models import batch_norm, classifier, layers
 from tests.models.small import examples
 
-OURS = {"momentum": layers.BATCH_NORM_MOMENTUM, "epsilon": layers.BATCH_NORM_EPSILON}
+OURS = {"momentum": batch_norm.BATCH_NORM_MOMENTUM, "epsilon": batch_norm.BATCH_NORM_EPSILON}
 
 
 def kernels(layer, shape: tuple, dtype: str = "float32", training: bool = True) -> set[str]:

@@ -13,7 +13,7 @@ from tests.models.small import CLASSES, examples, functional, values
 
 def recompute(network, batches: list, count: int | None = None) -> None:
     pairs = iter([(tf.constant(batch), None) for batch in batches])
-    precise = PreciseBatchNorm(network, network.layers, tf.distribute.get_strategy(), True)
+    precise = PreciseBatchNorm(network, tf.distribute.get_strategy(), run_eagerly=True)
     precise.recompute(pairs, len(batches) if count is None else count)
 
 
