@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 
 from keras_cifar.benchmarking.options import BenchmarkOptions
 from keras_cifar.core import environment
@@ -18,13 +19,20 @@ WARM_UP = 3  # calls before the first that is timed
 
 
 class Worker:
-    """A contender: a script of this folder in a process of its own."""
+    """A contender: a script of this folder in a process of its own, or in several."""
 
-    def __init__(self, script: str, settings: dict, variables: dict[str, str | None]):
+    def __init__(
+        self,
+        script: str,
+        settings: dict,
+        variables: dict[str, str | None],
+        followers: Sequence[dict] = (),
+    ):
         """Starts the process and waits until it is ready.
 
         "ours" gets the switches of `core.environment`, the peers do not. `variables` are of the
-        process's environment, to set or (None) to remove.
+        process's environment, to set or (None) to remove. Each of `followers` are the settings of a
+        further process, which works together with the first.
         """
         if script == "ours":
             env, command = package_environment(), ["-m", "keras_cifar.benchmarking.ours"]
@@ -32,9 +40,20 @@ class Worker:
             env = {k: v for k, v in os.environ.items() if k not in environment.changed}
             command = [str(WORKERS / f"{script}.py")]
         env = {k: v for k, v in (env | variables).items() if v is not None}
+        command = [sys.executable, *command]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  `close` closes it.
+        self._followers = [
+            subprocess.Popen(
+                [*command, json.dumps(settings | other | {"follows": True})],
+                stdin=subprocess.DEVNULL,
+                stdout=self._errors,
+                stderr=self._errors,
+                env=env,
+            )
+            for other in followers
+        ]
         self._process = subprocess.Popen(
-            [sys.executable, *command, json.dumps(settings)],
+            [*command, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -56,7 +75,10 @@ class Worker:
 
     def close(self) -> None:
         with self._errors, self._process:
-            self._process.kill()
+            for process in (self._process, *self._followers):
+                process.kill()
+            for process in self._followers:
+                process.wait()
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()
@@ -79,11 +101,18 @@ class Contest(contextlib.ExitStack):
         super().__init__()
         self.options, self.workers = options, {}
 
-    def add(self, name: str, script: str, variables: dict | None = None, **settings) -> Worker:
+    def add(
+        self,
+        name: str,
+        script: str,
+        variables: dict | None = None,
+        followers: Sequence[dict] = (),
+        **settings,
+    ) -> Worker:
         """Starts a contender; one that cannot start is reported and left out."""
         show(f"starting {name}")
         common = dataclasses.asdict(self.options) | {"warm_up": WARM_UP}
-        worker = self.workers[name] = Worker(script, common | settings, variables or {})
+        worker = self.workers[name] = Worker(script, common | settings, variables or {}, followers)
         self.callback(worker.close)
         if worker.error:
             show(f"{name} {worker.error}\n")

@@ -132,6 +132,7 @@ def fit(turns: Turns) -> None:
     names = ("model", "data", "augment", "batch_size", "dtype_policy")
     flags = {name: turns.settings[name] for name in names}
     flags |= {"steps_per_epoch": turns.settings["steps"], "epochs": 10**6, "val_fraction": 0.0}
+    flags |= turns.settings.get("flags", {})
     plan = prepare(TrainConfig.from_flags(**flags))
     with tempfile.TemporaryDirectory() as directory:
         trainer.fit(plan, Run(pathlib.Path(directory)), callbacks=(TakesTurns(turns),))

@@ -336,13 +336,13 @@ class TrainConfig:
     def differences(self, previous: dict) -> list[str]:
         """The flags that decide the result and differ from those of an earlier run, as text.
 
-        With `auto` the devices decide, and differ from run to run.
+        With `auto` this machine decides, which may be another one.
         """
         mine = self.flags()
         return [
             f"--{name} was {theirs!r}, is {mine[name]!r}"
             for name, theirs in canonical(previous).items()
-            if name in COMPARED and mine[name] != theirs and "auto" not in (mine[name], theirs)
+            if name in COMPARED and mine[name] not in (theirs, "auto")
         ]
 
 

@@ -16,7 +16,7 @@ class UserError(Exception):
 
 
 class LostWorkerError(UserError):
-    """Another worker was lost. The process exits without waiting for TensorFlow's blocked threads."""
+    """A worker was lost, another or this one. The process exits without waiting for blocked threads."""
 
 
 class StoppedError(UserError):

@@ -168,7 +168,9 @@ def previous_config(config: TrainConfig, run: Run) -> dict | None:
             )
         return None
     previous = run.read_config()
-    differences = config.differences(previous["flags"])
+    # What `auto` was. Before there was the flag, all runs used the whole batch.
+    used = {"norm_batch": previous.get("norm_batch", "whole")}
+    differences = config.differences(previous["flags"] | used)
     if differences:
         raise UsageError(
             f"{run.path} has a run with other flags: {'; '.join(differences)}; "

@@ -11,9 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-import typing
+from collections.abc import Callable
 
-from keras_cifar.core.errors import UserError
+from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.distributed.rendezvous import PORTS
 
 GRACE_SECONDS = 10.0  # that workers have to end after SIGTERM
@@ -50,6 +50,29 @@ def free_ports(count: int) -> list[int]:
                 holder.bind(("", port))  # on all interfaces, as TensorFlow will
                 ports.append(port)
     return ports
+
+
+def run_with_restarts(
+    commands: Callable[[], list[list[str]]], environments: list[dict[str, str]], restarts: int
+) -> None:
+    """Runs the workers until all have succeeded; starts all again, so many times, when one fails.
+
+    Wrong usage and signals that end a run are not retried: they would end it again.
+
+    Args:
+        commands: makes the commands of a start, each time with ports that are free.
+
+    Raises:
+        EndedError: the last failure.
+    """
+    for number in range(restarts + 1):
+        try:
+            return run_workers(commands(), environments)
+        except EndedError as error:
+            if number == restarts or error.status == UsageError.status or error.status > 128:
+                raise
+            count = f"restart {number + 1} of at most {restarts}"
+            print(f"{error}; starting all workers again ({count})", file=sys.stderr, flush=True)
 
 
 def run_workers(
@@ -103,7 +126,7 @@ def run_workers(
             signal.signal(number, handler)
 
 
-def _start(function: typing.Callable, *arguments) -> threading.Thread:
+def _start(function: Callable, *arguments) -> threading.Thread:
     thread = threading.Thread(target=function, args=arguments, daemon=True)
     thread.start()
     return thread

@@ -14,6 +14,10 @@ from keras_cifar.core.errors import LostWorkerError, UsageError, UserError, reas
 from keras_cifar.distributed.cluster import Cluster, find_cluster
 from keras_cifar.distributed.rendezvous import Rendezvous
 
+# Gradients are all-reduced in packs of so many bytes, the first while the backward pass continues.
+# CPU: the fastest of BUILD_NOTES' measurement. GPU: the buckets of PyTorch's DistributedDataParallel
+# (Li et al. 2020, arXiv:2006.15704); not measured here.
+PACK_BYTES = {"CPU": 4 * 2**20, "GPU": 25 * 2**20}
 BROADCAST_BYTES = 2**22  # of one collective: large for speed, small enough for --peer_timeout
 # How long TensorFlow's servers may look for each other: this share of --peer_timeout, and at least so
 # long. Their workers have just met, and take up to 12 s to notice and report a lost one.
@@ -24,10 +28,15 @@ LOST_WORKER_ERRORS = (
     tf.errors.UnavailableError,
     tf.errors.DeadlineExceededError,
     tf.errors.AbortedError,
+)
+# What it raises then, and also when this worker's own device fails.
+AMBIGUOUS_ERRORS = (
     tf.errors.CancelledError,
     tf.errors.InternalError,
     tf.errors.FailedPreconditionError,
 )
+# What the message is about where it is about other workers; see also their tasks.
+COMMUNICATION = re.compile(r"collective|coordination|rpc|peer|socket|_Derived_|RecvBuf", re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,14 +201,33 @@ class DistributedContext:
     def __exit__(self, kind, error, traceback) -> None:
         if error is None or self._rendezvous is None or self.spec.cluster is None:
             return
-        if not isinstance(error, LOST_WORKER_ERRORS):
+        cluster = self.spec.cluster
+        if not isinstance(error, LOST_WORKER_ERRORS + AMBIGUOUS_ERRORS):
             self._rendezvous.abort(reason(error))
             return
-        # Before training the other worker has told the rendezvous why it ended.
-        why = None if self._training else self._rendezvous.failure()
-        why = why or describe_lost_worker(error, self.spec.cluster, self._timeout)
+        if is_own_failure(error, cluster):
+            mine = f"worker {cluster.index} ({cluster.addresses[cluster.index]})"
+            why = f"{mine} itself failed: {_cause(error)}; nothing that was saved is lost"
+        else:
+            # Before training the other worker has told the rendezvous why it ended.
+            told = None if self._training else self._rendezvous.failure()
+            why = told or describe_lost_worker(error, cluster, self._timeout)
         self._rendezvous.abort(why)
-        raise LostWorkerError(why) from None
+        raise LostWorkerError(why) from error
+
+
+def is_own_failure(error: tf.errors.OpError, cluster: Cluster) -> bool:
+    """Whether an error is about this worker's own device and not about another worker."""
+    others = {int(n) for n in re.findall(r"/task:(\d+)", error.message)} - {cluster.index}
+    about_others = others or COMMUNICATION.search(error.message)
+    return isinstance(error, AMBIGUOUS_ERRORS) and not about_others
+
+
+def _cause(error: tf.errors.OpError) -> str:
+    """The line of TensorFlow's message that says what went wrong."""
+    noise = ("Graph execution error", "Detected at node", "<stack traces", "File ", "[[")
+    lines = [line.strip() for line in error.message.splitlines()]
+    return next((x for x in lines if x and not x.startswith(noise)), reason(error))
 
 
 def describe_lost_worker(error: tf.errors.OpError, cluster: Cluster, timeout: float) -> str:
@@ -218,9 +246,11 @@ def describe_lost_worker(error: tf.errors.OpError, cluster: Cluster, timeout: fl
     why = "ended or cannot be reached"
     if late:
         why = f"kept the others waiting for more than --peer_timeout={timeout:g} s"
-    return (
+    line = (
         f"{who} {why}; nothing that was saved is lost: start all workers again to resume from there"
     )
+    # An error that another worker seldom causes may have another cause after all.
+    return f"{line} ({_cause(error)})" if isinstance(error, AMBIGUOUS_ERRORS) else line
 
 
 def _multiworker(
@@ -236,7 +266,9 @@ def _multiworker(
     )
     _limit_start(cluster, timeout)
     # Without a limit, collectives wait forever for a worker that is alive but stuck.
-    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout)
+    options = tf.distribute.experimental.CommunicationOptions(
+        bytes_per_pack=PACK_BYTES["GPU" if gpus else "CPU"], timeout_seconds=timeout
+    )
     handler = signal.getsignal(signal.SIGTERM)
     strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
     if threading.current_thread() is threading.main_thread():

@@ -73,10 +73,8 @@ class Classifier(keras.Model):
             ema: decay of averaged weights in each step; 0 keeps none. `averaged` uses them.
             accumulate_steps: microbatches, one after another, in which a batch is computed; only
                 batch normalization differs.
-            norm_batch: the examples whose statistics normalize an example in training: "whole" batch
-                (or microbatch), the "replica"'s shard of it, or groups of so many consecutive
-                examples. With groups, any number of replicas computes the same if each shard
-                consists of whole groups. See `batch_norm.BatchNormalization`.
+            norm_batch: the examples that are normalized together in training: the "whole" batch or
+                microbatch, each "replica"'s shard of it, or groups of so many consecutive examples.
             jit_compile: compiles the step with XLA; on one device only.
             **kwargs: of keras.Model.compile, except losses and metrics, which are fixed.
 
@@ -100,16 +98,14 @@ class Classifier(keras.Model):
             self.averages = self._averages.variables  # a checkpoint has them
             network, variables = self.logits_model, self.trainable_variables
             statistics = batch_norm.configure(network, norm_batch)
-            options = (label_smoothing, weight_decay, accumulate_steps)
-            self._step = TrainingStep(
-                network,
-                variables,
-                self.optimizer,
-                self._averages,
+            options = (
                 self._loss_dtype,
+                label_smoothing,
+                weight_decay,
+                accumulate_steps,
                 statistics,
-                *options,
             )
+            self._step = TrainingStep(network, variables, self.optimizer, self._averages, *options)
         eager = self.run_eagerly
         self._precise_batch_norm = PreciseBatchNorm(network, strategy, statistics, eager)
         self.totals = np.zeros(len(METRICS))

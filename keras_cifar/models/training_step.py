@@ -40,9 +40,9 @@ class TrainingStep:
         variables: the trainable ones.
         optimizer: a built one.
         dtype: of losses and metrics.
+        label_smoothing, weight_decay, accumulate_steps: as in `Classifier.compile`.
         statistics: moving averages that differ between replicas after the forward pass; the step
             averages them.
-        label_smoothing, weight_decay, accumulate_steps: as in `Classifier.compile`.
     """
 
     network: keras.Model
@@ -50,10 +50,10 @@ class TrainingStep:
     optimizer: keras.optimizers.Optimizer
     averages: WeightAverages
     dtype: str = "float32"
-    statistics: Sequence = ()
     label_smoothing: float = 0.0
     weight_decay: float = 0.0
     accumulate_steps: int = 1
+    statistics: Sequence = ()
 
     def __post_init__(self):
         # A LossScaleOptimizer has the one that clips inside.

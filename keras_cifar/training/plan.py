@@ -23,7 +23,7 @@ from keras_cifar.data import augmentation
 from keras_cifar.distributed import sharding, strategy
 from keras_cifar.distributed.sharding import ReplicaRange, ShardedBatches
 from keras_cifar.distributed.strategy import DistributedContext
-from keras_cifar.models.batch_norm import REPLICA, WHOLE
+from keras_cifar.models.batch_norm import REPLICA, WHOLE, norms
 from keras_cifar.models.classifier import Classifier
 from keras_cifar.training import optimizers, transfer
 from keras_cifar.training.checkpoint import TrainingProgress
@@ -84,6 +84,7 @@ class Plan:
         """The first lines of a run: model, data, training, devices."""
         config, dataset, optimizer = self.config, self.dataset, self.config.optimizer
         network, spec = self.model.deployable, self.context.spec
+        normalized = next(norms(network), None) is not None
         height, width, _ = dataset.image_shape
         counts = ", ".join(f"{v['count']:,} {k}" for k, v in dataset.describe().items())
         left_out = len(dataset.train) % config.fit.batch_size
@@ -98,7 +99,7 @@ class Plan:
                 f"{config.fit.batch_size} images ({left_out} are left out of each pass), "
                 f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g} "
                 f"{optimizer.lr_schedule}",
-                f"norm      by the statistics of {self.norm_batch[1]}",
+                *([f"norm      by the statistics of {self.norm_batch[1]}"] if normalized else []),
                 *([f"weights   {self.origin}"] if self.origin else []),
                 f"devices   strategy {spec.name} ({spec.reason}), {_shard_size(config.fit, spec)}, "
                 f"{policy} ({why_policy}), XLA {'on' if xla else 'off'} ({why_xla})",
@@ -298,7 +299,7 @@ def describe_run(plan: Plan) -> dict:
         "replicas": plan.context.spec.replicas,
         "dtype_policy": plan.dtype_policy[0],
         "xla": plan.xla[0],
-        "norm_batch": plan.norm_batch[0],
+        "norm_batch": str(plan.norm_batch[0]),
         "deterministic": plan.deterministic,
         "machine": environment.machine(),
         "versions": package_versions(),

@@ -1,6 +1,7 @@
 """The benchmark: contenders in processes of their own, what it computes and what it prints."""
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -9,7 +10,15 @@ import sys
 import pytest
 
 from keras_cifar import benchmark, benchmarking, models
-from keras_cifar.benchmarking import comparison, contest, distribution, growth, ours, turns
+from keras_cifar.benchmarking import (
+    comparison,
+    contest,
+    distribution,
+    growth,
+    ours,
+    scaling,
+    turns,
+)
 from keras_cifar.benchmarking.comparison import FIT, GEMM, PIPELINE, PREDICT, STEP
 from keras_cifar.benchmarking.contest import Contest
 from keras_cifar.benchmarking.options import BenchmarkOptions
@@ -100,7 +109,7 @@ def test_what_training_is_bound_by(step, fit, pipeline, fraction, start):
 class InProcess(contest.Worker, turns.Turns):
     """Both sides of a contender, which works its turn when it is started; the rate of peers is 2."""
 
-    def __init__(self, script, settings, variables):
+    def __init__(self, script, settings, variables, followers=()):
         self.turns, self.error, self.settings, self.reported = [], None, settings, None
         if script == "ours":
             with contextlib.suppress(StopIteration):
@@ -200,19 +209,83 @@ def test_plain_keras_is_the_same_network(model):
     assert sorted(theirs) == sorted(list(v.shape) for v in ours if "seed" not in v.path)
 
 
-def test_distribution_is_measured_and_predicted(monkeypatch, capsys):
-    measured = {"one device": [100.0], "2 processes": [160.0, 120.0, 140.0]}
-    monkeypatch.setattr(distribution, "_train", lambda options: measured)
-    result = benchmarking.measure(BenchmarkOptions(model="resnet20", distribution=True))
-    found = result["distribution"]
-    assert found["measured"]["2 processes"] == {"median": 140.0, "low": 120.0, "high": 160.0}
+# A contender whose turn needs its follower: they meet at the file of the settings.
+PAIR = """
+import os, sys, time
+sys.path.insert(0, {package!r})
+from turns import Turns
+turns = Turns()
+while True:
+    turns.wait()
+    if turns.settings.get("follows"):
+        open(turns.settings["file"], "w").close()
+    while not os.path.exists(turns.settings["file"]):
+        time.sleep(0.01)
+    turns.report(os.getpid())
+    time.sleep(0.01)
+"""
+
+
+def test_a_contender_may_have_several_processes(scripts, tmp_path):
+    scripts("pair", PAIR)
+    file = str(tmp_path / "file")
+    with Contest(BenchmarkOptions(rounds=2)) as contest:
+        contest.add("pair", "pair", None, [{"file": file}], file=file)
+        measured = contest.take_turns()["pair"]
+        worker = contest.workers["pair"]
+        (follower,) = worker._followers
+        assert measured["low"] == measured["high"] == worker._process.pid
+    assert follower.poll() is not None
+
+
+def test_distribution_is_measured_beside_pytorch_and_modelled(scripts, monkeypatch, capsys):
+    def add(contest):
+        contest.add("one device", "counter")
+
+    monkeypatch.setattr(distribution, "_add_ours", add)
+    scripts("pytorch", COUNTER)
+    options = {"model": "resnet20", "distribution": True, "peers": True, "rounds": 3}
+    found = benchmarking.measure(BenchmarkOptions(**options))["distribution"]
+    assert list(found["measured"]) == ["one device", "PyTorch", "PyTorch DDP, 2 processes"]
+    assert found["measured"]["one device"].items() >= {"median": 2, "low": 1, "high": 3}.items()
     printed = capsys.readouterr().out
-    assert " ".join(printed.split("2 processes")[1].split()[:4]) == "140 120 160 1.40"
+    assert " ".join(printed.split("2 processes")[1].split()[:4]) == "2 1 3 1.00"
     # 19 convolutions and 2 shortcuts with a normalization each, which all-reduces twice.
-    assert found["traffic"]["collectives"] == 1 + 2 * 21
+    assert found["traffic"]["collectives_of_whole"] == 2 * 21
     alone, many = found["predicted"][1], found["predicted"][64]
-    assert alone["ring"] == alone["tree"] == 0
-    assert 64 * alone["ring_rate"] > many["tree_rate"] > many["ring_rate"] > alone["ring_rate"]
+    assert alone["replica"] == alone["whole"] > 0
+    assert 64 * alone["replica"] > many["replica"] > many["whole"] > alone["replica"]
+
+
+def test_the_model_of_many_gpus_hides_what_the_backward_pass_can():
+    machines = scaling.Machines(8, within=1e9, between=1e8)
+    seconds = functools.partial(scaling.step_seconds, machines)
+    assert seconds(1, 0.3, 10**9) == 0.3
+    size, host, last = 4 * 50e6, scaling.HOST_SECONDS, 25 * 2**20 / 1e9
+    reduced = 2 * 7 / 8 * size / 1e9  # 0.35 s
+    # The backward pass takes 0.6 of 0.9 s, or 0.2 of 0.3.
+    assert seconds(8, 0.9, 50e6) == pytest.approx(0.9 + 2 * 7 / 8 * last + host)
+    assert seconds(8, 0.3, 50e6) == pytest.approx(0.3 + reduced - 0.2 + host)
+    waiting = seconds(8, 0.9, 50e6, 10) - seconds(8, 0.9, 50e6)
+    assert waiting == pytest.approx(10 * 2 * 3 * machines.hop_within)
+    assert seconds(16, 0.3, 50e6) > seconds(8, 0.3, 50e6) + 3
+
+
+def test_the_model_of_many_gpus_is_near_what_others_measured():
+    for one in scaling.PUBLISHED:
+        assert abs(one.modelled() - one.efficiency) <= 0.15, one
+    others = [one for one in scaling.PUBLISHED if "VGG" not in one.name]
+    differences = [abs(one.modelled() - one.efficiency) for one in others]
+    assert sum(differences) / len(differences) < 0.04
+
+
+@pytest.mark.slow
+def test_replicas_and_processes_are_measured(tmp_path):
+    flags = ("--distribution", "--model=resnet20", "--batch_size=64", "--steps=1", "--data=digits")
+    _, result = command(tmp_path / "measurements.json", *flags)
+    rows = result["distribution"]["measured"]
+    assert len(rows) == 6
+    assert all(row["low"] > 0 for row in rows.values())
 
 
 def test_wrong_usage():

@@ -104,7 +104,8 @@ OTHER = parsed(
     "epochs=11 steps_per_epoch=5 batch_size=64 accumulate_steps=2 precise_bn_batches=3 "
     "early_stopping=3 seed=1 optimizer=sgd learning_rate=0.5 momentum=0.5 nesterov bias_rate=2 "
     "lr_schedule=cosine warmup_epochs=1 weight_decay=1e-4 label_smoothing=0.1 ema=0.5 "
-    "global_clipnorm=1 dtype_policy=float64 init_from=elsewhere freeze=logits deterministic"
+    "global_clipnorm=1 dtype_policy=float64 norm_batch=8 init_from=elsewhere freeze=logits "
+    "deterministic"
 )
 SAME = parsed(
     "run_dir=elsewhere export=false data_dir=elsewhere cache_dir=elsewhere max_bad_share=0.5 "
@@ -129,6 +130,14 @@ def test_where_it_runs_and_what_is_written_makes_no_difference():
     default = TrainConfig().flags()
     assert len(TrainConfig.from_flags(**OTHER, **SAME).differences(default)) == len(OTHER)
     assert TrainConfig.from_flags(**SAME).differences(default) == []
+
+
+@pytest.mark.parametrize("before", ["whole", "8", "replica"])
+def test_what_this_machine_chooses_is_not_compared(before):
+    earlier = TrainConfig().flags() | {"norm_batch": before}
+    assert TrainConfig().differences(earlier) == []
+    other = TrainConfig.from_flags(norm_batch="16").differences(earlier)
+    assert other == [f"--norm_batch was {before!r}, is '16'"]
 
 
 def test_a_run_that_is_older_than_a_flag_has_its_default():

@@ -365,6 +365,44 @@ def test_workers_train_as_one_cluster_into_one_run_directory(commands):
     assert all(re.fullmatch(r"127\.0\.0\.1:\d+", address) for address in addresses)
 
 
+def test_workers_that_fail_are_started_again_into_the_same_run(monkeypatch, capfd):
+    starts = []
+
+    def fail_twice(commands, environments):
+        starts.append(commands)
+        if len(starts) < 3:
+            raise launcher.EndedError(f"worker 1 was killed by {len(starts)}", 1)
+
+    monkeypatch.setattr(launcher, "run_workers", fail_twice)
+    monkeypatch.setattr(environment, "shares", lambda count: [{}] * count)
+    flags = ["--workers=2", "--max_restarts=2", "--", "--data=digits"]
+    assert execute(flags) == 0
+    configs = [flags_of(commands[0])[0] for commands in starts]
+    assert len({config.output.run_dir for config in configs}) == 1
+    assert len({config.devices.workers for config in configs}) == 3  # Ports may still be in use.
+    assert capfd.readouterr().err.splitlines() == [
+        f"worker 1 was killed by {n}; starting all workers again (restart {n} of at most 2)"
+        for n in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("restarts", "status", "starts"),
+    [(0, 1, 1), (2, 1, 3), (2, 2, 1), (2, 130, 1), (2, 143, 1)],
+)
+def test_the_last_failure_is_the_end(monkeypatch, capfd, restarts, status, starts):
+    def fail(commands, environments):
+        count.append(1)
+        raise launcher.EndedError(f"failure {len(count)}", status)
+
+    count = []
+    monkeypatch.setattr(launcher, "run_workers", fail)
+    with pytest.raises(launcher.EndedError, match=f"failure {starts}$"):
+        launcher.run_with_restarts(lambda: [], [], restarts)
+    assert len(count) == starts
+    assert len(capfd.readouterr().err.splitlines()) == starts - 1
+
+
 @pytest.mark.parametrize("flags", [["--run_dir", "mine", "--strategy=auto"], ["--flagfile=FILE"]])
 def test_the_users_run_directory_is_kept(flags, commands, tmp_path):
     file = tmp_path / "x.flags"

@@ -2,12 +2,13 @@
 
 import json
 import re
+import types
 
 import pytest
 import tensorflow as tf
 
 from keras_cifar.core.config import DevicesConfig
-from keras_cifar.core.errors import UsageError, UserError
+from keras_cifar.core.errors import LostWorkerError, UsageError, UserError
 from keras_cifar.distributed import strategy
 from keras_cifar.distributed.cluster import Cluster
 from keras_cifar.distributed.rendezvous import PORTS
@@ -273,3 +274,51 @@ def test_a_lost_worker_is_named_if_it_is_known(count, message, line):
     found = strategy.describe_lost_worker(error, cluster, 45.0)
     assert found.startswith(line)
     assert "\n" not in found
+
+
+OWN = "cuDNN launch failure : input shape ([128,16,32,32])"
+GRAPH = f"""Graph execution error:
+
+Detected at node stage0_conv/convolution defined at (most recent call last):
+<stack traces unavailable>
+{OWN}
+\t [[{{{{node stage0_conv/convolution}}}}]] [Op:__inference_train_steps_1]"""
+
+
+@pytest.mark.parametrize("kind", strategy.AMBIGUOUS_ERRORS)
+@pytest.mark.parametrize(
+    ("message", "own"),
+    [
+        (OWN, True),
+        (GRAPH, True),
+        (f"{OWN} on /job:worker/replica:0/task:1/device:GPU:0", True),
+        ("[_Derived_]RecvAsync is cancelled.", False),
+        ("Collective ops is aborted by: the other step ended", False),
+        ("From /job:worker/replica:0/task:0: the session was reset", False),
+        ("Failed to connect to remote coordination service", False),
+    ],
+)
+def test_a_workers_own_failure_is_not_taken_for_anothers(monkeypatch, kind, message, own):
+    told, error = [], kind(None, None, message)
+    context = DistributedContext(StrategySpec("none", "", ("CPU:0",)), DevicesConfig())
+    spec = StrategySpec("multiworker", "", ("CPU:0",), Cluster(("a:1", "b:1"), 1, ""))
+    context.spec, context._training = spec, True
+    context._rendezvous = types.SimpleNamespace(abort=told.append)
+    with pytest.raises(LostWorkerError) as caught, context:
+        raise error
+    assert caught.value.__cause__ is error
+    line = str(caught.value)
+    assert told == [line]
+    if own:
+        why = OWN if message == GRAPH else message
+        assert line == f"worker 1 (b:1) itself failed: {why}; nothing that was saved is lost"
+    else:
+        assert line.startswith(
+            f"{'worker 0 (a:1)' if 'task:0' in message else 'another worker'} {GONE}"
+        )
+        assert message in line  # It may have another cause after all.
+
+
+@pytest.mark.parametrize("kind", strategy.LOST_WORKER_ERRORS)
+def test_a_lost_connection_is_anothers_failure(kind):
+    assert not strategy.is_own_failure(kind(None, None, OWN), Cluster(("a:1", "b:1"), 1, ""))

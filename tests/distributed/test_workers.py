@@ -43,6 +43,10 @@ recorder.Recorder.on_train_batch_end = stuck
 cli.run("train", train.main, TrainConfig, "")
 """
 
+# A worker whose device fails in the third epoch.
+FAILING = STUCK.replace("time.sleep(600)", "raise tf.errors.InternalError(None, None, 'no memory')")
+FAILING = FAILING.replace("import time", "import tensorflow as tf")
+
 # A worker that dies after the flags are compared, before TensorFlow's servers are connected.
 KILLED = """
 import os
@@ -143,6 +147,14 @@ def stuck(root: pathlib.Path, victim: int) -> dict[int, Ended]:
         return {1 - victim: workers.ended(1 - victim, time.monotonic())}
 
 
+def failing(root: pathlib.Path, victim: int) -> dict[int, Ended]:
+    with Workers(root) as workers:
+        workers.start_all(odd=victim, program=FAILING)
+        workers.wait_for(STARTED)
+        since = time.monotonic()
+        return {index: workers.ended(index, since) for index in range(2)}
+
+
 def killed(root: pathlib.Path, victim: int, count: int) -> dict[int, Ended]:
     with Workers(root, count) as workers:
         workers.start_all(odd=victim, program=KILLED)
@@ -181,6 +193,7 @@ def check_saved(run: pathlib.Path) -> None:
 FIRST, SECOND = "worker 0 (ADDRESS)", "worker 1 (ADDRESS)"
 GONE = "ended or cannot be reached; nothing that was saved is lost: start all workers again"
 LATE = "kept the others waiting for more than --peer_timeout=5 s; nothing that was saved"
+FAILED = "itself failed: no memory; nothing that was saved is lost"
 SILENT = "ended while the others waited for it"
 MISSING = "has not started within 3 s"
 RATES = f"{SECOND} differs: --learning_rate is 0.5 there and 0.001 at worker 0"
@@ -204,6 +217,8 @@ CASES = {
     # TensorFlow itself crashed once in 15 such runs when its collective timed out.
     "stuck 0": (lambda root: stuck(root, 0), {1: f"{FIRST} {LATE}"}),
     "stuck 1": (lambda root: stuck(root, 1), {0: f"{SECOND} {LATE}"}),
+    "0 fails": (lambda root: failing(root, 0), {0: f"{FIRST} {FAILED}", 1: f"{FIRST} {GONE}"}),
+    "1 fails": (lambda root: failing(root, 1), {0: f"{SECOND} {GONE}", 1: f"{SECOND} {FAILED}"}),
     "0 dies at the start": (lambda root: killed(root, 0, 2), {1: f"{FIRST} {SILENT}"}),
     "1 of 3 dies at the start": (
         lambda root: killed(root, 1, 3),
@@ -285,3 +300,61 @@ def test_a_run_that_lost_its_chief_resumes_to_the_same_end(tmp_path):
     whole = train(tmp_path / "whole")
     check(kill(tmp_path / "run", victim=0), {1: f"{FIRST} {GONE}"})
     assert train(tmp_path / "run", resumed=True) == whole
+
+
+# Kills worker 1 in its first two starts, when its chief has saved so many epochs.
+KILLED_TWICE = """
+import json, os, pathlib, signal, sys, threading, time
+from keras_cifar import launch
+from keras_cifar.core import cli, run_directory
+from keras_cifar.distributed import launcher
+original = launcher.run_workers
+starts = []
+def run_workers(commands, environments):
+    starts.append(1)
+    threading.Thread(target=kill, args=(len(starts),), daemon=True).start()
+    original(commands, environments)
+def kill(number):
+    run = run_directory.Run(pathlib.Path("run"))
+    while number < 3:
+        time.sleep(0.05)
+        try:
+            done = len(run.read_history())
+        except Exception:
+            continue
+        for process in pathlib.Path("/proc").glob("[0-9]*"):
+            flags = (process / "cmdline").read_bytes().split(b"\\0") if process.exists() else []
+            if done >= 2 * number and b"--worker_index=1" in flags and b"--run_dir=run" in flags:
+                os.kill(int(process.name), signal.SIGKILL)
+                return
+launcher.run_workers = run_workers
+cli.run("launch", launch.main, launch.LaunchOptions, "", "[-- TRAIN FLAGS]", tensorflow=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_launched_run_whose_worker_is_killed_twice_ends_with_the_same_bits(tmp_path):
+    flags = ("--data=digits", "--model=lenet5", "--batch_size=96", "--noexport", "--run_dir=run")
+    found = {}
+    for name, program, restarts in (
+        ("whole", ("-m", "keras_cifar.launch"), 0),
+        ("killed", ("-c", KILLED_TWICE), 2),
+        ("lost", ("-c", KILLED_TWICE), 1),
+    ):
+        home = tmp_path / name
+        home.mkdir()
+        argv = [*program, "--workers=2", f"--max_restarts={restarts}", "--", *FLAGS, *flags]
+        done = subprocess.run([sys.executable, *argv], cwd=home, capture_output=True, text=True)
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+        again = (
+            "worker 1 was killed by SIGKILL; starting all workers again (restart {} of at most {})"
+        )
+        assert lines[:restarts] == [again.format(n + 1, restarts) for n in range(restarts)]
+        if name == "lost":
+            assert done.returncode == 1
+            assert lines[restarts:] == ["launch: error: worker 1 was killed by SIGKILL"]
+        else:
+            assert done.returncode == 0, done.stderr
+            assert len(re.findall("resuming from", done.stdout)) == restarts
+            found[name] = results(home / "run")
+    assert found["killed"] == found["whole"]

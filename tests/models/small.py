@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_cifar.models import classifier, layers
 from tests.conftest import colour_images
@@ -49,3 +50,10 @@ def cross_entropies(labels, logits) -> np.ndarray:
 
 def values(model) -> dict[str, np.ndarray]:
     return {v.path: v.numpy() for v in model.weights}
+
+
+def kernels(layer, shape: tuple, dtype: str = "float32", training: bool = True) -> set[str]:
+    """The kinds of the operations that a call makes."""
+    call = tf.function(lambda x: layer(x, training=training), autograph=False)
+    graph = call.get_concrete_function(tf.TensorSpec(shape, dtype)).graph
+    return {operation.type for operation in graph.get_operations()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.models import classifier
+from keras_cifar.models import batch_norm, classifier
 from keras_cifar.models.training_step import TrainingStep
 from keras_cifar.models.weight_averaging import WeightAverages
 from tests.models.small import CLASSES, cross_entropies, examples, tiny, values
@@ -46,11 +46,12 @@ def test_evaluation_is_the_mean_over_examples_also_with_a_partial_batch(batch_si
 
 
 @functools.cache
-def stepped(ema: float = 0.0, **options) -> list[np.ndarray]:
+def stepped(ema: float = 0.0, norm_batch: str | int = "whole", **options) -> list[np.ndarray]:
     """The weights after two steps of a TrainingStep by itself, and their averages."""
     network, optimizer = tiny(), keras.optimizers.SGD(0.1)
     optimizer.build(network.trainable_variables)
     averages = WeightAverages(network.weights, ema)
+    batch_norm.configure(network, norm_batch)
     step = TrainingStep(
         network.logits_model, network.trainable_variables, optimizer, averages, **options
     )
@@ -66,6 +67,7 @@ def stepped(ema: float = 0.0, **options) -> list[np.ndarray]:
         ({"label_smoothing": 0.3}, {"label_smoothing": 0.3}),
         ({"weight_decay": 0.2}, {"weight_decay": 0.2}),
         ({"ema": 0.5}, {"ema": 0.5}),
+        ({"norm_batch": 2}, {"norm_batch": 2}),
         ({"steps_per_execution": 2}, {}),
         ({"jit_compile": True}, {}),
         ({"run_eagerly": True}, {}),

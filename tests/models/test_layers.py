@@ -1,107 +1,12 @@
-"""Our layers against Keras's: the same numbers by fewer kernels, and where Keras's way is taken."""
+"""Our layers: what they compute, by which kernels, and where Keras's way is taken."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.models import batch_norm, classifier, layers
-from tests.models.small import examples
-
-OURS = {"momentum": batch_norm.BATCH_NORM_MOMENTUM, "epsilon": batch_norm.BATCH_NORM_EPSILON}
-
-
-def kernels(layer, shape: tuple, dtype: str = "float32", training: bool = True) -> set[str]:
-    """The kinds of the operations that a call makes."""
-    call = tf.function(lambda x: layer(x, training=training), autograph=False)
-    graph = call.get_concrete_function(tf.TensorSpec(shape, dtype)).graph
-    return {operation.type for operation in graph.get_operations()}
-
-
-# ---- Batch normalization
-
-
-def norms(**arguments) -> tuple:
-    """Ours, by its defaults, and Keras's with the same numbers."""
-    ours = layers.BatchNormalization(**arguments)
-    return ours, keras.layers.BatchNormalization(**(OURS | arguments))
-
-
-def results(layer, shape: tuple, offset: float, training: bool, call=None) -> dict:
-    """Of three calls: outputs and gradients of the last, and the weights after them."""
-    random = np.random.default_rng(0)
-    layer.build(shape)
-    for weight in layer.weights:  # all of them above 0, as variances are
-        weight.assign(random.uniform(0.5, 2, weight.shape))
-    factors = tf.constant(random.normal(0, 1, shape), layer.compute_dtype)
-    variables = [v.value for v in layer.trainable_variables]
-    for _ in range(3):
-        x = tf.constant(random.normal(offset, 1, shape), layer.compute_dtype)
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            outputs = (call or layer)(x, training=training)
-            target = tf.reduce_sum(tf.cast(outputs * factors, layer.variable_dtype))
-        gradients = tape.gradient(target, [x, *variables])
-    assert outputs.dtype == layer.compute_dtype
-    names = ["input", *(v.name for v in layer.trainable_variables)]
-    named = {f"gradient of {n}": g for n, g in zip(names, gradients, strict=True)}
-    weights = {v.name: v.numpy() for v in layer.weights}
-    return {k: np.array(v, np.float64) for k, v in ({"y": outputs} | named | weights).items()}
-
-
-def assert_same(one: dict, other: dict, tolerance: float) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert np.isfinite(value).all(), name
-        size = max(1.0, np.abs(other[name]).max())
-        np.testing.assert_allclose(value, other[name], 0, tolerance * size, err_msg=name)
-
-
-MAPS = (4, 5, 6, 8)
-CASES = {
-    "maps": ("float32", MAPS, {}, 0, 1e-5, True),
-    "one pixel": ("float32", (1, 1, 1, 8), {}, 0, 1e-4, True),
-    "two pixels": ("float32", (1, 2, 1, 8), {}, 0, 1e-4, True),
-    "one image": ("float32", (1, 5, 6, 8), {}, 0, 1e-5, True),
-    "large mean": ("float32", MAPS, {}, 1e3, 3e-4, True),
-    "mixed_float16": ("mixed_float16", MAPS, {}, 0, 1e-3, True),
-    "mixed_bfloat16": ("mixed_bfloat16", MAPS, {}, 0, 8e-3, True),
-    "frozen": ("float32", MAPS, {"trainable": False}, 0, 1e-5, True),
-    "other numbers": ("float32", MAPS, {"momentum": 0.7, "epsilon": 0.1}, 0, 1e-5, True),
-    "axis 3": ("float32", MAPS, {"axis": 3}, 0, 1e-5, True),
-    "float64": ("float64", MAPS, {}, 0, 1e-12, False),
-    "float64, large mean": ("float64", MAPS, {}, 1e3, 1e-9, False),
-    "vectors": ("float32", (16, 8), {}, 0, 1e-5, False),
-    "volumes": ("float32", (2, 3, 4, 5, 8), {}, 0, 1e-5, False),
-    "axis 1": ("float32", MAPS, {"axis": 1}, 0, 1e-5, False),
-    "no scale": ("float32", MAPS, {"scale": False}, 0, 1e-5, True),
-    "no center": ("float32", MAPS, {"center": False}, 0, 1e-5, True),
-    "renorm": ("float32", MAPS, {"renorm": True}, 0, 1e-5, False),
-}
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("case", CASES)
-def test_batch_norm_equals_keras_in_outputs_gradients_and_statistics(case, training):
-    policy, shape, arguments, offset, tolerance, fused = CASES[case]
-    keras.config.set_dtype_policy(policy)
-    ours, theirs = norms(**arguments)
-    got, expected = (results(layer, shape, offset, training) for layer in (ours, theirs))
-    assert_same(got, expected, tolerance)
-    described = [[(v.name, v.dtype, v.trainable) for v in x.weights] for x in (ours, theirs)]
-    assert described[0] == described[1]
-    found = kernels(ours, (None, *shape[1:]), ours.compute_dtype, training)
-    assert ("FusedBatchNormV3" in found) == fused
-    assert not (fused and "SquaredDifference" in found)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_batch_norm_compiled_by_xla_equals_keras(training):
-    ours, theirs = norms()
-    call = tf.function(ours, jit_compile=True, autograph=False)
-    got = results(ours, MAPS, 2, training, call=call)
-    assert_same(got, results(theirs, MAPS, 2, training), 3e-5)
-
+from keras_cifar.models import classifier, layers
+from tests.models.small import examples, kernels
 
 # ---- Dropout
 

@@ -274,6 +274,23 @@ def test_dry_run_describes_the_run_and_writes_nothing(tmp_path, image_folder, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--model=lenet5",), ""),
+        (("--model=resnet20",), "norm      by the statistics of the whole batch (one replica)"),
+        (
+            ("--model=resnet20", "--norm_batch=4"),
+            "norm      by the statistics of groups of 4 images",
+        ),
+    ],
+)
+def test_first_lines_say_whose_statistics_normalize(tmp_path, image_folder, capsys, flags, line):
+    assert train_command(tmp_path / "run", image_folder, *flags, "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [x for x in lines if x.startswith("norm")] == [line] * bool(line)
+
+
 def test_list_models_has_a_line_a_network(capsys, monkeypatch):
     few = {name: models.variants()[name] for name in ("lenet5", "vgg16")}
     monkeypatch.setattr(models, "variants", lambda: few)

@@ -1,0 +1,63 @@
+"""Whose statistics normalize a batch: what --norm_batch chooses for each number of replicas."""
+
+import pytest
+
+from keras_cifar.core.config import FitConfig
+from keras_cifar.core.errors import UsageError
+from keras_cifar.training.plan import choose_norm_batch
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras():
+    """Nothing here changes Keras's state."""
+
+
+def choose(flag: str, replicas: int, batch_size: int = 128, accumulate_steps: int = 1) -> tuple:
+    fit = FitConfig(norm_batch=flag, batch_size=batch_size, accumulate_steps=accumulate_steps)
+    return choose_norm_batch(fit, replicas)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen", "why"),
+    [
+        (("auto", 1), "whole", "the whole batch (one replica)"),
+        (("auto", 2), 64, "each replica's 64 images (a replica has 32 or more)"),
+        (("auto", 4), 32, "each replica's 32 images (a replica has 32 or more)"),
+        (("auto", 3), "replica", "each replica's 42 or 43 images (a replica has 32 or more)"),
+        (("auto", 8), "whole", "the whole batch (a replica has fewer than 32 images)"),
+        (("auto", 4, 127), "whole", "the whole batch (a replica has fewer than 32 images)"),
+        (("auto", 1, 128, 2), "whole", "each microbatch (one replica)"),
+        (("auto", 2, 128, 2), 32, "each replica's 32 images (a replica has 32 or more)"),
+        (("auto", 2, 128, 4), "whole", "each microbatch (a replica has fewer than 32 images)"),
+        (("whole", 2), "whole", "the whole batch (--norm_batch)"),
+        (("16", 1), 16, "groups of 16 images"),
+        (("16", 2), 16, "groups of 16 images"),
+        (("64", 1, 128, 2), 64, "groups of 64 images"),
+    ],
+)
+def test_choice_depends_on_the_images_of_a_replica(arguments, chosen, why):
+    assert choose(*arguments) == (chosen, why)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("48", 1),
+            "--norm_batch=48 does not divide the 128 images of each replica; use 128, 64, ",
+        ),
+        (("128", 2), "the 64 images of each replica; use 64, 32, 16, 8, 4, 2, whole"),
+        (("2", 3), "the 42 or 43 images of each replica; use whole"),
+        (("64", 2, 128, 2), "the 32 images of each replica; use 32, 16, 8, 4, 2, whole"),
+    ],
+)
+def test_groups_that_do_not_divide_are_refused_with_those_that_do(arguments, message):
+    with pytest.raises(UsageError) as error:
+        choose(*arguments)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["0", "-8", "half", "8.5", "", "Whole"])
+def test_a_wrong_value_is_refused_in_one_line(value):
+    with pytest.raises(UsageError, match=r"^--norm_batch=.* is not auto, whole or a number"):
+        FitConfig(norm_batch=value)
