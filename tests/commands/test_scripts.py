@@ -135,7 +135,7 @@ def test_every_option_for_sbatch_is_one_and_is_read():
 
 def test_srun_gets_options_that_it_has_and_a_valid_training_command():
     text = SLURM.read_text().replace("\\\n", " ")
-    words = shlex.split(re.search(r"^exec (srun .*)$", text, re.M)[1])
+    words = shlex.split(re.search(r"^(srun .*) \|\| status=\$\?$", text, re.M)[1])
     begin = words.index("python")
     options = [re.fullmatch(r"--([a-z-]+)(?:=(.+))?", word).groups() for word in words[1:begin]]
     assert {name for name, _ in options} <= SRUN_OPTIONS
@@ -147,7 +147,8 @@ def test_srun_gets_options_that_it_has_and_a_valid_training_command():
 def job(program, tmp_path):
     """Runs the batch file as SLURM would, with an srun that prints its arguments."""
     program("bin/activate", f"PATH={tmp_path}/bin:$PATH")
-    program("bin/srun", "echo $PWD\nfor word; do echo $word; done\nexit 3")
+    program("bin/srun", "echo $PWD\nfor word; do echo $word; done\nexit ${STATUS:-3}")
+    program("bin/scontrol", 'echo scontrol "$@"')
     env = {"PATH": os.environ["PATH"], "VENV": str(tmp_path), "SLURM_CPUS_PER_TASK": "8"}
     return lambda **variables: bash(SLURM, env=env | variables)
 
@@ -161,11 +162,29 @@ def job(program, tmp_path):
     ],
 )
 def test_a_restarted_job_or_another_one_resumes_the_run(job, tmp_path, variables):
-    done = job(SLURM_SUBMIT_DIR=str(tmp_path), **variables)
+    done = job(SLURM_SUBMIT_DIR=str(tmp_path), MAX_RESTARTS="0", **variables)
     place, *words = done.stdout.splitlines()
     assert (done.returncode, place) == (3, str(tmp_path))
     assert "--cpus-per-task=8" in words
     assert train_config(words[words.index("python") :]).output.run_dir == "runs/slurm-12"
+
+
+@pytest.mark.parametrize(
+    ("variables", "status"),
+    [
+        ({"STATUS": "1"}, None),
+        ({"STATUS": "137", "SLURM_RESTART_COUNT": "2"}, None),
+        ({"STATUS": "1", "SLURM_RESTART_COUNT": "3"}, 1),
+        ({"STATUS": "1", "SLURM_RESTART_COUNT": "1", "MAX_RESTARTS": "1"}, 1),
+        *(({"STATUS": status}, int(status)) for status in ("0", "2", "130", "143")),
+    ],
+    ids=str,
+)
+def test_a_job_that_lost_a_worker_is_queued_again(job, tmp_path, variables, status):
+    done = job(SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="12", **variables)
+    *_, last = done.stdout.splitlines()
+    assert (last == "scontrol requeue 12") == (status is None)
+    assert done.returncode == (status or 0)
 
 
 def test_outside_slurm_the_batch_file_says_what_to_do(job):

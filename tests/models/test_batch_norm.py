@@ -186,6 +186,17 @@ def test_the_layers_of_keras_have_no_groups():
 # ---- The statistics of replicas
 
 
+def test_averages_that_replicas_compute_alone_are_those_of_trained_layers(monkeypatch):
+    monkeypatch.setattr(batch_norm, "replicas", lambda: 2)
+    model = functional()
+    norm = model.get_layer("conv_bn")
+    averages = [norm.moving_mean, norm.moving_variance]
+    assert batch_norm.configure(model, "whole") == []
+    assert batch_norm.configure(model, "replica") == averages == batch_norm.configure(model, 2)
+    norm.trainable = False
+    assert batch_norm.configure(model, 2) == []
+
+
 @pytest.mark.parametrize("case", ["maps", "large mean", "mixed_float16", "mixed_bfloat16"])
 def test_synchronized_equals_the_fused_kernel_where_there_is_one_replica(case):
     policy, shape, _, offset, tolerance, _ = CASES[case]

@@ -128,6 +128,22 @@ def test_signal_saves_after_the_step_and_the_run_resumes_to_the_same_end(
     assert trained(run) == whole
 
 
+@pytest.mark.parametrize("replicas", [(1, 2), (2, 1)])
+def test_a_run_in_groups_resumes_on_other_devices_to_the_same_end(
+    tmp_path, image_folder, monkeypatch, small_network, replicas
+):
+    """The replicas' 8 images are two groups of 4."""
+    flags = {"model": small_network, "norm_batch": "4", "dtype_policy": "float64", "epochs": 2}
+    before, after = replicas
+    once = fit_to(tmp_path / "whole", image_folder, **flags)
+    with signalled(monkeypatch, "on_train_batch_end", 3), pytest.raises(StoppedError):
+        fit_to(tmp_path / "run", image_folder, replicas=before, **flags)
+    run = fit_to(tmp_path / "run", image_folder, replicas=after, **flags)
+    found, expected = (models.load(x.model).get_weights() for x in (run, once))
+    for value, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, other, rtol=0, atol=1e-8)
+
+
 def test_signal_before_training_ends_at_once(tmp_path, image_folder, monkeypatch):
     def build(*_):
         os.kill(os.getpid(), signal.SIGTERM)
