@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.strategies import CASES, FITS, LARGE, NORMS, ROUNDING, STRATEGIES
+from tests.distributed.test_rendezvous import free_addresses
 
 COMPARED = [
     *("adam", "sgd float32", "uneven batches", "all at once", "last batch of one"),
@@ -209,3 +210,22 @@ def test_step_that_overflows_changes_nothing_and_lowers_the_scale(results, strat
         np.testing.assert_array_equal(found[key.replace("before", "after")], value)
     (scale,) = (v for k, v in found.items() if k.startswith("scale"))
     assert scale == 2.0**119
+
+
+@pytest.mark.slow
+def test_packs_of_gradients_are_reduced_while_the_backward_pass_continues(tmp_path):
+    addresses = ",".join(free_addresses(2))
+    module = (sys.executable, "-m", "tests.distributed.overlap")
+    env = os.environ | {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "2"}
+    with subprocess.Popen([*module, "1", addresses, str(tmp_path)], env=env) as other:
+        chief = [*module, "0", addresses, str(tmp_path)]
+        done = subprocess.run(chief, env=env, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, other.wait(60)) == (0, 0), done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    seconds = [end - start for start, end in found["reduced"]]
+    before = [end - start for start, end in found["reduced"] if end < found["last gradient"]]
+    print(f"{len(before)} of {len(seconds)} packs, {sum(before):.2f} of {sum(seconds):.2f} s")
+    assert len(seconds) > 5
+    # All but the last, which has the gradients of the first layers.
+    assert len(before) >= len(seconds) - 2
+    assert sum(before) > sum(seconds) / 2

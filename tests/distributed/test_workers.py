@@ -44,8 +44,13 @@ cli.run("train", train.main, TrainConfig, "")
 """
 
 # A worker whose device fails in the third epoch.
-FAILING = STUCK.replace("time.sleep(600)", "raise tf.errors.InternalError(None, None, 'no memory')")
-FAILING = FAILING.replace("import time", "import tensorflow as tf")
+FAILING = (
+    "from keras_cifar.core import environment; environment.import_tensorflow()"
+    + STUCK.replace(
+        "time.sleep(600)",
+        "import tensorflow as tf; raise tf.errors.InternalError(None, None, 'no memory')",
+    )
+)
 
 # A worker that dies after the flags are compared, before TensorFlow's servers are connected.
 KILLED = """
