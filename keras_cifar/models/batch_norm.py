@@ -66,20 +66,20 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return outputs
 
     def _normalize_groups(self, inputs, fusible: bool) -> tf.Tensor:
-        size, limit = inputs.shape[0], self.norm_batch
-        message = f"{self.name}: norm_batch={limit} does not divide a batch of {size or 'images'}"
-        if size and size % limit:
+        size, number = inputs.shape[0], self.norm_batch
+        message = f"{self.name}: norm_batch={number} does not divide a batch of {size or 'images'}"
+        if size and size % number:
             raise ValueError(message)
         if size and fusible:
             # One kernel a group, on slices that are not copied.
-            groups = [self._normalize_fused(x, True) for x in tf.split(inputs, size // limit)]
+            groups = [self._normalize_fused(x, True) for x in tf.split(inputs, size // number)]
             outputs, means, variances = zip(*groups, strict=True)
             outputs = outputs[0] if len(groups) == 1 else tf.concat(outputs, 0)
         else:
             shape = tf.shape(inputs)
-            divides = tf.debugging.Assert(shape[0] % limit == 0, [message])
+            divides = tf.debugging.Assert(shape[0] % number == 0, [message])
             with tf.control_dependencies([divides] if divides is not None else []):
-                groups = tf.reshape(inputs, tf.concat([[-1, limit], shape[1:]], 0))
+                groups = tf.reshape(inputs, tf.concat([[-1, number], shape[1:]], 0))
             gamma, beta = self._weights(keras.backend.result_type(inputs.dtype, "float32"))
             groups = tf.cast(groups, gamma.dtype)
             axes = list(range(1, len(inputs.shape)))

@@ -143,7 +143,7 @@ class TrainingStep:
         """Sums gradients and metrics over the replicas, updates the variables; returns METRICS."""
         variables, optimizer = self.variables, self.optimizer
         if replicas() > 1:
-            # In reverse order of their packs: the statistics are ready first.
+            # TensorFlow reduces the last ones first, and the statistics are ready first.
             values = [*gradients, metrics, *(tf.identity(v.value) for v in self.statistics)]
             values = tf.distribute.get_replica_context().all_reduce("SUM", values)
             count = len(gradients)
