@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -42,24 +43,14 @@ class Worker:
         env = {k: v for k, v in (env | variables).items() if v is not None}
         command = [sys.executable, *command]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  `close` closes it.
+        start = functools.partial(subprocess.Popen, stderr=self._errors, text=True, env=env)
+        silent = {"stdin": subprocess.DEVNULL, "stdout": self._errors}
         self._followers = [
-            subprocess.Popen(
-                [*command, json.dumps(settings | other | {"follows": True})],
-                stdin=subprocess.DEVNULL,
-                stdout=self._errors,
-                stderr=self._errors,
-                env=env,
-            )
+            start([*command, json.dumps(settings | other | {"follows": True})], **silent)
             for other in followers
         ]
-        self._process = subprocess.Popen(
-            [*command, json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=env,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = start([*command, json.dumps(settings)], **pipes)
         self.turns = []
         self.error = self._read().get("error")
 

@@ -4,6 +4,7 @@ import collections
 import pathlib
 import tempfile
 import time
+from collections.abc import Iterator
 
 from keras_cifar.benchmarking.turns import Turns
 from keras_cifar.core import environment
@@ -82,19 +83,26 @@ def profile(turns: Turns) -> None:
 
 def kernel_times(directory: pathlib.Path) -> collections.Counter:
     """Seconds of each type of CPU kernel in a trace of TensorFlow's profiler."""
+    times = collections.Counter()
+    for event, _, seconds in trace_events(directory):
+        # "stage0_block0_1_conv/convolution:_MklNativeConv2D"; "::" are the runtime's own.
+        name, colon, kernel = event.rpartition(":")
+        if colon and "/" in name and not name.endswith(":") and kernel.isidentifier():
+            times[kernel] += seconds
+    return times
+
+
+def trace_events(directory: pathlib.Path) -> Iterator[tuple[str, float, float]]:
+    """(name, start, duration), in seconds, of each event in a trace of TensorFlow's profiler."""
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-    times = collections.Counter()
     for path in directory.rglob("*.xplane.pb"):
-        space = xplane_pb2.XSpace.FromString(path.read_bytes())
-        for plane in space.planes:
+        for plane in xplane_pb2.XSpace.FromString(path.read_bytes()).planes:
             names = {key: value.name for key, value in plane.event_metadata.items()}
-            for event in (event for line in plane.lines for event in line.events):
-                # "stage0_block0_1_conv/convolution:_MklNativeConv2D"; "::" are the runtime's own.
-                name, colon, kernel = names[event.metadata_id].rpartition(":")
-                if colon and "/" in name and not name.endswith(":") and kernel.isidentifier():
-                    times[kernel] += event.duration_ps / 1e12
-    return times
+            for line in plane.lines:
+                for event in line.events:
+                    start = line.timestamp_ns / 1e9 + event.offset_ps / 1e12
+                    yield names[event.metadata_id], start, event.duration_ps / 1e12
 
 
 def batches_of(turns: Turns) -> None:

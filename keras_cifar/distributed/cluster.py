@@ -33,6 +33,10 @@ class Cluster:
             f"{self.source}: worker {self.index} is not among the {count} workers 0, 1, ...",
         )
 
+    def name(self, worker: int) -> str:
+        """What messages call a worker: its index and address."""
+        return f"worker {worker} ({self.addresses[worker]})"
+
 
 def find_cluster(config: DevicesConfig, environ: Mapping[str, str] = os.environ) -> Cluster | None:
     """Returns the cluster of --workers, else of TF_CONFIG, else of SLURM, else None.

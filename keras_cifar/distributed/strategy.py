@@ -155,10 +155,8 @@ class DistributedContext:
                 if theirs.get(name) != value
             ]
             if differences:
-                raise UserError(
-                    f"worker {index} ({self.spec.cluster.addresses[index]}) differs: "
-                    f"{'; '.join(differences)}"
-                )
+                name = self.spec.cluster.name(index)
+                raise UserError(f"{name} differs: {'; '.join(differences)}")
 
     def broadcast(self, data: bytes) -> bytes:
         """Returns the chief's `data` in every worker."""
@@ -206,7 +204,7 @@ class DistributedContext:
             self._rendezvous.abort(reason(error))
             return
         if is_own_failure(error, cluster):
-            mine = f"worker {cluster.index} ({cluster.addresses[cluster.index]})"
+            mine = cluster.name(cluster.index)
             why = f"{mine} itself failed: {_cause(error)}; nothing that was saved is lost"
         else:
             # Before training the other worker has told the rendezvous why it ended.
@@ -241,7 +239,7 @@ def describe_lost_worker(error: tf.errors.OpError, cluster: Cluster, timeout: fl
         tasks = others if len(others) == 1 else set()
     elif not tasks and "CoordinationService" in error.message:
         tasks = {0}  # The chief runs it.
-    names = [f"worker {i} ({cluster.addresses[i]})" for i in sorted(tasks)]
+    names = [cluster.name(i) for i in sorted(tasks)]
     who = " and ".join(names) or ("a worker" if late else "another worker")
     why = "ended or cannot be reached"
     if late:

@@ -92,7 +92,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return outputs
 
     def _normalize_fused(self, inputs, training: bool) -> tuple:
-        """(outputs, mean, biased variance) by one kernel; without `training`, by the averages."""
+        """(outputs, mean, biased variance) by one kernel; without `training`, the averages'."""
         gamma, beta = self._weights("float32")
         # The kernel makes its own in training.
         averages = [] if training else [self.moving_mean, self.moving_variance]
@@ -106,9 +106,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
             epsilon=self.epsilon,
             is_training=training,
         )
-        # The kernel's variance is the unbiased one: N - 1 is its divisor, and 1 where N is 1.
-        count = tf.cast(tf.size(inputs) // tf.shape(inputs)[-1], tf.float32)
-        return outputs, mean, variance * (tf.maximum(count - 1.0, 1.0) / count)
+        if training:
+            # The kernel's variance is the unbiased one: N - 1 is its divisor, and 1 where N is 1.
+            count = tf.cast(tf.size(inputs) // tf.shape(inputs)[-1], tf.float32)
+            variance *= tf.maximum(count - 1.0, 1.0) / count
+        return outputs, mean, variance
 
     def _weights(self, dtype) -> tuple[tf.Tensor, tf.Tensor]:
         """(gamma, beta), each [C]."""

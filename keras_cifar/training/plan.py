@@ -12,7 +12,6 @@ import sys
 import time
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_cifar import data, models
@@ -85,6 +84,7 @@ class Plan:
         config, dataset, optimizer = self.config, self.dataset, self.config.optimizer
         network, spec = self.model.deployable, self.context.spec
         normalized = next(norms(network), None) is not None
+        shards = _describe_shards(config.fit, spec.replicas)
         height, width, _ = dataset.image_shape
         counts = ", ".join(f"{v['count']:,} {k}" for k, v in dataset.describe().items())
         left_out = len(dataset.train) % config.fit.batch_size
@@ -101,7 +101,7 @@ class Plan:
                 f"{optimizer.lr_schedule}",
                 *([f"norm      by the statistics of {self.norm_batch[1]}"] if normalized else []),
                 *([f"weights   {self.origin}"] if self.origin else []),
-                f"devices   strategy {spec.name} ({spec.reason}), {_shard_size(config.fit, spec)}, "
+                f"devices   strategy {spec.name} ({spec.reason}), {shards}, "
                 f"{policy} ({why_policy}), XLA {'on' if xla else 'off'} ({why_xla})",
             ]
         )
@@ -114,13 +114,17 @@ class Plan:
         return f"step {progress.steps} of {self.steps_per_epoch} in epoch {done + 1} of {epochs}"
 
 
-def _shard_size(fit: FitConfig, spec: strategy.StrategySpec) -> str:
-    """The images that a replica computes at a time, as text."""
-    size, larger = divmod(fit.batch_size // fit.accumulate_steps, spec.replicas)
+def _shard_sizes(fit: FitConfig, replicas: int) -> tuple[list[int], str]:
+    """(how many images a replica computes at a time, one or two numbers; the same as text)."""
+    size, larger = divmod(fit.batch_size // fit.accumulate_steps, replicas)
+    sizes = [size, size + 1] if larger else [size]
+    return sizes, f"{' or '.join(map(str, sizes))} images"
+
+
+def _describe_shards(fit: FitConfig, replicas: int) -> str:
     microbatches = fit.accumulate_steps
-    text = f"{size} or {size + 1} images" if larger else f"{size} images"
     each = f" in each of {microbatches} microbatches" if microbatches > 1 else ""
-    return f"{text} per replica{each}"
+    return f"{_shard_sizes(fit, replicas)[1]} per replica{each}"
 
 
 def choose_norm_batch(fit: FitConfig, replicas: int) -> tuple[str | int, str]:
@@ -129,9 +133,7 @@ def choose_norm_batch(fit: FitConfig, replicas: int) -> tuple[str | int, str]:
     Raises:
         UsageError: the images of a replica are not groups of so many.
     """
-    limits = sharding.bounds(fit.batch_size // fit.accumulate_steps, replicas)
-    sizes = sorted({int(size) for size in np.diff(limits)})
-    images = f"{' or '.join(map(str, sizes))} images"
+    sizes, images = _shard_sizes(fit, replicas)
     batch = "each microbatch" if fit.accumulate_steps > 1 else "the whole batch"
     if fit.norm_batch.isdecimal():
         number, common = int(fit.norm_batch), math.gcd(*sizes)

@@ -15,6 +15,7 @@ environment.import_tensorflow()
 
 import tensorflow as tf
 
+from keras_cifar.benchmarking.ours import trace_events
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.training.plan import prepare
 
@@ -34,25 +35,12 @@ def main(index: str, addresses: str, directory: str) -> None:
     with tf.profiler.experimental.Profile(directory, options):
         step(batches, tf.constant(1)).numpy()
     reduced, gradients = [], []
-    for name, start, end in events(pathlib.Path(directory)):
+    for name, start, seconds in trace_events(pathlib.Path(directory)):
         if name.endswith(":CollectiveReduceV2"):
-            reduced.append([start, end])
+            reduced.append([start, start + seconds])
         elif "Conv2DBackpropFilter" in name:
-            gradients.append(end)
+            gradients.append(start + seconds)
     print(json.dumps({"reduced": sorted(reduced), "last gradient": max(gradients)}))
-
-
-def events(directory: pathlib.Path):
-    """(name, start, end) of each event of a profile, in seconds."""
-    from tensorflow.tsl.profiler.protobuf import xplane_pb2
-
-    for path in directory.rglob("*.xplane.pb"):
-        for plane in xplane_pb2.XSpace.FromString(path.read_bytes()).planes:
-            for line in plane.lines:
-                for event in line.events:
-                    start = line.timestamp_ns / 1e9 + event.offset_ps / 1e12
-                    name = plane.event_metadata[event.metadata_id].name
-                    yield name, start, start + event.duration_ps / 1e12
 
 
 if __name__ == "__main__":
