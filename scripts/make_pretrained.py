@@ -19,9 +19,8 @@ from keras_cifar import pretrained
 from keras_cifar.core import cli
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import replacing, write_json
-from keras_cifar.core.options import check, option
+from keras_cifar.core.options import check, check_temperature, option
 from keras_cifar.core.run_directory import Run
-from keras_cifar.export import check_temperature
 
 TOLERANCE = 0.001  # the test accuracy with float16 kernels differs by less than this
 

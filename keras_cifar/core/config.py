@@ -50,8 +50,9 @@ class ModelConfig(Options):
     model: str = _model("resnet32", "network; --list_models shows them")
     init_from: str | None = _model(
         None,
-        "a run directory, .keras file or pretrained:NAME of the same network whose weights a new run "
-        "starts with; the last layer is new if the classes differ",
+        "weights of the same network with which a new run starts: imagenet, a run directory, a .keras "
+        "file, pretrained:NAME, a state dict of PyTorch (.safetensors, .pth) or hf:REPOSITORY; the "
+        "last layer is new if the classes differ",
         shared=False,  # The chief sends its state to all workers.
     )
     freeze: str | None = _model(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 import typing
 from collections.abc import Callable, Iterator
 
@@ -55,6 +56,15 @@ def check(condition: bool, message: str) -> None:
     """Raises UsageError(message) unless the condition holds."""
     if not condition:
         raise UsageError(message)
+
+
+def check_temperature(text: str | None) -> None:
+    """Raises UsageError for an invalid --temperature."""
+    try:
+        valid = text in (None, "auto") or 0 < float(text) < math.inf
+    except ValueError:
+        valid = bool(text) and pathlib.Path(text or "").expanduser().is_dir()
+    check(valid, f"--temperature={text} must be auto, a number above 0, or a run directory")
 
 
 class Options:

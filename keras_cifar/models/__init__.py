@@ -17,6 +17,7 @@ from keras_cifar.models.keras_file import load
 
 __all__ = [
     "Classifier",
+    "TorchLayout",
     "Variant",
     "adapt",
     "build",
@@ -35,6 +36,25 @@ MAX_ADAPT_IMAGES = 1000
 SMALL_IMAGE = 64
 
 
+# Of pixels in [0, 1], which torchvision's and timm's networks subtract, and by which they divide.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchLayout:
+    """How a network looks in state dicts of PyTorch.
+
+    Attributes:
+        names: the names of the layers in order -> for each known implementation, the prefixes of the
+            tensors of each layer with weights, by its name.
+        mean, std: of the pixels that those implementations expect, in [0, 1].
+    """
+
+    names: Callable[[list[str]], list[dict[str, str]]]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A named network.
@@ -43,6 +63,7 @@ class Variant:
         builder: (input_shape, num_classes, name) -> Classifier.
         image_size, num_classes: those of the paper; sides are in pixels.
         min_size: the smallest side that it takes.
+        torch: None where no weights of PyTorch are known to fit.
     """
 
     builder: Callable[..., Classifier]
@@ -50,6 +71,7 @@ class Variant:
     image_size: int
     num_classes: int
     min_size: int
+    torch: TorchLayout | None = None
 
 
 def variants() -> dict[str, Variant]:

@@ -13,6 +13,8 @@ from keras_cifar.models.training_step import EVALUATION_METRICS, METRICS, Traini
 from keras_cifar.models.weight_averaging import WeightAverages
 
 Shape = tuple[int, int, int]  # of an image: height, width, 3
+# The factor of pixels and what is added, for all channels or for each.
+Scaling = tuple[float | list[float], float | list[float]]
 
 # Keras walks a functional model recursively, some levels a layer: 1,202 layers pass Python's 1,000.
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 20_000))
@@ -255,7 +257,19 @@ class Classifier(keras.Model):
         return self._averages.in_place()
 
 
-def image_input(input_shape: Shape) -> tuple:
-    """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same in [-1, 1]."""
+def image_input(input_shape: Shape, scale: float = 1 / 127.5, offset: float = -1.0) -> tuple:
+    """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same in [-1, 1], or as given."""
     images = keras.Input(input_shape, dtype="uint8", name="images")
-    return images, keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(images)
+    return images, keras.layers.Rescaling(scale, offset=offset, name="scale")(images)
+
+
+def get_scaling(model: keras.Model) -> Scaling | None:
+    """The scale and offset with which a model's layer `scale` transforms pixels; None without it."""
+    layers = [layer for layer in model.layers if layer.name == "scale"]
+    return (layers[0].scale, layers[0].offset) if layers else None
+
+
+def set_scaling(model: keras.Model, scaling: Scaling) -> None:
+    """Sets what `get_scaling` returns, before TensorFlow has traced the model."""
+    layer = model.get_layer("scale")
+    layer.scale, layer.offset = scaling

@@ -17,10 +17,11 @@ eighth of the resolution.
 """
 
 import functools
+import re
 
 import keras
 
-from keras_cifar.models import Variant, classifier, is_small, layers
+from keras_cifar.models import TorchLayout, Variant, classifier, is_small, layers
 from keras_cifar.models.resnet_cifar import PAPER, basic_block, residual_network
 
 WIDTHS = (64, 128, 256, 512)
@@ -58,8 +59,26 @@ def resnet(
     return residual_network(images, x, block, blocks, WIDTHS, num_classes, name)
 
 
+def _torch_names(names: list[str]) -> list[dict[str, str]]:
+    """Of torchvision, and of timm, which are the same."""
+    found = {"stem_conv": "conv1", "stem_bn": "bn1", "logits": "fc"}
+    for name in names:
+        if match := re.fullmatch(r"stage(\d)_block(\d+)_(\d|shortcut)_(conv|bn)", name):
+            stage, block, part, kind = match.groups()
+            own = f"{kind}{part}" if part != "shortcut" else f"downsample.{'01'[kind == 'bn']}"
+            found[name] = f"layer{int(stage) + 1}.{block}.{own}"
+    return [found]
+
+
 VARIANTS = {
-    name: Variant(functools.partial(resnet, block, blocks), PAPER, 224, 1000, min_size=8)
+    name: Variant(
+        functools.partial(resnet, block, blocks),
+        PAPER,
+        224,
+        1000,
+        min_size=8,
+        torch=TorchLayout(_torch_names),
+    )
     for name, block, blocks in (
         ("resnet18", basic_block, (2, 2, 2, 2)),
         ("resnet34", basic_block, (3, 4, 6, 3)),

@@ -23,7 +23,7 @@ import functools
 
 import keras
 
-from keras_cifar.models import Variant, classifier, layers
+from keras_cifar.models import TorchLayout, Variant, classifier, layers
 
 WIDTHS = (64, 128, 256, 512, 512)
 GROUPS = {
@@ -87,12 +87,27 @@ def vgg_bn_drop(
     return classifier.Classifier.build_from(images, logits, name)
 
 
+def _torch_names(names: list[str]) -> list[dict[str, str]]:
+    """Of torchvision, which numbers all layers of the groups, and of timm, whose head differs."""
+    groups = {name: f"features.{i}" for i, name in enumerate(n for n in names if n[:5] == "group")}
+    heads = (
+        {"dense1": "classifier.0", "features": "classifier.3", "logits": "classifier.6"},
+        {"dense1": "pre_logits.fc1", "features": "pre_logits.fc2", "logits": "head.fc"},
+    )
+    return [groups | head for head in heads]
+
+
 _PAPER = "Simonyan and Zisserman 2014, arXiv:1409.1556"
 VARIANTS = {
     "vgg_bn_drop": Variant(vgg_bn_drop, _PAPER + " (PaddlePaddle tutorial)", 32, 10, min_size=32)
 } | {
     f"{name}{suffix}": Variant(
-        functools.partial(vgg, groups, batch_norm), _PAPER, 224, 1000, min_size=32
+        functools.partial(vgg, groups, batch_norm),
+        _PAPER,
+        224,
+        1000,
+        min_size=32,
+        torch=TorchLayout(_torch_names),
     )
     for suffix, batch_norm in (("", False), ("_bn", True))
     for name, groups in GROUPS.items()

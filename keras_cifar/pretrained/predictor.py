@@ -1,5 +1,9 @@
-"""Predictors and networks by what --model names: a run, an export, a URL or pretrained:NAME."""
+"""Predictors and networks by what --model names.
 
+It is a run, an export, a URL, pretrained:NAME, or imagenet:NETWORK.
+"""
+
+import sys
 import typing
 
 from keras_cifar import pretrained
@@ -7,48 +11,61 @@ from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
 from keras_cifar.inference.predictor import Predictor
 from keras_cifar.inference.remote import RemotePredictor
+from keras_cifar.pretrained import imagenet
 
 if typing.TYPE_CHECKING:
     import keras
 
 URLS = ("http://", "https://")
+PREFIXES = (pretrained.PREFIX, imagenet.PREFIX)
 
 
-class PretrainedPredictor(Predictor):
-    """A Predictor of a pretrained network, by the functions that an export would have."""
+class NetworkPredictor(Predictor):
+    """A Predictor of a Keras model, by the functions that an export would have."""
 
-    def __init__(self, name: str):
+    def __init__(self, network: "keras.Model", class_names: tuple[str, ...], name: str):
         from keras_cifar.exporters import saved_model
 
-        model, card = pretrained.load(name)
-        self.path = pretrained.DIRECTORY / f"{name}{pretrained.WEIGHTS}"
-        self.size, self.class_names = card.image_shape[:2], card.class_names
+        self.path, self.size, self.class_names = name, network.input_shape[1:3], class_names
         # Kept, since the functions do not keep the variables alive.
-        self._loaded, functions = saved_model.functions(model, card.class_names)
+        self._loaded, functions = saved_model.functions(network, class_names)
         self._use({name: f.get_concrete_function() for name, f in functions.items()})
 
 
 def load_predictor(
     model: str, timeout: float, labels: str | None = None
 ) -> Predictor | RemotePredictor:
-    """Loads the predictor of a run, an export, a URL or pretrained:NAME, or raises UserError."""
-    if model.startswith(pretrained.PREFIX):
-        return PretrainedPredictor(model.removeprefix(pretrained.PREFIX))
+    """Loads the predictor of what --model names, or raises UserError."""
+    if model.startswith(PREFIXES):
+        network, class_names = _load(model)
+        return NetworkPredictor(network, class_names, model)
     if model.startswith(URLS):
         return RemotePredictor(model, timeout, labels)
     return Predictor(model)
+
+
+def _load(model: str) -> tuple["keras.Model", tuple[str, ...]]:
+    """The network of pretrained:NAME or imagenet:NETWORK, and its class names."""
+    if model.startswith(pretrained.PREFIX):
+        network, card = pretrained.load(model.removeprefix(pretrained.PREFIX))
+        return network, card.class_names
+    from keras_cifar.pretrained import network as networks
+
+    loaded, class_names, text = networks.load(model.removeprefix(imagenet.PREFIX))
+    print(f"weights   {text}", file=sys.stderr)
+    return loaded, class_names
 
 
 def load_network(model: str, predictor: Predictor) -> "keras.Model":
     """Loads the Keras model behind a predictor, which gives gradients.
 
     Raises:
-        UserError: `model` is neither a run nor pretrained, or its export is of another model.
+        UserError: `model` is no run and no network with weights, or its export is of another model.
     """
     from keras_cifar import models
 
-    if model.startswith(pretrained.PREFIX):
-        return pretrained.load(model.removeprefix(pretrained.PREFIX))[0]
+    if model.startswith(PREFIXES):
+        return _load(model)[0]
     path = Run(model).model
     if not path.exists():
         raise UserError(

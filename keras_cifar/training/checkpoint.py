@@ -16,13 +16,14 @@ import numpy as np
 from keras_cifar.core import tensors
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import open_file, replacing
-from keras_cifar.models.classifier import Classifier
+from keras_cifar.models.classifier import Classifier, get_scaling, set_scaling
 
 KEPT = 2  # checkpoints: the newest, and the previous one in case the newest is damaged
 
 FORMAT = "step-{step:09d}-epoch-{epochs:05d}-{checksum}.safetensors"
 _NAME = re.compile(r"step-(\d+)-epoch-(\d+)-([0-9a-f]{32})\.safetensors")
 _PROGRESS = "position"  # the metadata key of the training progress
+_SCALING = "scaling"  # that of the pixels, which is no variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,8 @@ def save(
 
     Removes all others except the KEPT - 1 before it.
     """
-    data = tensors.save(_arrays(model), {_PROGRESS: json.dumps(dataclasses.asdict(progress))})
+    metadata = {_PROGRESS: dataclasses.asdict(progress), _SCALING: get_scaling(model)}
+    data = tensors.save(_arrays(model), {key: json.dumps(x) for key, x in metadata.items()})
     epochs = len(progress.history)
     path = directory / FORMAT.format(step=step, epochs=epochs, checksum=_checksum(data))
     with replacing(path) as temporary:
@@ -130,7 +132,9 @@ def assign(model: Classifier, data: bytes, source: str | pathlib.Path) -> Traini
         UserError: the data is not a checkpoint, or is of another network or optimizer.
     """
     try:
-        stored = json.loads(tensors.load_metadata(data)[_PROGRESS])
+        metadata = tensors.load_metadata(data)
+        stored = json.loads(metadata[_PROGRESS])
+        scaling = json.loads(metadata.get(_SCALING, "null"))  # Earlier revisions have none.
         progress = TrainingProgress(**stored | {"totals": tuple(stored["totals"])})
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"checkpoint {source} is damaged") from None
@@ -140,4 +144,6 @@ def assign(model: Classifier, data: bytes, source: str | pathlib.Path) -> Traini
         raise UserError(f"checkpoint {source} is of another network or optimizer") from None
     for variable, array in zip(_variables(model), arrays.values(), strict=True):
         variable.assign(array)
+    if scaling:
+        set_scaling(model, tuple(scaling))
     return progress

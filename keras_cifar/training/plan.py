@@ -24,6 +24,7 @@ from keras_cifar.distributed.sharding import ReplicaRange, ShardedBatches
 from keras_cifar.distributed.strategy import DistributedContext
 from keras_cifar.models.batch_norm import REPLICA, WHOLE, norms
 from keras_cifar.models.classifier import Classifier
+from keras_cifar.pretrained import weights
 from keras_cifar.training import optimizers, transfer
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.optimizers import Schedule
@@ -243,7 +244,7 @@ def _build_model(config: TrainConfig, dataset: data.Dataset, is_new: bool) -> tu
     model = models.build(config.model.model, dataset.image_shape, len(dataset.class_names))
     origin = ""
     if is_new and config.model.init_from:
-        origin = transfer.take_weights(model, config.model.init_from, dataset.class_names)
+        origin = weights.take(model, config.model.init_from, dataset.class_names)
     elif is_new:
         models.adapt(model, dataset.train)
     if config.model.freeze:

@@ -18,9 +18,9 @@ from keras_cifar.core.run_directory import Run
 from keras_cifar.evaluation import evaluator, metrics
 from keras_cifar.evaluation.temperature import fit_to_split
 from keras_cifar.inference.predictor import Predictor
-from keras_cifar.pretrained.predictor import PretrainedPredictor
+from keras_cifar.pretrained import weights
+from keras_cifar.pretrained.predictor import load_predictor
 from keras_cifar.training import plan as planning
-from keras_cifar.training import transfer
 from scripts import make_pretrained
 from tests.conftest import colour_images
 from tests.inference.test_predict import command as classify
@@ -161,10 +161,12 @@ def test_the_loaded_network_has_the_temperature(copied, trained_run, capsys):
     error = metrics.calibration_error(after, test.labels)["expected_calibration_error"]
     assert card.calibration_error == pytest.approx(error)
     # The predictor returns the same.
-    np.testing.assert_allclose(PretrainedPredictor("cool").classify(test.images), after, atol=1e-6)
+    np.testing.assert_allclose(
+        load_predictor("pretrained:cool", 1).classify(test.images), after, atol=1e-6
+    )
     assert f"temperature {card.temperature:.3f}" in pretrained.describe()
     network = models.build("lenet5", (16, 16, 3), 3)
-    text = transfer.take_weights(network, "pretrained:cool", card.class_names)
+    text = weights.take(network, "pretrained:cool", card.class_names)
     assert text == "the weights of pretrained:cool"
 
 
@@ -220,7 +222,7 @@ def test_arrays_are_restored_as_they_were_saved():
 
 
 def test_it_predicts_what_the_export_of_the_run_predicts(installed, trained_run):
-    mine, theirs = PretrainedPredictor("tiny"), Predictor(str(trained_run.path))
+    mine, theirs = load_predictor("pretrained:tiny", 1), Predictor(str(trained_run.path))
     images, _ = colour_images(200, 16, 3, seed=5)
     assert (mine.size, mine.class_names) == (theirs.size, theirs.class_names)
     for method in ("classify", "features"):
@@ -245,7 +247,7 @@ def test_predict_takes_a_pretrained_name_and_explains_it(installed, tmp_path, ca
 @pytest.mark.parametrize("names", [("class_0", "class_1", "class_2"), ("x", "y", "z")])
 def test_a_run_is_initialized_with_its_weights(installed, names):
     model = models.build("lenet5", (16, 16, 3), 3)
-    text = transfer.take_weights(model, "pretrained:tiny", names)
+    text = weights.take(model, "pretrained:tiny", names)
     new = names[0] == "x"
     assert text == "the weights of pretrained:tiny" + "; new layers: logits" * new
     theirs = pretrained.load("tiny")[0]

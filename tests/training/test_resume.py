@@ -19,6 +19,7 @@ from keras_cifar.core.errors import StoppedError, UsageError, UserError
 from keras_cifar.core.files import versions
 from keras_cifar.core.run_directory import Run
 from keras_cifar.models.training_step import TrainingStep
+from keras_cifar.pretrained import weights
 from keras_cifar.training import checkpoint, recorder, signals, trainer, transfer
 from keras_cifar.training.plan import prepare
 from tests.conftest import write_folder
@@ -554,7 +555,7 @@ def test_freeze_of_an_unknown_layer_or_of_all(image_folder, name, words):
 def test_auxiliary_classifiers_are_new(tmp_path):
     source, model = (models.build("googlenet", (16, 16, 3), 3) for _ in range(2))
     source.deployable.save(tmp_path / "g.keras")
-    line = transfer.take_weights(model, str(tmp_path / "g.keras"), ("a", "b", "c"))
+    line = weights.take(model, str(tmp_path / "g.keras"), ("a", "b", "c"))
     assert joined(model.deployable.get_weights()) == joined(source.deployable.get_weights())
     weighted = {layer.name for layer in model.logits_model.layers if layer.weights}
     heads = weighted - {layer.name for layer in model.layers}
