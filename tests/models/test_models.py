@@ -134,8 +134,12 @@ def test_layers_that_others_rely_on(smallest):
     assert smallest.get_layer("features").output.shape[-1] > 10
     kind = models.layers.BatchNormalization
     norms = [layer for layer in smallest.logits_model.layers if isinstance(layer, kind)]
-    assert {(norm.momentum, norm.epsilon) for norm in norms} <= {(0.9, EPSILON.get(name, 1e-5))}
-    assert bool(norms) == (smallest.name.startswith(("resnet", "air")) or "_bn" in smallest.name)
+    assert {(norm.momentum, norm.epsilon) for norm in norms} <= {
+        (0.9, EPSILON.get(smallest.name, 1e-5))
+    }
+    assert bool(norms) == (
+        smallest.name.startswith(("resnet", "air", "efficient")) or "_bn" in smallest.name
+    )
 
 
 @pytest.mark.parametrize("name", QUICK)
