@@ -13,6 +13,7 @@ from keras_cifar.core.options import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    SHARE,
     Options,
     build,
     check,
@@ -196,6 +197,15 @@ class OptimizerConfig(Options):
     )
     label_smoothing: float = _optimizer(
         0.0, "share of each label spread over all classes", limit=FRACTION
+    )
+    layer_decay: float = _optimizer(
+        1.0,
+        "factor of the learning rate from each twelfth of the layers to the one before it, for "
+        "fine-tuning, such as 0.75",
+        limit=SHARE,
+    )
+    head_rate: float = _optimizer(
+        1.0, "factor of the learning rate of the last layer, for fine-tuning", limit=POSITIVE
     )
     ema: float = _optimizer(
         0.0,

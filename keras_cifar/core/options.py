@@ -19,6 +19,7 @@ class Limit(typing.NamedTuple):
 POSITIVE = Limit("greater than 0 and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Limit("at least 0 and finite", lambda value: 0 <= value < math.inf)
 FRACTION = Limit("at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = Limit("above 0 and at most 1", lambda value: 0 < value <= 1)
 SEED = Limit("at least 0 and below 2147483648", lambda value: 0 <= value < 2**31)
 
 

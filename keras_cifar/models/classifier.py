@@ -12,6 +12,8 @@ from keras_cifar.models.precise_batch_norm import PreciseBatchNorm
 from keras_cifar.models.training_step import EVALUATION_METRICS, METRICS, TrainingStep
 from keras_cifar.models.weight_averaging import WeightAverages
 
+HEAD = "logits"  # of every family: the layer that depends on the number of classes
+
 Shape = tuple[int, int, int]  # of an image: height, width, 3
 # The factor of pixels and what is added, for all channels or for each.
 Scaling = tuple[float | list[float], float | list[float]]

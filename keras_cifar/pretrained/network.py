@@ -8,6 +8,7 @@ from keras_cifar import models
 from keras_cifar.core.errors import UserError, unknown
 from keras_cifar.evaluation.run_export import read_labels
 from keras_cifar.exporters import saved_model, verification
+from keras_cifar.models.classifier import HEAD
 from keras_cifar.pretrained import imagenet, weights
 
 CLASSES = 1000  # of ImageNet
@@ -44,7 +45,7 @@ def load(
 
     model = build(CLASSES)
     found = weights.find(source, model)
-    count = found.layers[weights.HEAD][-1].shape[-1]
+    count = found.layers[HEAD][-1].shape[-1]
     names = found.class_names
     if labels:
         names = read_labels(labels, count)

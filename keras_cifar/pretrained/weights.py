@@ -16,7 +16,6 @@ from keras_cifar.models import classifier
 from keras_cifar.models.classifier import Scaling
 from keras_cifar.pretrained import imagenet, state_dict
 
-HEAD = "logits"  # of every family: the layer that depends on the number of classes
 HUB = "hf:"  # of a repository of huggingface.co
 MAX_CONFIG = 2**20  # bytes of config.json there
 
@@ -88,7 +87,7 @@ def assign(model: keras.Model, found: Weights, source: str, class_names: tuple |
     for name, layer in mine.items():
         arrays, weights = found.layers[name], layer.get_weights()
         shapes = [[array.shape for array in each] for each in (weights, arrays)]
-        if name == HEAD and (
+        if name == classifier.HEAD and (
             shapes[0] != shapes[1] or (found.class_names or class_names) != class_names
         ):
             new.append(name)

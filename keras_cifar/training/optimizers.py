@@ -2,13 +2,14 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 from keras_cifar.core.config import OptimizerConfig
 from keras_cifar.core.errors import UsageError, unknown
-from keras_cifar.models.classifier import Classifier
+from keras_cifar.models.classifier import HEAD, Classifier
 from keras_cifar.models.training_step import is_kernel
 
 # Smith and Topin 2017, arXiv:1708.07120, in the usual form: linear from a 25th of the peak in three
@@ -17,6 +18,8 @@ ONECYCLE_RISE = 0.3
 ONECYCLE_START = 1 / 25
 
 STEP_FACTOR = 0.1  # at each milestone; He et al. 2015 at half and three quarters of the run
+
+DECAY_GROUPS = 12  # of layers, from one to the next of which --layer_decay applies
 
 SCHEDULES = ("constant", "linear", "cosine", "step", "onecycle")
 
@@ -60,7 +63,19 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
 
 class _Replicated:
-    """Applies gradients that were all-reduced already."""
+    """Applies gradients that were all-reduced already; variables can have rates of their own.
+
+    Attributes:
+        factors: of the learning rate of each variable, in the order of `build`; empty: 1 for all.
+    """
+
+    factors: Sequence[float] = ()
+
+    def rate_of(self, variable, learning_rate):
+        """The learning rate of a variable."""
+        if not self.factors:
+            return learning_rate
+        return learning_rate * self.factors[self._get_variable_index(variable)]
 
     def apply_reduced(self, gradients, variables) -> None:
         """`apply` for gradients that are the same on every replica: Keras's `apply` would sum them."""
@@ -90,7 +105,7 @@ class _OneKernel(_Replicated):
             v=self._velocities[index].value.handle,
             beta1_power=tf.pow(beta_1, step),
             beta2_power=tf.pow(beta_2, step),
-            lr=tf.cast(learning_rate, dtype),
+            lr=tf.cast(self.rate_of(variable, learning_rate), dtype),
             beta1=beta_1,
             beta2=beta_2,
             epsilon=tf.constant(self.epsilon, dtype),
@@ -107,6 +122,14 @@ class Adam(_OneKernel, keras.optimizers.Adam):
 class AdamW(_OneKernel, keras.optimizers.AdamW):
     """keras.optimizers.AdamW (Loshchilov and Hutter 2017), with fewer kernels per step."""
 
+    def _apply_weight_decay(self, variables):
+        """Keras's, but that it decays each variable in proportion to its own learning rate."""
+        if not self.factors:
+            return super()._apply_weight_decay(variables)
+        for variable in filter(self._use_weight_decay, variables):
+            value, rate = variable.value, self.rate_of(variable, self.learning_rate)
+            value.assign_sub(value * tf.cast(self.weight_decay * rate, value.dtype))
+
 
 @keras.saving.register_keras_serializable("keras_cifar")
 class SGD(_Replicated, keras.optimizers.SGD):
@@ -117,6 +140,7 @@ class SGD(_Replicated, keras.optimizers.SGD):
         self.bias_rate = bias_rate
 
     def update_step(self, gradient, variable, learning_rate):
+        learning_rate = self.rate_of(variable, learning_rate)
         if not is_kernel(variable):
             learning_rate = learning_rate * self.bias_rate
         super().update_step(gradient, variable, learning_rate)
@@ -176,3 +200,21 @@ def compile_model(model: Classifier, config: OptimizerConfig, rate: Schedule, **
         optimizer.exclude_from_weight_decay(others)
     loss = {"label_smoothing": config.label_smoothing, "weight_decay": l2}
     model.compile(optimizer, ema=config.ema, **loss, **kwargs)
+    if config.layer_decay != 1 or config.head_rate != 1:
+        optimizer.factors = rate_factors(model.logits_model, config.layer_decay, config.head_rate)
+
+
+def rate_factors(network: keras.Model, layer_decay: float, head_rate: float) -> list[float]:
+    """The factor of the learning rate of each trainable variable, in their order.
+
+    It is `head_rate` for the last layer, and falls by `layer_decay` in each twelfth of the layers from
+    there to the input: twelve are the layers of ViT-B, for which Bao et al. 2021 (BEiT,
+    arXiv:2106.08254) decay it so.
+    """
+    layers = [layer for layer in network.layers if layer.weights]
+    factors = {}
+    for number, layer in enumerate(layers):
+        factor = layer_decay ** (DECAY_GROUPS - DECAY_GROUPS * number // (len(layers) - 1))
+        factor = head_rate if layer.name == HEAD else factor
+        factors |= {id(variable): factor for variable in layer.trainable_variables}
+    return [factors[id(variable)] for variable in network.trainable_variables]

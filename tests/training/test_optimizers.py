@@ -165,6 +165,29 @@ def test_bias_rate_is_of_biases_and_normalization_alone():
         np.testing.assert_allclose(before - after, 0.01 * factor, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_rates_fall_from_the_last_layer_to_the_first(name):
+    network = model(optimizer=name, learning_rate=0.01, layer_decay=0.9, head_rate=10.0)
+    factors = {"conv_conv": 0.9**12, "conv_bn": 0.9**6, "logits": 10}
+    for path, (before, after) in move(network, gradient=1.0).items():
+        expected = 0.01 * factors[path.split("/")[-2]]
+        np.testing.assert_allclose(before - after, expected, rtol=1e-3, err_msg=path)
+
+
+def test_rates_of_a_network_whose_first_layers_are_frozen():
+    network = model()
+    network.get_layer("conv_conv").trainable = False
+    assert optimizers.rate_factors(network.logits_model, 0.9, 1.0) == [0.9**6] * 2 + [1.0] * 2
+
+
+def test_decay_of_adamw_follows_the_rate_of_each_layer():
+    flags = {"learning_rate": 0.1, "weight_decay": 0.5, "layer_decay": 0.9, "head_rate": 4.0}
+    moved = move(model(optimizer="adamw", **flags), gradient=0.0)
+    for path, (before, after) in moved.items():
+        factor = {"conv_conv/kernel": 0.9**12, "logits/kernel": 4}.get(path, 0)
+        np.testing.assert_allclose(after, before * (1 - 0.05 * factor), rtol=1e-6, err_msg=path)
+
+
 def test_decay_of_adamw_is_decoupled_and_on_kernels_alone():
     network = model(optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
     network.get_layer("conv_conv").bias.assign([1.0, 2, 3, 4])
