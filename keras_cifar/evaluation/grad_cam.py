@@ -29,7 +29,12 @@ OPACITY = 0.7  # of the colour at heat 1
 def last_maps(model: keras.Model) -> keras.KerasTensor:
     """The last feature maps [M, h, w, C] before the layer `logits`; ValueError if there are none."""
     names = [layer.name for layer in model.layers]
-    for layer in reversed(model.layers[: names.index("logits")]):
+    layers = model.layers[: names.index("logits")]
+    # Some networks have further layers after the average over the maps, of one pixel.
+    pools = [x for x in layers if isinstance(x, keras.layers.GlobalAveragePooling2D)]
+    if pools and not any(x.output is pools[-1].input for x in layers if isinstance(x, _SKIPPED)):
+        return pools[-1].input
+    for layer in reversed(layers):
         output = layer.output
         is_maps = len(output.shape) == 4 and keras.backend.is_float_dtype(output.dtype)
         if is_maps and not isinstance(layer, _SKIPPED):

@@ -13,8 +13,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Kernels whose last axis is the output's channels.
-FOLDABLE = (keras.layers.Conv2D, keras.layers.Dense)
+FOLDABLE = (
+    keras.layers.Conv2D,
+    keras.layers.Dense,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv2D,
+)
 
 
 def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
@@ -49,9 +53,7 @@ def fold(model: keras.Model, kept: str | None = None) -> keras.Model:
     for layer in model.layers:
         copy = folded.get_layer(layer.name)
         if layer.name in normalized:
-            kernel, bias = _weights(layer, normalized[layer.name])
-            copy.kernel.assign(kernel)
-            copy.bias.assign(bias)
+            copy.set_weights(_weights(layer, normalized[layer.name]))
         elif layer.name not in norms:
             copy.set_weights(layer.get_weights())
     return folded
@@ -120,13 +122,18 @@ def _sources(stored) -> Iterator[str]:
             yield from _sources(item)
 
 
-def _weights(layer: keras.Layer, norm: keras.Layer) -> tuple[np.ndarray, np.ndarray]:
-    """The kernel and the bias with which a layer computes `norm(layer(x))`."""
-    kernel, *bias = (np.asarray(v, np.float64) for v in layer.get_weights())
+def _weights(layer: keras.Layer, norm: keras.Layer) -> list[np.ndarray]:
+    """The kernels and the bias with which a layer computes `norm(layer(x))`."""
+    weights = [np.asarray(v, np.float64) for v in layer.get_weights()]
+    bias = weights.pop() if layer.use_bias else 0.0
+    *others, kernel = weights  # A separable convolution has a depthwise one before.
     scale = 1 / np.sqrt(np.asarray(norm.moving_variance, np.float64) + norm.epsilon)
     if norm.scale:
         scale *= np.asarray(norm.gamma, np.float64)
-    offset = (sum(bias) - np.asarray(norm.moving_mean, np.float64)) * scale
+    offset = (bias - np.asarray(norm.moving_mean, np.float64)) * scale
     if norm.center:
         offset += np.asarray(norm.beta, np.float64)
-    return kernel * scale, offset
+    # The channels of the output are the last axis of a kernel; of a depthwise one the last two.
+    depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
+    scale = scale.reshape(kernel.shape[2:]) if depthwise else scale
+    return [*others, kernel * scale, offset]

@@ -32,6 +32,9 @@ __all__ = [
 # Images that `adapt` uses: they have 961,000 patches where they are 32 x 32, for 12 variances.
 MAX_ADAPT_IMAGES = 1000
 
+# Layers with one kernel, whose multiply-adds are counted.
+COUNTED = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
+
 # Images up to this side, in pixels, get the small-image form of networks made for ImageNet.
 SMALL_IMAGE = 64
 
@@ -126,9 +129,15 @@ def count_multiply_adds(model: keras.Model) -> int:
     """Multiply-adds of one image's forward pass: those of convolutions and dense layers."""
     total = 0
     for layer in model.layers:
-        if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
-            # A dense layer's output has no sides: the product of none is 1.
-            total += int(np.prod(layer.kernel.shape)) * int(np.prod(layer.output.shape[1:-1]))
+        # A dense layer's output has no sides: the product of none is 1.
+        pixels = int(np.prod(layer.output.shape[1:-1]))
+        if isinstance(layer, keras.layers.SeparableConv2D):
+            kernels = [layer.depthwise_kernel, layer.pointwise_kernel]
+        elif isinstance(layer, COUNTED):
+            kernels = [layer.kernel]
+        else:
+            kernels = []
+        total += sum(pixels * int(np.prod(kernel.shape)) for kernel in kernels)
     return total
 
 

@@ -259,10 +259,13 @@ class Classifier(keras.Model):
         return self._averages.in_place()
 
 
-def image_input(input_shape: Shape, scale: float = 1 / 127.5, offset: float = -1.0) -> tuple:
-    """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same in [-1, 1], or as given."""
+def image_input(input_shape: Shape, scale=1 / 127.5, offset=-1.0) -> tuple:
+    """(input, scaled): a keras.Input of uint8 [B, H, W, 3] and the same times `scale` plus `offset`.
+
+    Both are numbers or lists of one for each channel. By default the result is in [-1, 1].
+    """
     images = keras.Input(input_shape, dtype="uint8", name="images")
-    return images, keras.layers.Rescaling(scale, offset=offset, name="scale")(images)
+    return images, keras.layers.Rescaling(scale, offset, name="scale")(images)
 
 
 def get_scaling(model: keras.Model) -> Scaling | None:

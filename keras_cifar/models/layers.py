@@ -18,13 +18,13 @@ class Dropout(keras.layers.Dropout):
 
     Most of the time goes into random numbers. This layer draws 8 bits an element, and Keras 32. Each
     call rounds the threshold, 256 times the rate, up or down at random, so that the probability to
-    drop an element is exactly the rate. Each replica draws its own mask.
+    drop an element is exactly the rate. Each replica draws its own mask, of `noise_shape` if given.
     """
 
     def call(self, inputs, training=False):
         if not training or not self.rate:
             return inputs
-        if self.noise_shape is not None or self.rate == 1:
+        if self.rate == 1:
             return super().call(inputs, training=training)
         seed = tf.cast(self.seed_generator.next(), tf.int32)
         context = tf.distribute.get_replica_context()
@@ -32,6 +32,9 @@ class Dropout(keras.layers.Dropout):
             index = context.replica_id_in_sync_group
             seed = tf.random.experimental.stateless_fold_in(seed, index)
         shape, channels = tf.shape(inputs), inputs.shape[-1]
+        if self.noise_shape is not None:  # None in it is the size of the inputs
+            shape = tf.stack([size or shape[axis] for axis, size in enumerate(self.noise_shape)])
+            channels = self.noise_shape[-1] or channels
         if channels is None or channels % 4 or self.rate >= 255 / 256:
             kept = tf.random.stateless_uniform(shape, seed) >= self.rate
         else:

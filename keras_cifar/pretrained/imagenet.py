@@ -16,6 +16,7 @@ from keras_cifar.core.errors import UsageError, UserError, reason
 
 NAME = "imagenet"  # of --init_from
 PREFIX = "imagenet:"  # of a network where a model may also be a path
+CLASSES = 1000
 TORCHVISION = "https://download.pytorch.org/models/"
 
 
@@ -91,8 +92,10 @@ def find(network: str) -> tuple[pathlib.Path, str]:
         UserError: they cannot be had, or are damaged.
     """
     if network not in SOURCES:
-        choices = ", ".join(sorted(SOURCES))
-        raise UsageError(f"no ImageNet weights are known for {network!r}; choose one of: {choices}")
+        raise UsageError(
+            f"no ImageNet weights are known for {network!r}; choose one of: {', '.join(SOURCES)} or a "
+            "network of keras.applications"
+        )
     path, origin = SOURCES[network].find()
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,8 +11,6 @@ from keras_cifar.exporters import saved_model, verification
 from keras_cifar.models.classifier import HEAD
 from keras_cifar.pretrained import imagenet, weights
 
-CLASSES = 1000  # of ImageNet
-
 
 def load(
     network: str,
@@ -43,17 +41,17 @@ def load(
     def build(classes: int) -> keras.Model:
         return models.build(network, (side, side, 3), classes).deployable
 
-    model = build(CLASSES)
+    model = build(imagenet.CLASSES)
     found = weights.find(source, model)
     count = found.layers[HEAD][-1].shape[-1]
     names = found.class_names
     if labels:
         names = read_labels(labels, count)
-    elif names is None and count == CLASSES:
+    elif names is None and count == imagenet.CLASSES:
         names = imagenet.class_names()
     elif names is None:
         raise UserError(f"{source} does not name its {count:,} classes; give --labels=FILE")
-    if count != CLASSES:
+    if count != imagenet.CLASSES:
         model = build(count)
     return model, names, weights.assign(model, found._replace(class_names=None), source, None)
 

@@ -12,7 +12,7 @@ from keras_cifar import models, pretrained
 from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import read
 from keras_cifar.core.run_directory import Run
-from keras_cifar.models import classifier
+from keras_cifar.models import applications, classifier
 from keras_cifar.models.classifier import Scaling
 from keras_cifar.pretrained import imagenet, state_dict
 
@@ -52,6 +52,11 @@ def find(source: str, model: keras.Model) -> Weights:
     if source.startswith(pretrained.PREFIX):
         theirs, card = pretrained.load(source.removeprefix(pretrained.PREFIX))
         return _of_keras(theirs, card.class_names, source)
+    if source == imagenet.NAME and model.name in applications.VARIANTS:
+        theirs = models.build(model.name, model.input_shape[1:], imagenet.CLASSES)
+        applications.load_imagenet(theirs, model.name)
+        found = _of_keras(theirs.deployable, None, path)
+        return found._replace(text=f"the ImageNet weights of {model.name} (keras.applications)")
     if source == imagenet.NAME:
         path, origin = imagenet.find(model.name)
         return _of_torch(path, model, f"the ImageNet weights of {model.name} ({origin})")

@@ -113,6 +113,7 @@ LARGE = {
     "googlenet": WHOLE | {"model": "googlenet", "image_size": 16},
     "vgg_bn_drop": VGG,
     "vgg_bn_drop dropout": VGG,
+    "mobilenetv3small": WHOLE | {"model": "mobilenetv3small", "image_size": 32},
 }
 
 
@@ -140,7 +141,7 @@ def register() -> None:
 def train(name: str, config: TrainConfig, context: strategy.DistributedContext) -> dict:
     plan = prepare(config.replace(**BASE | (RUNS | LARGE)[name]), context)
     model, config = plan.model, plan.config
-    recording, disabled = Recording(context), name in ("googlenet", "vgg_bn_drop")
+    recording, disabled = Recording(context), name in LARGE and "dropout" not in name
     with without_dropout(model.logits_model) if disabled else contextlib.nullcontext():
         history = model.fit(
             plan.batches(0),
@@ -338,18 +339,22 @@ def run_split(context, function, *arrays) -> list[list[np.ndarray]]:
     return [[np.asarray(v) for v in strategy.experimental_local_results(r)] for r in results]
 
 
+# (channels, noise_shape)
+MASKS = [(16, None), (6, None), (16, (None, 1))]
+
+
 def masks(config: TrainConfig, context: strategy.DistributedContext) -> dict:
     """Which elements each replica drops, in two calls, by either way of drawing them."""
     keras.config.set_dtype_policy("float32")
     found = {}
-    for channels in (16, 6):
+    for channels, noise_shape in MASKS:
         with context.strategy.scope():
-            layer = layers.Dropout(0.5, seed=1)
-        drop = functools.partial(layer, tf.ones((256, channels)), training=True)
+            layer = layers.Dropout(0.5, noise_shape, seed=1)
+        drop = functools.partial(layer, tf.ones((4096, channels)), training=True)
         call = tf.function(functools.partial(context.strategy.run, drop), autograph=False)
         for number in range(2):
             for index, mask in enumerate(context.strategy.experimental_local_results(call())):
-                found[f"{channels}|{number} {index}"] = mask.numpy() == 0
+                found[f"{channels} {noise_shape}|{number} {index}"] = mask.numpy() == 0
     return found
 
 

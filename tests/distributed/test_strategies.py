@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.distributed.strategies import CASES, FITS, LARGE, NORMS, ROUNDING, STRATEGIES
+from tests.distributed.strategies import CASES, FITS, LARGE, MASKS, NORMS, ROUNDING, STRATEGIES
 from tests.distributed.test_rendezvous import free_addresses
 
 COMPARED = [
@@ -35,8 +35,8 @@ PLANS = {
     },
     "all": dict.fromkeys(STRATEGIES, ALL),
     "large": {
-        "one device": ["googlenet", "vgg_bn_drop"],
-        "mirrored 2": ["googlenet", "vgg_bn_drop"],
+        "one device": ["googlenet", "vgg_bn_drop", "mobilenetv3small"],
+        "mirrored 2": ["googlenet", "vgg_bn_drop", "mobilenetv3small"],
         "2 workers": ["googlenet", "vgg_bn_drop", "vgg_bn_drop dropout"],
     },
 }
@@ -180,9 +180,10 @@ def test_layers_can_be_called_outside_of_the_replicas(results):
     assert (y == 0).mean() == pytest.approx(0.5, abs=0.2)
 
 
-@pytest.mark.parametrize("channels", [16, 6])
-def test_each_replica_and_call_has_its_own_dropout_mask(results, channels):
-    masks = list(of_case(results["mirrored 2", 0], f"masks|{channels}").values())
+@pytest.mark.parametrize(("channels", "noise_shape"), MASKS)
+def test_each_replica_and_call_has_its_own_dropout_mask(results, channels, noise_shape):
+    case = f"masks|{channels} {noise_shape}"
+    masks = list(of_case(results["mirrored 2", 0], case).values())
     assert len(masks) == 4
     for index, mask in enumerate(masks):
         assert mask.mean() == pytest.approx(0.5, abs=0.06)

@@ -78,6 +78,13 @@ def test_the_maps_are_those_of_the_last_convolutions(name, layer):
         assert grad_cam.last_maps(model) is model.get_layer(layer).output
 
 
+def test_the_maps_are_those_before_the_average_where_layers_follow_it():
+    with keras.StatelessScope(initialize_variables=False):
+        for name, channels in (("mobilenet", 1024), ("mobilenetv3small", 576)):
+            model = models.build(name, (64, 64, 3)).deployable
+            assert grad_cam.last_maps(model).shape == (None, 2, 2, channels)
+
+
 def test_an_overlay_is_grey_where_it_is_cold_and_bright_where_it_is_hot():
     images = np.full((1, 2, 2, 3), (90, 120, 150), np.uint8)
     pixels = grad_cam.overlay(images, np.array([[[0.0, 0.5], [1.0, 0.0]]]))

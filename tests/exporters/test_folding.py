@@ -81,6 +81,12 @@ FOLDED = {
     "convolution": lambda x: L.BatchNormalization()(L.Conv2D(5, 3)(x)),
     "no bias": lambda x: L.BatchNormalization()(L.Conv2D(5, 3, use_bias=False)(x)),
     "groups": lambda x: L.BatchNormalization()(L.Conv2D(6, 3, groups=2)(x)),
+    "depthwise": lambda x: L.BatchNormalization()(L.DepthwiseConv2D(3)(x)),
+    "depthwise, no bias": lambda x: L.BatchNormalization()(L.DepthwiseConv2D(3, use_bias=False)(x)),
+    "several a channel": lambda x: L.BatchNormalization()(
+        L.DepthwiseConv2D(3, depth_multiplier=2)(x)
+    ),
+    "separable": lambda x: L.BatchNormalization()(L.SeparableConv2D(5, 3, use_bias=False)(x)),
     "dense": lambda x: L.BatchNormalization()(L.Dense(5)(L.Flatten()(x))),
     "dense on maps": lambda x: L.BatchNormalization()(L.Dense(5, use_bias=False)(x)),
     "no scale": lambda x: L.BatchNormalization(scale=False)(L.Conv2D(5, 3)(x)),
@@ -114,7 +120,6 @@ KEPT = {
     "the input": lambda x: L.BatchNormalization()(x),
     "pooling": lambda x: L.BatchNormalization()(L.MaxPooling2D(2)(x)),
     "an operation": lambda x: L.BatchNormalization()(x[..., :2]),
-    "depthwise": lambda x: L.BatchNormalization()(L.DepthwiseConv2D(3)(x)),
     "transposed": lambda x: L.BatchNormalization()(L.Conv2DTranspose(3, 3)(x)),
     "rows": lambda x: L.BatchNormalization(axis=1)(L.Conv2D(6, 1)(x)),
     "batch statistics": lambda x: L.BatchNormalization()(L.Conv2D(4, 1)(x), training=True),

@@ -101,12 +101,26 @@ def test_dropout_draws_one_word_for_four_elements_where_it_can():
     assert "Bitcast" not in drawn(0.999, (None, 8, 8, 16)) | drawn(0.3, (None,))
 
 
-def test_noise_shape_and_rate_1_are_kerass():
+def test_noise_shape_is_broadcast_and_rate_1_is_kerass():
     found = dropped(layers.Dropout(0.5, (None, 1, 1, 16), seed=1))[0]
     np.testing.assert_array_equal(found, np.broadcast_to(found[:, :1, :1], found.shape))
-    theirs = keras.layers.Dropout(0.5, (None, 1, 1, 16), seed=1)
-    np.testing.assert_array_equal(found, dropped(theirs)[0])
+    assert found[:, 0, 0].mean() == pytest.approx(0.5, abs=0.08)
     assert dropped(layers.Dropout(1)).all()
+
+
+@pytest.mark.parametrize("noise_shape", [(None, 1, 1, 1), (None, 1, 1, None), (8, 8, 16)])
+def test_share_of_the_noise_that_is_dropped_is_the_rate(noise_shape):
+    x, calls = tf.ones((512, 8, 8, 16)), 40
+    found = dropped(layers.Dropout(0.3, noise_shape, seed=1), x, calls)
+    for axis, size in enumerate(noise_shape, 4 - len(noise_shape)):
+        if size == 1:
+            first = np.take(found, [0], axis + 1)
+            np.testing.assert_array_equal(found, np.broadcast_to(first, found.shape))
+            found = first
+    if len(noise_shape) == 3:  # one for all images
+        found = found[:, :1]
+    assert found.mean() == pytest.approx(0.3, abs=4 * (0.21 / found.size) ** 0.5 + 4e-4)
+    assert len(np.unique(found.reshape(calls, -1), axis=0)) == calls
 
 
 def test_dropout_compiled_by_xla_drops_the_same_elements():

@@ -20,6 +20,7 @@ from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.core.files import versions
 from keras_cifar.core.run_directory import Run, default_run_dir
 from keras_cifar.evaluation import evaluator
+from keras_cifar.models import applications
 from keras_cifar.training import checkpoint, recorder, trainer
 from keras_cifar.training.plan import prepare
 from tests.conftest import write_folder
@@ -295,10 +296,12 @@ def test_list_models_has_a_line_a_network(capsys, monkeypatch):
     few = {name: models.variants()[name] for name in ("lenet5", "vgg16")}
     monkeypatch.setattr(models, "variants", lambda: few)
     assert run_command(train, TrainConfig, "--list_models") == 0
-    _, lenet5, vgg16 = capsys.readouterr().out.splitlines()
+    _, lenet5, vgg16, *theirs = capsys.readouterr().out.splitlines()
     assert lenet5.split()[:4] == ["lenet5", "32", "62,006", "651,720"]
     assert vgg16.split()[:4] == ["vgg16", "224", "138,357,544", "15,470,264,320"]
     assert vgg16.endswith("arXiv:1409.1556")
+    names = " ".join(theirs).removeprefix("and those of keras.applications: ").split(", ")
+    assert names == sorted(applications.VARIANTS)
 
 
 def test_default_run_directories_are_below_runs():
