@@ -3,8 +3,6 @@
 python -m keras_cifar.train --model resnet32 --data cifar10 --epochs 10
 """
 
-import textwrap
-
 from keras_cifar.core import cli, environment, recipes
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.run_directory import Run, default_run_dir
@@ -17,7 +15,9 @@ def main(config: TrainConfig) -> None:
         return
     environment.import_tensorflow()
     if config.output.list_models:
-        print(list_models())
+        from keras_cifar import models
+
+        print(models.table())
         return
     from keras_cifar.training import trainer
     from keras_cifar.training.plan import estimate
@@ -60,20 +60,6 @@ def train_seeds(config: TrainConfig, run: Run) -> None:
     print(f"mean test accuracy {summary['mean']:.4f} of {config.fit.seeds} seeds{spread}")
     print(f"seeds     {run.seeds}")
     print(f"compare   python -m keras_cifar.compare {run.path} OTHER_RUN ...")
-
-
-def list_models() -> str:
-    """The networks as a table, at the size and number of classes of their papers."""
-    from keras_cifar import models
-    from keras_cifar.models import applications
-
-    lines = [f"{'name':<19}{'image':>6}{'parameters':>14}{'multiply-adds':>17}  paper"]
-    for name in (name for name in models.variants() if name not in applications.VARIANTS):
-        _, size, parameters, multiply_adds, paper = models.describe(name)
-        lines.append(f"{name:<19}{size:>6}{parameters:>14,}{multiply_adds:>17,}  {paper}")
-    # Building these takes minutes.
-    theirs = f"and those of keras.applications: {', '.join(sorted(applications.VARIANTS))}"
-    return "\n".join([*lines, *textwrap.wrap(theirs, 100)])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ family is one new file. `build` finds a variant by name.
 import dataclasses
 import importlib
 import pkgutil
+import textwrap
 from collections.abc import Callable
 
 import keras
@@ -26,6 +27,7 @@ __all__ = [
     "describe",
     "is_small",
     "load",
+    "table",
     "variants",
 ]
 
@@ -149,3 +151,16 @@ def describe(name: str) -> tuple[str, int, int, int, str]:
         model = build(name, shape, variant.num_classes).deployable
     sizes = count_parameters(model), count_multiply_adds(model)
     return name, variant.image_size, *sizes, variant.paper
+
+
+def table() -> str:
+    """The networks as text, at the size and number of classes of their papers."""
+    from keras_cifar.models import applications
+
+    lines = [f"{'name':<19}{'image':>6}{'parameters':>14}{'multiply-adds':>17}  paper"]
+    for name in (name for name in variants() if name not in applications.VARIANTS):
+        _, size, parameters, multiply_adds, paper = describe(name)
+        lines.append(f"{name:<19}{size:>6}{parameters:>14,}{multiply_adds:>17,}  {paper}")
+    # Building these takes minutes.
+    theirs = f"and those of keras.applications: {', '.join(sorted(applications.VARIANTS))}"
+    return "\n".join([*lines, *textwrap.wrap(theirs, 100)])
