@@ -103,7 +103,7 @@ class DataConfig(Options):
     augment: str = _data(
         "",
         "augmentations in order, such as 'crop(4)|flip|cutout(8)|mixup(0.2)'; also altflip, "
-        "color(0.4), randaugment(2,9), cutmix(1.0)",
+        "vflip, rotate(15), erasing(0.25), color(0.4), randaugment(2,9), cutmix(1.0)",
     )
 
 

@@ -30,7 +30,7 @@ __all__ = [
     "training_batches",
 ]
 
-NO_SOURCES = {"augmentation", "batches", "cache", "images", "splits", "tfds"}
+NO_SOURCES = {"augmentation", "batches", "cache", "images", "splits", "tfds", "transformations"}
 
 
 def load(
