@@ -196,6 +196,12 @@ class OptimizerConfig(Options):
     label_smoothing: float = _optimizer(
         0.0, "share of each label spread over all classes", limit=FRACTION
     )
+    class_weight: str = _optimizer(
+        "none",
+        "balanced: an image weighs N / (K n) in the loss of training, for N training images in K "
+        "classes, n of them in its own; for uneven classes",
+        choices=("none", "balanced"),
+    )
     ema: float = _optimizer(
         0.0,
         "decay of the exponential moving average of the weights, such as 0.999; the averages are "

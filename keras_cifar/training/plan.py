@@ -206,6 +206,9 @@ def prepare(
     options = {"accumulate_steps": fit.accumulate_steps, "jit_compile": xla[0]}
     options["norm_batch"] = norm_batch[0]
     options["steps_per_execution"] = config.devices.steps_per_execution
+    if config.optimizer.class_weight == "balanced":
+        labels, classes = dataset.train.labels, len(dataset.class_names)
+        options["class_weight"] = data.class_weights(labels, classes)
     with context.strategy.scope():
         model, origin = _build_model(config, dataset, is_new)
         rate = optimizers.schedule(config.optimizer, fit.epochs, steps)

@@ -100,7 +100,7 @@ def test_the_averaged_weights_of_the_best_epoch_are_validated_and_saved(tmp_path
 
 
 def test_flags_reach_the_step_and_the_optimizer(image_folder):
-    options = {"label_smoothing": 0.2, "weight_decay": 0.1, "ema": 0.9}
+    options = {"label_smoothing": 0.2, "weight_decay": 0.1, "ema": 0.9, "class_weight": "balanced"}
     sgd = {"momentum": 0.5, "nesterov": True, "global_clipnorm": 2.0}
     rate = {"learning_rate": 0.01, "lr_schedule": "cosine", "warmup_epochs": 0.5}
     plan = prepare(
@@ -108,6 +108,7 @@ def test_flags_reach_the_step_and_the_optimizer(image_folder):
     )
     step, optimizer = plan.model._step, plan.model.optimizer
     assert (step.label_smoothing, step.weight_decay, step.averages.decay) == (0.2, 0.1, 0.9)
+    assert step.class_weight == [1.0, 1.0, 1.0]  # as many images of each
     found = optimizer.get_config()
     assert {name: found[name] for name in sgd} == sgd
     schedule = ("cosine", 0.01, 8, 2, ())
