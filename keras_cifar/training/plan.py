@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from keras_cifar import data, models
 from keras_cifar.core import environment
-from keras_cifar.core.config import FitConfig, TrainConfig
+from keras_cifar.core.config import BALANCED, FitConfig, TrainConfig
 from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.data import augmentation
 from keras_cifar.distributed import sharding, strategy
@@ -60,10 +60,18 @@ class Plan:
 
     def shards(self, replicas: ReplicaRange, start_step: int) -> tf.data.Dataset:
         """The training data of some replicas from a step of the run on."""
-        fit, augment = self.config.fit, self.config.data.augment
-        split, classes = self.dataset.train, len(self.dataset.class_names)
-        where = (start_step, replicas, fit.accumulate_steps)
-        return data.training_batches(split, classes, fit.batch_size, augment, fit.seed, *where)
+        fit, flags = self.config.fit, self.config.data
+        return data.training_batches(
+            self.dataset.train,
+            len(self.dataset.class_names),
+            fit.batch_size,
+            flags.augment,
+            fit.seed,
+            start_step,
+            replicas,
+            fit.accumulate_steps,
+            balanced=flags.sampling == BALANCED,
+        )
 
     def batches(self, start_step: int) -> ShardedBatches:
         """Training batches from a step of the run on, split for the replicas."""
@@ -165,6 +173,11 @@ def check_names(config: TrainConfig) -> None:
         raise unknown("model", config.model.model, models.variants())
     if config.fit.early_stopping and not config.data.val_fraction:
         raise UsageError("--early_stopping needs validation: --val_fraction must be above 0")
+    if config.optimizer.class_weight == config.data.sampling == BALANCED:
+        raise UsageError(
+            "--class_weight balanced and --sampling balanced each even out the classes; both together "
+            "favour the small ones: give one of them"
+        )
 
 
 def prepare(
@@ -206,7 +219,7 @@ def prepare(
     options = {"accumulate_steps": fit.accumulate_steps, "jit_compile": xla[0]}
     options["norm_batch"] = norm_batch[0]
     options["steps_per_execution"] = config.devices.steps_per_execution
-    if config.optimizer.class_weight == "balanced":
+    if config.optimizer.class_weight == BALANCED:
         labels, classes = dataset.train.labels, len(dataset.class_names)
         options["class_weight"] = data.class_weights(labels, classes)
     with context.strategy.scope():

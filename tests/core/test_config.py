@@ -104,7 +104,7 @@ OTHER = parsed(
     "epochs=11 steps_per_epoch=5 batch_size=64 accumulate_steps=2 precise_bn_batches=3 "
     "early_stopping=3 seed=1 optimizer=sgd learning_rate=0.5 momentum=0.5 nesterov bias_rate=2 "
     "lr_schedule=cosine warmup_epochs=1 weight_decay=1e-4 label_smoothing=0.1 ema=0.5 "
-    "class_weight=balanced "
+    "class_weight=balanced sampling=balanced "
     "global_clipnorm=1 dtype_policy=float64 norm_batch=8 init_from=elsewhere freeze=logits "
     "deterministic"
 )

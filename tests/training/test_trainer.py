@@ -115,7 +115,11 @@ def test_flags_reach_the_step_and_the_optimizer(image_folder):
     assert tuple(plan.learning_rate.get_config().values()) == schedule
 
 
-@pytest.mark.parametrize("flags", [{"seed": 1}, {"augment": "flip"}, {"batch_size": 8}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{"seed": 1}, {"augment": "flip"}, {"batch_size": 8}, {"sampling": "balanced"}],
+    ids=str,
+)
 def test_a_flag_changes_the_batches(image_folder, flags):
     found = [prepare(config(image_folder, **other)).batches(0) for other in ({}, flags)]
     plain, changed = (next(iter(batches))[0].numpy() for batches in found)
@@ -241,6 +245,7 @@ def test_divergence_in_the_first_epoch_is_one_line(tmp_path, image_folder, small
         ({"strategy": "multiworker"}, "multiworker"),
         ({"replicas": 2, "batch_size": 1}, "fewer images than there are replicas"),
         ({"early_stopping": 3, "val_fraction": 0}, "--val_fraction"),
+        ({"class_weight": "balanced", "sampling": "balanced"}, "give one of them"),
     ],
     ids=str,
 )
