@@ -10,8 +10,10 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_cifar import data, models
@@ -31,6 +33,10 @@ from keras_cifar.training.optimizers import Schedule
 # From so many images on, a replica's own statistics train as well as those of larger batches: Goyal et
 # al. 2017, arXiv:1706.02677, section 2.3.
 MIN_NORM_IMAGES = 32
+
+# So many times as many images in the largest class as in the smallest are worth a line. Below that the
+# held-out fraction of each class, rounded, may be the reason. No measurement is behind it.
+UNEVEN = 1.5
 
 PACKAGES = ("keras", "tensorflow", "numpy", "Pillow", "tensorflow-datasets")
 
@@ -103,6 +109,7 @@ class Plan:
                 f"{models.count_multiply_adds(network) / 1e6:,.1f} million multiply-adds an image",
                 f"data      {config.data.data}: {counts} images of {width} x {height}, "
                 f"{len(dataset.class_names)} classes",
+                *describe_classes(dataset.train.labels, dataset.class_names, config),
                 f"training  {config.fit.epochs} epochs of {self.steps_per_epoch} steps of "
                 f"{config.fit.batch_size} images ({left_out} are left out of each pass), "
                 f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g} "
@@ -133,6 +140,26 @@ def _describe_shards(fit: FitConfig, replicas: int) -> str:
     microbatches = fit.accumulate_steps
     each = f" in each of {microbatches} microbatches" if microbatches > 1 else ""
     return f"{_shard_sizes(fit, replicas)[1]} per replica{each}"
+
+
+def describe_classes(labels: np.ndarray, names: Sequence[str], config: TrainConfig) -> list[str]:
+    """A line if the training images are uneven, or evened out: the classes with fewest and most."""
+    counts = np.bincount(labels, minlength=len(names))
+    most = counts.argmax()
+    fewest = np.where(counts, counts, counts[most]).argmin()
+    if config.data.sampling == BALANCED:
+        remedy = "all are drawn equally often (--sampling balanced)"
+    elif config.optimizer.class_weight == BALANCED:
+        remedy = "all count alike in the loss (--class_weight balanced)"
+    elif counts[most] < UNEVEN * counts[fewest]:
+        return []
+    else:
+        remedy = "--class_weight balanced or --sampling balanced evens them out"
+    images = "image" if counts[fewest] == 1 else "images"
+    return [
+        f"classes   {counts[fewest]:,} {images} of {names[fewest]} to {counts[most]:,} of "
+        f"{names[most]}; {remedy}"
+    ]
 
 
 def choose_norm_batch(fit: FitConfig, replicas: int) -> tuple[str | int, str]:
