@@ -35,6 +35,7 @@ DTYPE_POLICIES = ("auto", "float32", "float64", "mixed_float16", "mixed_bfloat16
 # Images that are classified at a time: the fastest of 64, 128 and 256 on two cores with ResNet-32.
 BATCH_SIZE = 128
 SPLITS = ("train", "val", "test")
+BALANCED = "balanced"  # of --class_weight and --sampling
 
 _model, _data, _training, _optimizer = (
     functools.partial(option, group=group) for group in ("Model", "Data", "Training", "Optimizer")
@@ -105,7 +106,13 @@ class DataConfig(Options):
     augment: str = _data(
         "",
         "augmentations in order, such as 'crop(4)|flip|cutout(8)|mixup(0.2)'; also altflip, "
-        "color(0.4), randaugment(2,9), cutmix(1.0)",
+        "vflip, rotate(15), erasing(0.25), color(0.4), randaugment(2,9), cutmix(1.0)",
+    )
+    sampling: str = _data(
+        "none",
+        "balanced: a pass, as long as before, has as many images of each class, those of small classes "
+        "repeated; not with --class_weight balanced",
+        choices=("none", BALANCED),
     )
 
 
@@ -206,6 +213,12 @@ class OptimizerConfig(Options):
     )
     head_rate: float = _optimizer(
         1.0, "factor of the learning rate of the last layer, for fine-tuning", limit=POSITIVE
+    )
+    class_weight: str = _optimizer(
+        "none",
+        "balanced: an image weighs N / (K n) in the loss of training, for N training images in K "
+        "classes, n of them in its own",
+        choices=("none", BALANCED),
     )
     ema: float = _optimizer(
         0.0,

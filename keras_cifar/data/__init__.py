@@ -9,6 +9,7 @@ import pkgutil
 import sys
 
 from keras_cifar.core.errors import UsageError, one_line, unknown
+from keras_cifar.data.balance import class_weights
 from keras_cifar.data.batches import (
     evaluation_batches,
     evaluation_steps,
@@ -23,6 +24,7 @@ __all__ = [
     "Dataset",
     "Split",
     "Splits",
+    "class_weights",
     "evaluation_batches",
     "evaluation_steps",
     "load",
@@ -30,7 +32,9 @@ __all__ = [
     "training_batches",
 ]
 
-NO_SOURCES = {"augmentation", "batches", "cache", "images", "splits", "tfds"}
+NO_SOURCES = {
+    *("augmentation", "balance", "batches", "cache", "images", "splits", "tfds", "transformations")
+}
 
 
 def load(

@@ -18,9 +18,26 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, unknown
+from keras_cifar.data.transformations import (
+    GREY,
+    affine,
+    autocontrast,
+    blend,
+    box_mask,
+    clip,
+    equalize,
+    grey,
+    mean_grey,
+    mirror,
+    sizes,
+    smooth,
+    to_uint8,
+)
 
 MAX_PADDING = 1024  # pixels, of `crop`; more is a typing error
 MAX_OPERATIONS = 14  # of `randaugment`: as many as there are
+# Of `erasing`: shares of the image's area, and ratios of height to width, as in PyTorch and timm.
+ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)
 
 Batch = tuple[tf.Tensor, tf.Tensor]
 # Positions int32 [n] in the batch, or None for all -> images uint8 [n, H, W, 3], labels [n, K].
@@ -48,6 +65,11 @@ class Random:
         """[n, *shape] of [low, high)."""
         shape = (self._batch, *shape)
         return self._own(tf.random.stateless_uniform(shape, self._next(), low, high, dtype))
+
+    def mapped(self, function, low, high):
+        """[n, ...]: `function`, which may be inexact, of numbers float32 [batch] of [low, high)."""
+        drawn = tf.random.stateless_uniform((self._batch,), self._next(), low, high)
+        return self._own(function(drawn))
 
     def beta(self, alpha: float):
         """float32 [n] of the distribution Beta(alpha, alpha)."""
@@ -91,7 +113,7 @@ def parse(text: str) -> Callable[..., Batch]:
             drawn = tf.random.experimental.stateless_fold_in(seed, index)
             read = functools.partial(step, read, batch, drawn, alternating=alternating)
         images, labels = read(positions)
-        return _to_uint8(images), labels
+        return to_uint8(images), labels
 
     return augment
 
@@ -166,7 +188,7 @@ def crop(images, labels, random, padding: float):
         f"the padding must be a whole number of pixels, at most {MAX_PADDING}",
     )
     padding = int(padding)
-    _, height, width = _sizes(images)
+    _, height, width = sizes(images)
     padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
     top, left = tf.unstack(random.uniform((2, 1), 0, 2 * padding + 1, tf.int32), axis=1)
     # Rows first: they are contiguous, and then only the columns that stay are moved.
@@ -176,7 +198,12 @@ def crop(images, labels, random, padding: float):
 
 def flip(images, labels, random):
     """Mirrors each image left to right with probability one half."""
-    return _mirror(images, random.uniform() < 0.5), labels
+    return mirror(images, random.uniform() < 0.5), labels
+
+
+def vflip(images, labels, random):
+    """Turns each image upside down, as a mirror does, with probability one half."""
+    return mirror(images, random.uniform() < 0.5, axis=1), labels
 
 
 def altflip(images, labels, random):
@@ -185,7 +212,7 @@ def altflip(images, labels, random):
     So two passes show both forms of each image. Which images are mirrored first is random.
     Jordan 2024, arXiv:2404.00498, section 3.6.
     """
-    return _mirror(images, random.alternating()), labels
+    return mirror(images, random.alternating()), labels
 
 
 def cutout(images, labels, random, size: float):
@@ -194,10 +221,43 @@ def cutout(images, labels, random, size: float):
     DeVries and Taylor 2017, arXiv:1708.04552 (16 pixels on CIFAR-10, 8 on CIFAR-100).
     """
     _require(size >= 1 and size == int(size), "the size must be a whole number of pixels")
-    _, height, width = _sizes(images)
+    _, height, width = sizes(images)
     top, left = _random_boxes(random, height, width)
-    inside = _box_mask(top, left, int(size), int(size), height, width)
+    inside = box_mask(top, left, int(size), int(size), height, width)
     return tf.where(inside, tf.zeros_like(images), images), labels
+
+
+def erasing(images, labels, random, probability: float):
+    """Greys out, with this probability, a rectangle of 2 % to 33 % of the area inside the image.
+
+    Zhong et al. 2017, arXiv:1708.04896 (0.5 on CIFAR-10), with PyTorch's areas and ratios of the
+    sides. PyTorch erases images that are normalized, with 0: their mean. The grey is the 0 of ours.
+    """
+    _require(0 < probability <= 1, "the probability must be above 0 and at most 1")
+    _, height, width = sizes(images)
+    high, wide = (tf.cast(side, tf.float32) for side in (height, width))
+    share = random.uniform((1, 1, 1), *ERASED_AREA)
+    ratio = random.mapped(tf.exp, *map(math.log, ERASED_RATIO))[:, None, None, None]
+    # A rectangle of this area that does not fit is made as high or as wide as the image.
+    rows = tf.clip_by_value(tf.sqrt(share * ratio * high * wide), share * high, high)
+    columns = tf.clip_by_value(tf.round(share * high * wide / rows), 1.0, wide)
+    rows = tf.clip_by_value(tf.round(rows), 1.0, high)
+    place = random.uniform((2, 1, 1, 1))
+    top, left = place[:, 0] * (high - rows + 1), place[:, 1] * (wide - columns + 1)
+    top, left, rows, columns = (tf.cast(x, tf.int32) for x in (top, left, rows, columns))
+    inside = box_mask(top + rows // 2, left + columns // 2, rows, columns, height, width)
+    inside &= random.uniform((1, 1, 1)) < probability
+    return tf.where(inside, tf.cast(GREY, images.dtype), images), labels
+
+
+def rotate(images, labels, random, degrees: float):
+    """Rotates each image about its centre by an angle of +- `degrees`; what comes in is grey."""
+    _require(0 < degrees <= 180, "the degrees must be above 0 and at most 180")
+    limit = math.radians(degrees)
+    turns = random.mapped(lambda a: tf.stack([tf.cos(a), tf.sin(a)], 1), -limit, limit)
+    cos, sin = tf.unstack(turns, axis=1)
+    zero = tf.zeros_like(cos)
+    return affine(tf.cast(images, tf.float32), cos, sin, zero, zero, zero, zero), labels
 
 
 def color(images, labels, random, strength: float):
@@ -208,9 +268,9 @@ def color(images, labels, random, strength: float):
     _require(0 < strength <= 1, "the strength must be above 0 and at most 1")
     factors = random.uniform((3, 1, 1, 1), 1 - strength, 1 + strength)
     images = tf.cast(images, tf.float32)
-    images = _clip(images * factors[:, 0])
-    images = _blend(_mean_grey(images), images, factors[:, 1])
-    return _blend(_grey(images), images, factors[:, 2]), labels
+    images = clip(images * factors[:, 0])
+    images = blend(mean_grey(images), images, factors[:, 1])
+    return blend(grey(images), images, factors[:, 2]), labels
 
 
 def mixup(images, labels, random, partners, alpha: float):
@@ -229,12 +289,12 @@ def cutmix(images, labels, random, partners, alpha: float):
 
     Yun et al. 2019, arXiv:1905.04899 (alpha 1.0 on CIFAR-10 and ImageNet).
     """
-    _, height, width = _sizes(images)
+    _, height, width = sizes(images)
     side = tf.sqrt(1.0 - random.beta(alpha))[:, None, None, None]
     box_height = tf.cast(tf.round(side * tf.cast(height, tf.float32)), tf.int32)
     box_width = tf.cast(tf.round(side * tf.cast(width, tf.float32)), tf.int32)
     y, x = _random_boxes(random, height, width)
-    inside = _box_mask(y, x, box_height, box_width, height, width)
+    inside = box_mask(y, x, box_height, box_width, height, width)
     seen = 1.0 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=[1, 2])
     return tf.where(inside, partners[0], images), labels * seen + partners[1] * (1 - seen)
 
@@ -261,14 +321,14 @@ def _one_randaugment(images, random, level):
     """One operation of `level` in [0, 1]. All images go through all formulas and keep what they drew:
     on small images that is far faster than a branch for each.
     """
-    _, height, width = _sizes(images)
+    _, height, width = sizes(images)
     choice = random.uniform((1, 1, 1), 0, 14, tf.int32)
     sign = tf.where(random.uniform() < 0.5, -1.0, 1.0)
 
     def chosen(operation):
         return tf.cast(tf.equal(choice[:, 0, 0, 0], operation), tf.float32) * sign
 
-    moved = _affine(
+    moved = affine(
         images,
         # Exact values; those of a tensor are not: see `Random`.
         cos=tf.where(chosen(0) == 0.0, 1.0, math.cos(level * math.pi / 6)),
@@ -280,85 +340,16 @@ def _one_randaugment(images, random, level):
     )
     factor = 1.0 + sign[:, None, None, None] * 0.9 * level
     result = tf.where(choice <= 4, moved, images)
-    result = tf.where(choice == 5, _clip(images * factor), result)  # brightness
-    result = tf.where(choice == 6, _blend(_mean_grey(images), images, factor), result)  # contrast
-    result = tf.where(choice == 7, _blend(_grey(images), images, factor), result)  # colour
-    result = tf.where(choice == 8, _blend(_smooth(images), images, factor), result)  # sharpness
+    result = tf.where(choice == 5, clip(images * factor), result)  # brightness
+    result = tf.where(choice == 6, blend(mean_grey(images), images, factor), result)  # contrast
+    result = tf.where(choice == 7, blend(grey(images), images, factor), result)  # colour
+    result = tf.where(choice == 8, blend(smooth(images), images, factor), result)  # sharpness
     bits = 8 - round(level * 4)
     result = tf.where(choice == 9, tf.floor(images / 2 ** (8 - bits)) * 2 ** (8 - bits), result)
     threshold = 256.0 * (1.0 - level)
     result = tf.where(choice == 10, tf.where(images < threshold, images, 255.0 - images), result)
-    result = tf.where(choice == 11, _autocontrast(images), result)
-    return tf.where(choice == 12, _equalize(images), result)  # 13 is the identity
-
-
-def _affine(images, cos, sin, shear_x, shear_y, shift_x, shift_y):
-    """Each image rotated, sheared and shifted about its centre; all parameters float32 [B]."""
-    batch, height, width = _sizes(images)
-    x = (tf.cast(width, tf.float32) - 1) / 2
-    y = (tf.cast(height, tf.float32) - 1) / 2
-    a, b = cos, shear_x - sin
-    c, d = shear_y + sin, cos
-    zero = tf.zeros((batch,))
-    # Output (i, j) takes the input at (a i + b j + e, c i + d j + f).
-    transforms = tf.stack(
-        [a, b, x - a * x - b * y + shift_x, c, d, y - c * x - d * y + shift_y, zero, zero], axis=1
-    )
-    return tf.raw_ops.ImageProjectiveTransformV3(
-        images=images,
-        transforms=transforms,
-        output_shape=tf.stack([height, width]),
-        fill_value=128.0,
-        interpolation="BILINEAR",
-        fill_mode="CONSTANT",
-    )
-
-
-def _smooth(images):
-    """PIL's SMOOTH filter; the border stays."""
-    kernel = tf.constant([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13.0
-    kernel = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
-    inner = tf.nn.depthwise_conv2d(images, kernel, [1, 1, 1, 1], "VALID")
-    ones = tf.pad(tf.ones_like(inner), [[0, 0], [1, 1], [1, 1], [0, 0]])
-    return tf.where(ones > 0, tf.pad(inner, [[0, 0], [1, 1], [1, 1], [0, 0]]), images)
-
-
-def _autocontrast(images):
-    low = tf.reduce_min(images, axis=[1, 2], keepdims=True)
-    high = tf.reduce_max(images, axis=[1, 2], keepdims=True)
-    stretched = (images - low) * 255.0 / tf.maximum(high - low, 1.0)
-    return tf.where(high > low, stretched, images)
-
-
-def _equalize(images):
-    """Each channel's histogram made flat, as PIL's ImageOps.equalize."""
-    batch, height, width = _sizes(images)
-    values = tf.reshape(
-        tf.transpose(tf.cast(images, tf.int32), [0, 3, 1, 2]), [batch * 3, height * width]
-    )
-    histogram = tf.math.bincount(values, minlength=256, maxlength=256, axis=-1)
-    histogram = tf.reshape(histogram, [batch * 3, 256])
-    last = tf.argmax(tf.where(histogram > 0, tf.range(256), -1), axis=1)
-    step = (height * width - tf.gather(histogram, last, batch_dims=1)) // 255
-    before = tf.cumsum(histogram, axis=1, exclusive=True) + step[:, None] // 2
-    table = tf.minimum(before // tf.maximum(step[:, None], 1), 255)
-    table = tf.where(step[:, None] > 0, table, tf.range(256))
-    equal = tf.reshape(tf.gather(table, values, batch_dims=1), [batch, 3, height, width])
-    return tf.cast(tf.transpose(equal, [0, 2, 3, 1]), tf.float32)
-
-
-def _sizes(images):
-    """(batch, height, width): Python integers where they are known, else tensors."""
-    static, dynamic = images.shape, tf.shape(images)
-    return tuple(static[i] if static[i] is not None else dynamic[i] for i in range(3))
-
-
-def _mirror(images, mirrored):
-    """Mirrors left to right the images for which `mirrored` bool [n] is true."""
-    both = tf.concat([images, tf.reverse(images, [2])], axis=0)
-    # Whole rows are copied: four times as fast as `tf.where`.
-    batch = _sizes(images)[0]
-    return tf.gather(both, tf.range(batch) + tf.where(mirrored, batch, 0))
+    result = tf.where(choice == 11, autocontrast(images), result)
+    return tf.where(choice == 12, equalize(images), result)  # 13 is the identity
 
 
 def _random_boxes(random, height, width):
@@ -366,34 +357,3 @@ def _random_boxes(random, height, width):
     sides = tf.cast(tf.reshape(tf.stack([height, width]), (2, 1, 1, 1)), tf.float32)
     point = tf.cast(random.uniform((2, 1, 1, 1)) * sides, tf.int32)
     return tf.unstack(point, axis=1)
-
-
-def _box_mask(y, x, box_height, box_width, height, width):
-    """bool [B, H, W, 1]: the pixels inside each image's box around (y, x)."""
-    top, left = y - box_height // 2, x - box_width // 2
-    rows = tf.reshape(tf.range(height), (1, -1, 1, 1))
-    columns = tf.reshape(tf.range(width), (1, 1, -1, 1))
-    vertical = (rows >= top) & (rows < top + box_height)
-    return vertical & (columns >= left) & (columns < left + box_width)
-
-
-def _grey(images):
-    """Luma (ITU-R BT.601) as [B, H, W, 1]."""
-    return tf.reduce_sum(images * [0.299, 0.587, 0.114], axis=-1, keepdims=True)
-
-
-def _mean_grey(images):
-    return tf.reduce_mean(_grey(images), axis=[1, 2], keepdims=True)
-
-
-def _blend(degenerate, images, factor):
-    """`degenerate` at factor 0, the images at 1, beyond them above 1."""
-    return _clip(degenerate + factor * (images - degenerate))
-
-
-def _clip(images):
-    return tf.clip_by_value(images, 0.0, 255.0)
-
-
-def _to_uint8(images):
-    return images if images.dtype == tf.uint8 else tf.cast(tf.round(_clip(images)), tf.uint8)

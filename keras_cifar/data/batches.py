@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, UserError
-from keras_cifar.data import augmentation
+from keras_cifar.data import augmentation, balance
 from keras_cifar.data.splits import Split
 from keras_cifar.distributed.sharding import ReplicaRange, bounds, endless
 
@@ -56,10 +56,12 @@ def training_batches(
     start_step: int = 0,
     replicas: ReplicaRange | None = None,
     microbatches: int = 1,
+    balanced: bool = False,
 ) -> tf.data.Dataset:
     """Endless batches of (images uint8 [B, H, W, 3], labels float32 [B, K]).
 
-    Each pass is a new permutation of all images, without those that remain after its full batches.
+    Each pass is a new permutation of all images, or with `balanced` an order in which all classes are
+    equally frequent, without those that remain after its full batches.
 
     Args:
         start_step: the step of the run that the first batch is for.
@@ -67,6 +69,7 @@ def training_batches(
             batch, for each of these replicas, the examples that `bounds` gives it. The shards of all
             replicas in order are the batch. Only these examples and their partners are read.
         microbatches: into how many equal microbatches each batch is split.
+        balanced: as many examples of each class: see `balance.even_order`.
     """
     steps = steps_per_epoch(split, batch_size)
     read_examples, stateless = _reader(split, classes), tf.random.experimental
@@ -77,8 +80,13 @@ def training_batches(
     def drawn(purpose, number):
         return stateless.stateless_fold_in(tf.constant((seed, purpose)), tf.cast(number, tf.int32))
 
+    def shuffled(seed):
+        return stateless.stateless_shuffle(tf.range(len(split)), seed)
+
+    order_of = balance.even_order(split.labels) if balanced else shuffled
+
     def one_pass(number):
-        order = stateless.stateless_shuffle(tf.range(len(split)), drawn(0, number))
+        order = order_of(drawn(0, number))
         return tf.data.Dataset.from_tensor_slices(order).batch(batch_size, drop_remainder=True)
 
     def batch(step, indices):

@@ -28,8 +28,8 @@ class Classifier(keras.Model):
 
     `compile` takes an optimizer and the options of the loss; `fit`, `evaluate` and `predict` are
     Keras's. Labels are float32 [B, K]: one-hot, or mixed by augmentation. The reported loss is the
-    cross-entropy of the main classifier alone, against the labels before smoothing, so that training
-    and validation compare.
+    cross-entropy of the main classifier alone, against the labels before smoothing and without class
+    weights, so that training and validation compare.
 
     Make one with `build_from`.
     """
@@ -59,6 +59,7 @@ class Classifier(keras.Model):
         optimizer="adam",
         *,
         label_smoothing: float = 0.0,
+        class_weight: Sequence[float] | None = None,
         weight_decay: float = 0.0,
         ema: float = 0.0,
         accumulate_steps: int = 1,
@@ -72,6 +73,10 @@ class Classifier(keras.Model):
             optimizer: a Keras optimizer or its name. One that clips gradients clips those of the
                 whole batch, whatever the number of replicas.
             label_smoothing: share of each label that is spread over all classes, in training.
+            class_weight: [K], above 0. An example weighs, in the loss of training, the mean of its
+                classes' weights in the shares of its label, and the loss of a batch is the weighted
+                mean: the sum of w_i l_i over the sum of w_i, as of PyTorch's CrossEntropyLoss(weight).
+                The reported loss and accuracy stay those without weights. None weighs all alike.
             weight_decay: factor of the L2 penalty, half the sum of the squared kernels; not on
                 biases and normalization. (Decoupled decay is an option of the optimizer.)
             ema: decay of averaged weights in each step; 0 keeps none. `averaged` uses them.
@@ -83,7 +88,7 @@ class Classifier(keras.Model):
             **kwargs: of keras.Model.compile, except losses and metrics, which are fixed.
 
         Raises:
-            ValueError: several replicas would compute it wrongly, or not at all.
+            ValueError: several replicas would compute it wrongly, or not at all; class_weight is wrong.
         """
         self._strategy = strategy = self.distribute_strategy
         if strategy.num_replicas_in_sync > 1:
@@ -102,13 +107,8 @@ class Classifier(keras.Model):
             self.averages = self._averages.variables  # a checkpoint has them
             network, variables = self.logits_model, self.trainable_variables
             statistics = batch_norm.configure(network, norm_batch)
-            options = (
-                self._loss_dtype,
-                label_smoothing,
-                weight_decay,
-                accumulate_steps,
-                statistics,
-            )
+            loss = self._loss_dtype, label_smoothing, weight_decay
+            options = *loss, accumulate_steps, statistics, class_weight
             self._step = TrainingStep(network, variables, self.optimizer, self._averages, *options)
         eager = self.run_eagerly
         self._precise_batch_norm = PreciseBatchNorm(network, strategy, statistics, eager)

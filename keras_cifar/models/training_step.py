@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import keras
@@ -40,7 +41,7 @@ class TrainingStep:
         variables: the trainable ones.
         optimizer: a built one.
         dtype: of losses and metrics.
-        label_smoothing, weight_decay, accumulate_steps: as in `Classifier.compile`.
+        label_smoothing, weight_decay, accumulate_steps, class_weight: as in `Classifier.compile`.
         statistics: moving averages that differ between replicas after the forward pass; the step
             averages them.
     """
@@ -54,8 +55,15 @@ class TrainingStep:
     weight_decay: float = 0.0
     accumulate_steps: int = 1
     statistics: Sequence = ()
+    class_weight: Sequence[float] | None = None
 
     def __post_init__(self):
+        weights, classes = self.class_weight, self.network.outputs[0].shape[-1]
+        if weights is not None and not (
+            len(weights) == classes and all(0 < weight < math.inf for weight in weights)
+        ):
+            numbers = f"{classes} finite numbers above 0, one a class"
+            raise ValueError(f"class_weight must be {numbers}, not {weights}")
         # A LossScaleOptimizer has the one that clips inside.
         self._inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         self._clipping = {name: getattr(self._inner, name) for name in CLIPPING}
@@ -63,7 +71,7 @@ class TrainingStep:
         self._stop = tf.Variable(tf.zeros([], self.dtype), trainable=False)
         self._sums = []
         if self.accumulate_steps > 1:
-            zeros = [*(tf.zeros(v.shape, v.dtype) for v in self.variables), tf.zeros(4, self.dtype)]
+            zeros = [*(tf.zeros(v.shape, v.dtype) for v in self.variables), tf.zeros(5, self.dtype)]
             self._sums = [tf.Variable(value, trainable=False) for value in zeros]
 
     def request_stop(self) -> None:
@@ -114,9 +122,10 @@ class TrainingStep:
         return metrics
 
     def gradients(self, images, labels, divide: bool = False) -> tuple[list, tf.Tensor]:
-        """Computes the gradients of the sum of this replica's losses, and METRICS without the norm.
+        """Computes the gradients of the sum of this replica's weighted losses, and sums for `update`.
 
-        The gradients are divided by the examples' weight (`divide`) or by NOMINAL_BATCH.
+        The gradients are divided by the sum of the losses' weights (`divide`) or by NOMINAL_BATCH. The
+        sums are METRICS without the norm, and that sum of weights.
         """
         labels, smooth = tf.cast(labels, self.dtype), self.label_smoothing
         # The sum of a label is its example's weight, 0 for padding. TensorFlow's gradient of the
@@ -124,23 +133,26 @@ class TrainingStep:
         weights = tf.reduce_sum(labels, axis=1)
         targets = tf.math.divide_no_nan(labels, weights[:, None])
         targets = targets * (1 - smooth) + smooth / labels.shape[-1] if smooth else targets
+        if self.class_weight is not None:
+            weights = tf.reduce_sum(labels * tf.constant(self.class_weight, self.dtype), axis=1)
+        weight = tf.reduce_sum(weights)
         with tf.GradientTape() as tape:
             logits, *auxiliary = compute_logits(self.network, images, training=True)
             losses = cross_entropy(targets, logits)
             for other in auxiliary:
                 losses += AUXILIARY_WEIGHT * cross_entropy(targets, other)
             total = tf.reduce_sum(losses * tf.cast(weights, losses.dtype))
-            total /= tf.cast(tf.reduce_sum(weights), total.dtype) if divide else NOMINAL_BATCH
+            total /= tf.cast(weight, total.dtype) if divide else NOMINAL_BATCH
             scaled = self.optimizer.scale_loss(total)
         gradients = tape.gradient(
             scaled,
             [v.value for v in self.variables],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,  # that of layers.ConvBeforeNorm
         )
-        return gradients, tf.concat([evaluation_metrics(labels, logits), [self._stop]], 0)
+        return gradients, tf.concat([evaluation_metrics(labels, logits), [self._stop, weight]], 0)
 
     def update(self, gradients: list, metrics, divided: bool = False) -> tf.Tensor:
-        """Sums gradients and metrics over the replicas, updates the variables; returns METRICS."""
+        """Sums over the replicas what `gradients` returns, updates the variables; returns METRICS."""
         variables, optimizer = self.variables, self.optimizer
         if replicas() > 1:
             # TensorFlow reduces the last ones first, and the statistics are ready first.
@@ -150,7 +162,7 @@ class TrainingStep:
             gradients, metrics, sums = values[:count], values[count], values[count + 1 :]
             batch_norm.assign_means(self.statistics, sums)
         if not divided:
-            factor = NOMINAL_BATCH / metrics[2]
+            factor = NOMINAL_BATCH / metrics[4]
             gradients = [g * tf.cast(factor, g.dtype) for g in gradients]
         if self.weight_decay:
             decay = optimizer.scale_loss(tf.constant(self.weight_decay, self.dtype))

@@ -10,13 +10,15 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_cifar import data, models
 from keras_cifar.core import environment
-from keras_cifar.core.config import FitConfig, TrainConfig
+from keras_cifar.core.config import BALANCED, FitConfig, TrainConfig
 from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.data import augmentation
 from keras_cifar.distributed import sharding, strategy
@@ -32,6 +34,10 @@ from keras_cifar.training.optimizers import Schedule
 # From so many images on, a replica's own statistics train as well as those of larger batches: Goyal et
 # al. 2017, arXiv:1706.02677, section 2.3.
 MIN_NORM_IMAGES = 32
+
+# So many times as many images in the largest class as in the smallest are worth a line. Below that the
+# held-out fraction of each class, rounded, may be the reason. No measurement is behind it.
+UNEVEN = 1.5
 
 PACKAGES = ("keras", "tensorflow", "numpy", "Pillow", "tensorflow-datasets")
 
@@ -61,10 +67,18 @@ class Plan:
 
     def shards(self, replicas: ReplicaRange, start_step: int) -> tf.data.Dataset:
         """The training data of some replicas from a step of the run on."""
-        fit, augment = self.config.fit, self.config.data.augment
-        split, classes = self.dataset.train, len(self.dataset.class_names)
-        where = (start_step, replicas, fit.accumulate_steps)
-        return data.training_batches(split, classes, fit.batch_size, augment, fit.seed, *where)
+        fit, flags = self.config.fit, self.config.data
+        return data.training_batches(
+            self.dataset.train,
+            len(self.dataset.class_names),
+            fit.batch_size,
+            flags.augment,
+            fit.seed,
+            start_step,
+            replicas,
+            fit.accumulate_steps,
+            balanced=flags.sampling == BALANCED,
+        )
 
     def batches(self, start_step: int) -> ShardedBatches:
         """Training batches from a step of the run on, split for the replicas."""
@@ -96,6 +110,7 @@ class Plan:
                 f"{models.count_multiply_adds(network) / 1e6:,.1f} million multiply-adds an image",
                 f"data      {config.data.data}: {counts} images of {width} x {height}, "
                 f"{len(dataset.class_names)} classes",
+                *describe_classes(dataset.train.labels, dataset.class_names, config),
                 f"training  {config.fit.epochs} epochs of {self.steps_per_epoch} steps of "
                 f"{config.fit.batch_size} images ({left_out} are left out of each pass), "
                 f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g} "
@@ -126,6 +141,26 @@ def _describe_shards(fit: FitConfig, replicas: int) -> str:
     microbatches = fit.accumulate_steps
     each = f" in each of {microbatches} microbatches" if microbatches > 1 else ""
     return f"{_shard_sizes(fit, replicas)[1]} per replica{each}"
+
+
+def describe_classes(labels: np.ndarray, names: Sequence[str], config: TrainConfig) -> list[str]:
+    """A line if the training images are uneven, or evened out: the classes with fewest and most."""
+    counts = np.bincount(labels, minlength=len(names))
+    most = counts.argmax()
+    fewest = np.where(counts, counts, counts[most]).argmin()
+    if config.data.sampling == BALANCED:
+        remedy = "all are drawn equally often (--sampling balanced)"
+    elif config.optimizer.class_weight == BALANCED:
+        remedy = "all count alike in the loss (--class_weight balanced)"
+    elif counts[most] < UNEVEN * counts[fewest]:
+        return []
+    else:
+        remedy = "--class_weight balanced or --sampling balanced evens them out"
+    images = "image" if counts[fewest] == 1 else "images"
+    return [
+        f"classes   {counts[fewest]:,} {images} of {names[fewest]} to {counts[most]:,} of "
+        f"{names[most]}; {remedy}"
+    ]
 
 
 def choose_norm_batch(fit: FitConfig, replicas: int) -> tuple[str | int, str]:
@@ -166,6 +201,11 @@ def check_names(config: TrainConfig) -> None:
         raise unknown("model", config.model.model, models.variants())
     if config.fit.early_stopping and not config.data.val_fraction:
         raise UsageError("--early_stopping needs validation: --val_fraction must be above 0")
+    if config.optimizer.class_weight == config.data.sampling == BALANCED:
+        raise UsageError(
+            "--class_weight balanced and --sampling balanced each even out the classes; both together "
+            "favour the small ones: give one of them"
+        )
 
 
 def prepare(
@@ -207,6 +247,9 @@ def prepare(
     options = {"accumulate_steps": fit.accumulate_steps, "jit_compile": xla[0]}
     options["norm_batch"] = norm_batch[0]
     options["steps_per_execution"] = config.devices.steps_per_execution
+    if config.optimizer.class_weight == BALANCED:
+        labels, classes = dataset.train.labels, len(dataset.class_names)
+        options["class_weight"] = data.class_weights(labels, classes)
     with context.strategy.scope():
         model, origin = _build_model(config, dataset, is_new)
         rate = optimizers.schedule(config.optimizer, fit.epochs, steps)

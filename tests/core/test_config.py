@@ -105,6 +105,7 @@ OTHER = parsed(
     "early_stopping=3 seed=1 optimizer=sgd learning_rate=0.5 momentum=0.5 nesterov bias_rate=2 "
     "layer_decay=0.75 head_rate=10 "
     "lr_schedule=cosine warmup_epochs=1 weight_decay=1e-4 label_smoothing=0.1 ema=0.5 "
+    "class_weight=balanced sampling=balanced "
     "global_clipnorm=1 dtype_policy=float64 norm_batch=8 init_from=elsewhere freeze=logits "
     "deterministic"
 )

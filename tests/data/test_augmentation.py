@@ -9,13 +9,14 @@ from keras_cifar.core.errors import UsageError
 from keras_cifar.data import augmentation
 
 EACH = (
-    "altflip", "color(0.4)", "crop(4)", "cutmix(1.0)", "cutout(6)", "flip", "mixup(0.2)",
-    "randaugment(2,9)",
+    "altflip", "color(0.4)", "crop(4)", "cutmix(1.0)", "cutout(6)", "erasing(0.8)", "flip",
+    "mixup(0.2)", "randaugment(2,9)", "rotate(20)", "vflip",
 )  # fmt: skip
 CHAINS = (
     "mixup(0.2)|crop(4)",
     "crop(4)|flip|mixup(0.2)|cutmix(1.0)",
     "mixup(1.0)|randaugment(2,9)|cutmix(1.0)|color(0.4)|mixup(0.2)|cutout(6)",
+    "rotate(20)|mixup(0.2)|vflip|erasing(0.5)|flip|rotate(5)|erasing(0.5)",
 )
 
 
@@ -177,7 +178,84 @@ def test_flip_mirrors_about_half_and_twice_draws_twice():
     assert 160 <= (augment("flip|flip", images)[0] == images).all(axis=(1, 2, 3)).sum() <= 240
 
 
-# ---- Cutout
+def test_vflip_turns_about_half_upside_down_independently_of_flip():
+    images = noise(400)
+    got = augment("vflip", images)[0]
+    turned = (got == images[:, ::-1]).all(axis=(1, 2, 3))
+    assert (turned ^ (got == images).all(axis=(1, 2, 3))).all()
+    assert 160 <= turned.sum() <= 240
+    forms = [images[:, ::y, ::x] for y in (1, -1) for x in (1, -1)]
+    both = augment("flip|vflip", images)[0]
+    counts = [(both == form).all(axis=(1, 2, 3)).sum() for form in forms]
+    assert sum(counts) == 400
+    assert min(counts) >= 70
+
+
+# ---- Rotation
+
+
+@pytest.mark.parametrize("degrees", [10, 45, 180])
+def test_rotate_turns_by_angles_spread_evenly_over_the_range(degrees):
+    # A spot off the centre, which turns with the image.
+    yy, xx = np.mgrid[-20:21, -20:21]
+    spot = 250 * np.exp(-((xx - 12) ** 2 + yy**2) / 8)
+    images = np.repeat(spot.astype(np.uint8)[None, :, :, None], 3, axis=3)
+    got = augment(f"rotate({degrees})", np.broadcast_to(images, (300, 41, 41, 3)).copy())[0]
+    weight = np.where(xx**2 + yy**2 < 18**2, got[..., 0], 0).astype(float)
+    turned = np.degrees(np.arctan2((weight * yy).sum((1, 2)), (weight * xx).sum((1, 2))))
+    assert np.abs(turned).max() <= degrees + 1
+    expected = np.linspace(-degrees, degrees, 300)
+    assert np.abs(np.sort(turned) - expected).max() <= degrees * 0.2
+
+
+def test_rotate_is_that_of_pil_and_comes_in_grey():
+    class Chosen(augmentation.Random):
+        def mapped(self, function, low, high):
+            return function(tf.fill((len(images),), high))
+
+    images = photos()
+    got, _ = augmentation.rotate(tf.constant(images), None, Chosen(None, len(images)), 25)
+    got = augmentation.to_uint8(got).numpy().astype(int)
+    expected = pil(images, lambda image: image.rotate(25, Image.Resampling.BILINEAR))
+    assert np.abs(got - expected)[:, 6:-6, 6:-6].max() <= 1
+    assert (got[:, 0, 0] == 128).all()
+
+
+# ---- Erasing and cutout
+
+
+def test_erasing_greys_a_rectangle_inside_with_its_probability():
+    images = np.full((4000, 32, 24, 3), 200, np.uint8)
+    for probability in (0.25, 1.0):
+        got = augment(f"erasing({probability})", images)[0]
+        erased = (got == 128).all(axis=3)
+        assert set(np.unique(got)) == {128, 200}
+        assert all(map(is_box, erased))
+        assert erased.any(axis=(1, 2)).mean() == pytest.approx(probability, abs=0.03)
+    share = erased.mean(axis=(1, 2))
+    # Uniform but for whole pixels.
+    np.testing.assert_allclose(
+        np.quantile(share, [0, 0.25, 0.5, 0.75, 1]), [0.02, 0.0975, 0.175, 0.2525, 0.33], atol=0.02
+    )
+    ratio = erased.any(axis=2).sum(axis=1) / erased.any(axis=1).sum(axis=1)
+    large = share > 0.1  # where a pixel more or less changes little
+    assert 0.25 < ratio[large].min() < 0.45
+    assert 2.2 < ratio[large].max() < 3.8
+    assert np.median(ratio[large]) == pytest.approx(1, abs=0.15)
+    # Each pixel, also of the border, is erased at times; those in the middle more often.
+    times = erased.mean(axis=0)
+    assert times.min() > 0.002
+    assert times[0, 0] < times[0, 12] < times[16, 12]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 40), (40, 2)])
+def test_erasing_leaves_its_rectangle_inside_of_any_image(shape):
+    images = np.full((300, *shape, 3), 200, np.uint8)
+    erased = (augment("erasing(1)", images)[0] == 128).all(axis=3)
+    assert erased.any(axis=(1, 2)).all()
+    assert all(map(is_box, erased))
+    assert erased.any(axis=0).all()
+    assert erased.sum(axis=(1, 2)).max() <= max(1, 0.5 * shape[0] * shape[1])
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -294,7 +372,7 @@ def one_operation():
 
         random = Chosen(tf.constant([0, 0]), len(images))
         result = augmentation._one_randaugment(tf.cast(images, tf.float32), random, level)
-        return augmentation._to_uint8(result).numpy()
+        return augmentation.to_uint8(result).numpy()
 
     return apply
 
@@ -459,6 +537,9 @@ def test_unknown_name_lists_the_choices(name):
         ("crop", ["0", "-4", "1.5", "nan", "inf", "four", "4,", "1e10", "", "1,2"]),
         ("flip", ["1"]),
         ("cutout", ["0", "-8", "2.5"]),
+        ("vflip", ["1"]),
+        ("erasing", ["0", "-0.5", "1.1", ""]),
+        ("rotate", ["0", "-15", "181", "nan", ""]),
         ("color", ["0", "-0.4", "1.1"]),
         ("mixup", ["0", "-1", "nan", "inf", ""]),
         ("cutmix", ["0", "-0.1"]),
@@ -469,7 +550,7 @@ def test_wrong_number_of_arguments_and_number_out_of_range_name_the_step(name, a
     for numbers in arguments:
         step = f"{name}({numbers})"
         assert f"--augment='flip|{step}': {step}: " in refused(f"flip|{step}")
-    if name != "flip":
+    if name not in ("flip", "vflip"):
         assert "argument" in refused(name)
 
 

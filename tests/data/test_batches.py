@@ -72,6 +72,30 @@ def test_order_differs_between_passes_and_seeds_and_is_the_same_for_the_same_see
     assert first[:32] != sorted(first[:32])
 
 
+def test_order_without_balanced_sampling_is_that_of_earlier_revisions():
+    """A run that began then resumes with the batches that it would have had."""
+    split, shuffle = numbered(14), tf.random.experimental.stateless_shuffle
+    for seed in (0, 7):
+        expected = []
+        for number in range(3):
+            drawn = tf.random.experimental.stateless_fold_in(tf.constant((seed, 0)), number)
+            expected += shuffle(tf.range(14), drawn).numpy()[:12].tolist()
+        assert order(split, 9, 4, seed=seed) == expected
+        assert order(split, 9, 4, seed=seed, balanced=False) == expected
+
+
+def test_balanced_sampling_draws_each_class_equally_often_in_as_many_steps():
+    split = Split(numbered(120).images, np.repeat([0, 1, 2], [4, 16, 100]))
+    batches = take(training_batches(split, 3, 12, "", 0, balanced=True), 40)
+    counts = np.stack([labels.sum(axis=0) for _, labels in batches])
+    np.testing.assert_array_equal(counts.reshape(4, 10, 3).sum(axis=1), 40)
+    assert counts.std() > 0.5  # a batch by itself is random
+    for images, labels in batches:
+        np.testing.assert_array_equal(labels, np.eye(3)[split.labels[images[:, 0, 0, 0]]])
+    seen = [images[:, 0, 0, 0] for images, _ in batches[:10]]
+    assert len(np.unique(seen)) == 4 + 16 + 40
+
+
 def test_augmentation_differs_between_steps_and_seeds_and_is_the_same_for_the_same_seed():
     black = Split(np.full((8, 8, 8, 3), 255, np.uint8), np.zeros(8, np.int64))
 
@@ -85,11 +109,12 @@ def test_augmentation_differs_between_steps_and_seeds_and_is_the_same_for_the_sa
 
 
 @pytest.mark.parametrize("start_step", [1, 2, 3, 4, 7, 9, 1000])
-@pytest.mark.parametrize("augment", ["", AUGMENT])
-def test_start_step_gives_the_batches_of_a_run_from_the_beginning(augment, start_step):
+@pytest.mark.parametrize(("augment", "balanced"), [("", False), (AUGMENT, False), (AUGMENT, True)])
+def test_start_step_gives_the_batches_of_a_run_from_the_beginning(augment, balanced, start_step):
     split = numbered(14)  # three steps a pass
-    whole = training_batches(split, 3, 4, augment, seed=5).skip(start_step)
-    later = training_batches(split, 3, 4, augment, seed=5, start_step=start_step)
+    options = {"seed": 5, "balanced": balanced}
+    whole = training_batches(split, 3, 4, augment, **options).skip(start_step)
+    later = training_batches(split, 3, 4, augment, **options, start_step=start_step)
     assert_same_batches(take(later, 7), take(whole, 7))
 
 
@@ -184,14 +209,16 @@ def halves(batches: list) -> list:
     return [(x[half], y[half]) for x, y in batches for half in (slice(8), slice(8, 16))]
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize(("total", "count", "microbatches"), LAYOUTS)
-def test_training_shards_are_the_batches_of_one_process(total, count, microbatches):
+def test_training_shards_are_the_batches_of_one_process(total, count, microbatches, balanced):
     split, steps = numbered(50), 5  # three steps a pass
+    split = Split(split.images, split.labels // 2)  # 34 and 16
     arguments = (split, 3, 16, "flip|mixup(0.2)|crop(2)", 5, 7)
-    expected = take(training_batches(*arguments), steps)
+    expected = take(training_batches(*arguments, balanced=balanced), steps)
     streams = [
         take(
-            training_batches(*arguments, replicas=replicas, microbatches=microbatches),
+            training_batches(*arguments, replicas, microbatches, balanced),
             steps * microbatches * count,
         )
         for replicas in ranges(total, count)

@@ -234,6 +234,16 @@ FITS = {
     "clipvalue": Fit(36, 12, arguments={"clipvalue": 0.005}),
     "global_clipnorm of the optimizer": Fit(37, 12, arguments={"global_clipnorm": 0.02}),
     "Keras's RMSprop": Fit(39, 13, "RMSprop", {"weight_decay": 0.1}),
+    "class_weight": Fit(
+        43,
+        13,
+        compile={
+            "class_weight": (0.5, 2.0, 4.0),
+            "accumulate_steps": 2,
+            "label_smoothing": 0.1,
+            "steps_per_execution": 2,
+        },
+    ),
     "our SGD": Fit(39, 13, ours=True),
     "our SGD, scaled loss": Fit(39, 13, arguments={"loss_scale_factor": 8.0}, ours=True),
     "mixed_float16": Fit(39, 13, dtype_policy="mixed_float16"),

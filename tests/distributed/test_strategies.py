@@ -19,7 +19,7 @@ from tests.distributed.test_rendezvous import free_addresses
 
 COMPARED = [
     *("adam", "sgd float32", "uneven batches", "all at once", "last batch of one"),
-    *("last batch of two", "clipnorm", "mixed_float16", "normalization"),
+    *("last batch of two", "clipnorm", "mixed_float16", "class_weight", "normalization"),
     *("groups", "groups, float32", "groups, all at once"),
 ]
 ALL = [name for name in CASES if name not in LARGE | ROUNDING]

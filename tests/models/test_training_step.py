@@ -77,6 +77,63 @@ def test_label_smoothing_changes_the_targets_and_not_the_reported_loss():
     np.testing.assert_allclose(step.network.get_layer("logits").bias.numpy(), expected, atol=1e-6)
 
 
+WEIGHTS = (0.5, 2.0, 4.0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_class_weights_make_the_loss_a_weighted_mean_and_not_the_reported_one(smoothing):
+    images, labels = examples()
+    options = {"rate": 1.0, "label_smoothing": smoothing}
+    plain, step = step_of(**options), step_of(class_weight=WEIGHTS, **options)
+    logits = step.network(images, training=True)
+    np.testing.assert_array_equal(*(s(images, labels)[:3] for s in (plain, step)))
+    weights = labels @ np.array(WEIGHTS)  # of mixed labels, those of the classes by their shares
+    assert len(np.unique(weights)) > len(WEIGHTS)
+    gaps = labels * (1 - smoothing) + smoothing / CLASSES - np.exp(log_softmax(logits))
+    expected = (weights[:, None] * gaps).sum(axis=0) / weights.sum()
+    np.testing.assert_allclose(step.network.get_layer("logits").bias.numpy(), expected, atol=1e-6)
+
+
+def test_class_weights_are_those_of_keras_and_sum_over_microbatches_padding_and_heads():
+    images, labels = examples()
+    labels = np.eye(CLASSES, dtype=np.float32)[labels.argmax(axis=1)]
+    networks = [functional(norm=False, heads=2) for _ in range(3)]
+    whole = step_of(networks[0], class_weight=WEIGHTS)
+    parts = step_of(networks[1], class_weight=WEIGHTS, accumulate_steps=3)
+    # Keras weighs examples, and divides by their number.
+    weights = labels @ np.array(WEIGHTS, np.float32)
+    networks[2].compile(
+        keras.optimizers.SGD(0.1),
+        [keras.losses.CategoricalCrossentropy(from_logits=True)] * 2,
+        loss_weights=[1.0, 0.3],
+    )
+    networks[2].train_on_batch(images, [labels] * 2, sample_weight=[weights / weights.mean()] * 2)
+    padded = np.concatenate([images, images[:2]]), np.concatenate([labels, 0 * labels[:2]])
+    whole(*padded)
+    for shard in (slice(0, 3), slice(3, 4), slice(4, 12)):  # each weighs something else
+        parts.accumulate((padded[0][shard], padded[1][shard]))
+    parts.update_from_sums()
+    expected = networks[2].get_weights()
+    for network in networks[:2]:
+        for got, value in zip(network.get_weights(), expected, strict=True):
+            np.testing.assert_allclose(got, value, atol=1e-6)
+
+
+def test_equal_class_weights_change_nothing():
+    images, labels = examples()
+    plain, equal = step_of(), step_of(class_weight=(3.0,) * CLASSES)
+    np.testing.assert_allclose(equal(images, labels), plain(images, labels), rtol=1e-5)
+    for path, value in values(equal.network).items():
+        np.testing.assert_allclose(value, values(plain.network)[path], atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (1.0, 2.0, 0.0), (1.0, -1.0, 2.0), (1, 2, np.nan)])
+def test_class_weights_that_are_not_one_positive_number_a_class_are_refused(weights):
+    with pytest.raises(ValueError, match="class_weight must be 3 finite numbers above 0") as error:
+        step_of(class_weight=weights)
+    assert "\n" not in str(error.value)
+
+
 def test_weight_decay_pulls_kernels_alone_and_is_not_in_the_reported_loss():
     images, labels = examples()
     plain, decayed = step_of(), step_of(weight_decay=0.2)

@@ -1,10 +1,11 @@
-"""Whose statistics normalize a batch: what --norm_batch chooses for each number of replicas."""
+"""Whose statistics normalize a batch, by --norm_batch, and what the first lines say about classes."""
 
+import numpy as np
 import pytest
 
-from keras_cifar.core.config import FitConfig
+from keras_cifar.core.config import FitConfig, TrainConfig
 from keras_cifar.core.errors import UsageError
-from keras_cifar.training.plan import choose_norm_batch
+from keras_cifar.training.plan import choose_norm_batch, describe_classes
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +62,52 @@ def test_groups_that_do_not_divide_are_refused_with_those_that_do(arguments, mes
 def test_a_wrong_value_is_refused_in_one_line(value):
     with pytest.raises(UsageError, match=r"^--norm_batch=.* is not auto, whole or a number"):
         FitConfig(norm_batch=value)
+
+
+# ---- Uneven classes
+
+
+@pytest.mark.parametrize(
+    ("counts", "flags", "lines"),
+    [
+        ((1000, 1000, 1000), {}, []),
+        ((10, 14, 12), {}, []),
+        (
+            (15, 10, 12),
+            {},
+            [
+                "classes   10 images of b to 15 of a; --class_weight balanced or --sampling balanced "
+                "evens them out"
+            ],
+        ),
+        (
+            (0, 1, 1000),
+            {},
+            [
+                "classes   1 image of b to 1,000 of c; --class_weight balanced or --sampling balanced "
+                "evens them out"
+            ],
+        ),
+        (
+            (10, 1000, 20),
+            {"sampling": "balanced"},
+            [
+                "classes   10 images of a to 1,000 of b; all are drawn equally often "
+                "(--sampling balanced)"
+            ],
+        ),
+        (
+            (10, 10, 10),
+            {"class_weight": "balanced"},
+            [
+                "classes   10 images of a to 10 of a; all count alike in the loss "
+                "(--class_weight balanced)"
+            ],
+        ),
+    ],
+)
+def test_first_lines_name_the_smallest_and_the_largest_class_where_they_differ(
+    counts, flags, lines
+):
+    labels, config = np.repeat(range(3), counts), TrainConfig.from_flags(**flags)
+    assert describe_classes(labels, ("a", "b", "c"), config) == lines

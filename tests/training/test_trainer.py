@@ -101,7 +101,7 @@ def test_the_averaged_weights_of_the_best_epoch_are_validated_and_saved(tmp_path
 
 
 def test_flags_reach_the_step_and_the_optimizer(image_folder):
-    options = {"label_smoothing": 0.2, "weight_decay": 0.1, "ema": 0.9}
+    options = {"label_smoothing": 0.2, "weight_decay": 0.1, "ema": 0.9, "class_weight": "balanced"}
     sgd = {"momentum": 0.5, "nesterov": True, "global_clipnorm": 2.0}
     rate = {"learning_rate": 0.01, "lr_schedule": "cosine", "warmup_epochs": 0.5}
     plan = prepare(
@@ -109,13 +109,18 @@ def test_flags_reach_the_step_and_the_optimizer(image_folder):
     )
     step, optimizer = plan.model._step, plan.model.optimizer
     assert (step.label_smoothing, step.weight_decay, step.averages.decay) == (0.2, 0.1, 0.9)
+    assert step.class_weight == [1.0, 1.0, 1.0]  # as many images of each
     found = optimizer.get_config()
     assert {name: found[name] for name in sgd} == sgd
     schedule = ("cosine", 0.01, 8, 2, ())
     assert tuple(plan.learning_rate.get_config().values()) == schedule
 
 
-@pytest.mark.parametrize("flags", [{"seed": 1}, {"augment": "flip"}, {"batch_size": 8}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{"seed": 1}, {"augment": "flip"}, {"batch_size": 8}, {"sampling": "balanced"}],
+    ids=str,
+)
 def test_a_flag_changes_the_batches(image_folder, flags):
     found = [prepare(config(image_folder, **other)).batches(0) for other in ({}, flags)]
     plain, changed = (next(iter(batches))[0].numpy() for batches in found)
@@ -241,6 +246,7 @@ def test_divergence_in_the_first_epoch_is_one_line(tmp_path, image_folder, small
         ({"strategy": "multiworker"}, "multiworker"),
         ({"replicas": 2, "batch_size": 1}, "fewer images than there are replicas"),
         ({"early_stopping": 3, "val_fraction": 0}, "--val_fraction"),
+        ({"class_weight": "balanced", "sampling": "balanced"}, "give one of them"),
     ],
     ids=str,
 )
