@@ -10,6 +10,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+from keras_cifar.core.config import SMALL_IMAGE
 from keras_cifar.core.errors import UserError, unknown
 from keras_cifar.data import Split
 from keras_cifar.models.classifier import Classifier
@@ -30,9 +31,6 @@ __all__ = [
 
 # Images that `adapt` uses: they have 961,000 patches where they are 32 x 32, for 12 variances.
 MAX_ADAPT_IMAGES = 1000
-
-# Images up to this side, in pixels, get the small-image form of networks made for ImageNet.
-SMALL_IMAGE = 64
 
 
 @dataclasses.dataclass(frozen=True)

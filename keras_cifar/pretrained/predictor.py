@@ -24,7 +24,7 @@ class PretrainedPredictor(Predictor):
         self.path = pretrained.DIRECTORY / f"{name}{pretrained.WEIGHTS}"
         self.size, self.class_names = card.image_shape[:2], card.class_names
         # Kept, since the functions do not keep the variables alive.
-        self._loaded, functions = saved_model.functions(model, card.class_names)
+        self._loaded, functions = saved_model.functions(model, card.class_names, card.rule)
         self._use({name: f.get_concrete_function() for name, f in functions.items()})
 
 
