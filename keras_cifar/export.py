@@ -7,7 +7,8 @@ python -m keras_cifar.export --model resnet50 --init_from imagenet --out DIR
 import dataclasses
 
 from keras_cifar.core import cli
-from keras_cifar.core.options import POSITIVE, Options, check, check_temperature, option
+from keras_cifar.core.config import RESIZE
+from keras_cifar.core.options import Options, check, check_temperature, option
 from keras_cifar.exporters import FORMATS
 
 GROUP, WEIGHTS = "Export", "Without a run"
@@ -34,9 +35,8 @@ class ExportOptions(Options):
     )
     model: str = option("", "a network, for the weights of --init_from", WEIGHTS)
     init_from: str = option("imagenet", "its weights, as for `train`", WEIGHTS)
-    image_size: int | None = option(
-        None, "the side of the images in pixels (default: the network's)", WEIGHTS, limit=POSITIVE
-    )
+    image_size: str | None = option(None, "as for `train` (default: the network's)", WEIGHTS)
+    resize: str = option("auto", "as for `train`", WEIGHTS, RESIZE)
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,8 +58,9 @@ def main(options: ExportOptions) -> None:
     if options.model:
         from keras_cifar.pretrained import network
 
-        source = options.model, options.init_from, options.image_size, options.labels
-        path, summary = network.export(*source, *given)
+        sizes = options.image_size, options.resize
+        found = network.load(options.model, options.init_from, *sizes, options.labels)
+        path, summary = network.export(found, *given)
     else:
         from keras_cifar.evaluation.run_export import export_run
 

@@ -121,6 +121,7 @@ def save(run: Run, name: str, options: PretrainedOptions) -> tuple[pretrained.Ca
         licence=options.licence,
         source=f"trained with keras_cifar {keras_cifar.__version__}, revision "
         f"{config.get('git_revision') or 'unknown'}",
+        rule=flags["resize"],
     )
     with replacing(pretrained.DIRECTORY / f"{name}{pretrained.WEIGHTS}") as temporary:
         temporary.write_bytes(contents)

@@ -1,6 +1,6 @@
 """Data sets, by the spec of --data, and batches of them.
 
-A source is a module here with `load(argument, data_dir, image_size, cache, bad_images) -> Splits`.
+A source is a module here with `load(argument, data_dir, size, rule, cache, bad_images) -> Splits`.
 `NAME:ARGUMENT` or `NAME` selects it; any other name is a data set of TensorFlow Datasets.
 """
 
@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 import sys
 
+from keras_cifar.core.config import image_sides, resize_rule
 from keras_cifar.core.errors import UsageError, one_line, unknown
 from keras_cifar.data.balance import class_weights
 from keras_cifar.data.batches import (
@@ -33,35 +34,40 @@ __all__ = [
 ]
 
 NO_SOURCES = {
-    *("augmentation", "balance", "batches", "cache", "images", "splits", "tfds", "transformations")
+    *("augmentation", "balance", "batches", "cache", "exif", "images", "splits", "tfds"),
+    "transformations",
 }
 
 
 def load(
     spec: str,
     data_dir: str | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
     cache_dir: str | None = None,
     bad_images: BadImages | None = None,
+    resize: str = "auto",
 ) -> Dataset:
     """Loads a data set as uint8 pixels, in memory or memory-mapped from a cache of decoded images.
 
     Args:
         spec: a TFDS name such as `cifar10`, `folder:PATH`, `archive:PATH` or `digits`.
         data_dir: where TFDS keeps its data sets; None is TFDS's default.
-        image_size: height and width in pixels to resize to; None: all images must have one size.
+        image_size: the sides in pixels to resize to, N or "HEIGHTxWIDTH"; None: all images must have
+            one size.
         val_fraction: the fraction of each class of train that becomes the validation split where the
             source has none.
         seed: selects the images held out.
         cache_dir: where decoded images of folders and TFDS are kept; None is `Cache`'s default.
         bad_images: what to do about images that cannot be read; None stops at the first.
+        resize: how to resize: `stretch`, `crop`, or `auto`, which depends on `image_size`.
 
     Raises:
-        UsageError: the spec names no source.
+        UsageError: the spec names no source, or the size or the rule is invalid.
         UserError: the data is missing or damaged; the message names the file.
     """
+    size, rule = image_sides(image_size), resize_rule(resize, image_size)
     name, colon, argument = spec.partition(":")
     sources = {m.name for m in pkgutil.iter_modules(__path__)} - NO_SOURCES
     if not spec or (colon and name not in sources):
@@ -70,7 +76,7 @@ def load(
         raise UsageError(f"--data={spec}: write {'digits' if name == 'digits' else name + ':PATH'}")
     source = importlib.import_module(f"{__name__}.{name if name in sources else 'tfds'}")
     argument, cache = argument if colon else spec, Cache(cache_dir)
-    splits = source.load(argument, data_dir, image_size, cache, bad_images or BadImages())
+    splits = source.load(argument, data_dir, size, rule, cache, bad_images or BadImages())
     dataset = finish(splits, val_fraction, seed)
     if dataset.skipped:
         first = "; ".join(f"{s.file}: {s.reason}" for s in dataset.skipped[:3])

@@ -17,12 +17,14 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from keras_cifar.core.config import STRETCH
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import open_file
 from keras_cifar.data.cache import Cache
 from keras_cifar.data.images import resize_images
 from keras_cifar.data.splits import BadImages, Split, Splits, allocate
 
+SIZE = (32, 32)
 PIXELS = 32 * 32 * 3  # bytes of an image: all red, then all green, then all blue, row by row
 
 # Unpacked bytes. The largest member is CIFAR-100's train (155 MB), the largest archive CIFAR-10's
@@ -72,7 +74,12 @@ MEMBERS = frozenset(name for layout in LAYOUTS for name in layout.members)
 
 
 def load(
-    argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
+    argument: str,
+    data_dir: str | None,
+    size: tuple[int, int] | None,
+    rule: str,
+    cache: Cache,
+    bad_images: BadImages,
 ) -> Splits:
     """Reads an archive, or the folder it was unpacked to."""
     path = pathlib.Path(argument).expanduser()
@@ -97,8 +104,8 @@ def load(
     names = parse(layout.names, _class_names)
     batches = {name: parse(name, _batch, len(names)) for name in (*layout.train, layout.test)}
     _check_counts(path, layout, {name: len(labels) for name, (_, labels) in batches.items()})
-    train = _split([batches[name] for name in layout.train], image_size, str(path))
-    test = _split([batches[layout.test]], image_size, str(path))
+    train = _split([batches[name] for name in layout.train], size, rule, str(path))
+    test = _split([batches[layout.test]], size, rule, str(path))
     return Splits(train, None, test, names, where=str(path))
 
 
@@ -247,16 +254,17 @@ def _batch(contents: bytes, layout: Layout, classes: int) -> tuple[np.ndarray, n
     return pixels, labels
 
 
-def _split(batches: list, image_size: int | None, where: str) -> Split:
-    side = image_size or 32
+def _split(batches: list, size: tuple[int, int] | None, rule: str, where: str) -> Split:
+    size = size or SIZE
     labels = np.concatenate([labels for _, labels in batches])
-    images = allocate(len(labels), (side, side, 3), where)
+    images = allocate(len(labels), (*size, 3), where)
     position = 0
     for pixels, _ in batches:
         for start in range(0, len(pixels), 1000):
             block = pixels[start : start + 1000].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             stop = position + len(block)
-            images[position:stop] = block if side == 32 else resize_images(block, (side, side))
+            done = rule == STRETCH and size == SIZE
+            images[position:stop] = block if done else resize_images(block, size, rule)
             position = stop
     return Split(images, labels)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from keras_cifar.core import files
+from keras_cifar.core.config import STRETCH
 from keras_cifar.core.errors import UserError, check_directory, reason
 from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
 from keras_cifar.data.images import MAX_FILE, SUFFIXES, ImageError, load_image, resize_each
@@ -29,7 +30,12 @@ SMALL = 4096
 
 
 def load(
-    argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
+    argument: str,
+    data_dir: str | None,
+    size: tuple[int, int] | None,
+    rule: str,
+    cache: Cache,
+    bad_images: BadImages,
 ) -> Splits:
     """Reads every image below the folder `argument`; the classes are the folders' names, sorted."""
     root = check_directory(argument, "folder")
@@ -50,11 +56,10 @@ def load(
         if not found["train"]:
             raise UserError(f"{root} has no training images: it has too few to split")
 
-    size = (image_size, image_size) if image_size else None
-    splits, skipped = {}, []
+    resize, splits, skipped = rule if size else None, {}, []
     for split in ("train", *sorted(found.keys() - {"train"})):  # The size is that of train.
         source = _Files(found[split], names, f"{root} {split}", bad_images)
-        splits[split] = _read(source, size, image_size is not None, cache)
+        splits[split] = _read(source, size, resize, cache)
         skipped += [Skipped(split, source.paths[row], why) for row, why in source.invalid.items()]
         size = splits[split].image_shape[:2]
     return Splits(
@@ -140,9 +145,9 @@ class _Files:
                 f"images cannot be read, such as {path}: {why}; repair them, remove them or allow more"
             )
 
-    def image(self, row: int, size: tuple[int, int] | None) -> np.ndarray:
+    def image(self, row: int, size: tuple[int, int] | None, rule: str = STRETCH) -> np.ndarray:
         path = self.paths[row]
-        image = load_image(_contents(path), size, exact=False)
+        image = load_image(_contents(path), size, rule, exact=False)
         if _state(path) != self.states[row]:
             raise UserError(f"{path} was changed while the folder was read; start again")
         return image
@@ -182,21 +187,22 @@ def _contents(path: str) -> bytes:
         raise ImageError(reason(error)) from None
 
 
-def _read(source: _Files, size: tuple[int, int] | None, given: bool, cache: Cache) -> Split:
+def _read(source: _Files, size: tuple[int, int] | None, resize: str | None, cache: Cache) -> Split:
     """The images of a split, in the order of their files, decoded unless `cache` has them.
 
     An entry has every file, the invalid ones black, so it does not depend on `bad_images`. All images
-    have `size`, or that of the first, unless it was `given`: then they are resized to it.
+    have `size`, or that of the first, unless there is a rule to `resize` them to it.
     """
     if not source.paths:  # Only a test split of too few files can be empty; `finish` says so.
         return Split(np.empty((0, *(size or (0, 0)), 3), np.uint8), source.labels)
-    key = {"source": "folder", "files": source.key(), "image_size": size if given else None}
+    key = {"source": "folder", "files": source.key(), "image_size": size if resize else None}
+    key |= {"resize": resize} if resize not in (None, STRETCH) else {}  # as in earlier entries
     split = cache.find(key)
     if split is None:
         shape = (len(source.paths), *(size or source.first_size()), 3)
 
         def fill(write):
-            _decode(source, shape, given, write)
+            _decode(source, shape, resize, write)
             return source.labels
 
         split = cache.make(key, shape, source.where, fill, source.invalid)
@@ -212,7 +218,7 @@ def _read(source: _Files, size: tuple[int, int] | None, given: bool, cache: Cach
     return split
 
 
-def _decode(source: _Files, shape: tuple, given: bool, write: Write) -> None:
+def _decode(source: _Files, shape: tuple, resize: str | None, write: Write) -> None:
     """Decodes the files into rows of `shape` [N, H, W, 3], in blocks; invalid ones are black."""
     count, size = shape[0], shape[1:3]
     block = in_block(shape[1:])
@@ -220,11 +226,11 @@ def _decode(source: _Files, shape: tuple, given: bool, write: Write) -> None:
     def images(rows):
         for row in rows:
             try:
-                image = source.image(row, size if given else None)
+                image = source.image(row, size, resize) if resize else source.image(row, None)
             except ImageError as error:
                 source.reject(row, str(error))
                 image = np.zeros(shape[1:], np.uint8)
-            if not given and image.shape[:2] != size:
+            if not resize and image.shape[:2] != size:
                 raise _other_size(source.paths[row], image.shape, size)
             yield image
 
@@ -232,7 +238,9 @@ def _decode(source: _Files, shape: tuple, given: bool, write: Write) -> None:
         rows = range(start, min(start + block, count))
         _announce(source.paths[start : start + block])
         groups = _grouped(images(rows))
-        write(start, np.concatenate([resize_each(group, size) for group in groups]))
+        write(
+            start, np.concatenate([resize_each(group, size, resize or STRETCH) for group in groups])
+        )
 
     length = sum(int(state.split()[0]) for state in source.states if state)
     workers = 1 if length < SMALL * count else os.cpu_count()

@@ -1,24 +1,27 @@
 """The one definition of preprocessing: encoded image -> uint8 RGB pixels at the model's size.
 
 `load_image` reads files with Pillow; `decode_image` does the same inside a TensorFlow graph for the
-formats TensorFlow knows. They give equal pixels for JPEG, PNG, BMP and GIF. Pillow alone applies EXIF
-orientation, CMYK colours and palette transparency.
+formats TensorFlow knows. They give equal pixels for JPEG, PNG, BMP and GIF. Pillow alone knows CMYK
+colours and palette transparency. `resize_images` resizes the pixels of both, by one of two rules.
 """
 
 import contextlib
+import functools
 import io
 import pathlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageOps
 
+from keras_cifar.core.config import CROP, STRETCH
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import open_file, size_of
+from keras_cifar.data.exif import upright
 
 # Of everything below. A new number makes the cache decode all images again.
 VERSION = 1
@@ -56,6 +59,10 @@ BAND = 2**20  # pixels that are composited at a time, in float32
 # many times: 100 megapixels in float32 would take 1.2 GB.
 BLOCK_REDUCTION = 16
 
+# The share of the scaled image's sides that a crop keeps: the middle 224 of 256 pixels (Krizhevsky et
+# al. 2012, section 4.1, and torchvision's references/classification).
+CROP_SHARE = 0.875
+
 # Pillow warns of large images and damaged metadata. What cannot be read raises an error anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -88,7 +95,11 @@ _BUDGET = _Budget(MAX_PIXELS)
 
 
 def load_image(
-    source: str | pathlib.Path | bytes, size: tuple[int, int] | None = None, *, exact: bool = True
+    source: str | pathlib.Path | bytes,
+    size: tuple[int, int] | None = None,
+    rule: str = STRETCH,
+    *,
+    exact: bool = True,
 ) -> np.ndarray:
     """Reads an image file as a person would see it.
 
@@ -98,6 +109,7 @@ def load_image(
     Args:
         source: the file, or its contents.
         size: (height, width) in pixels, or None for the image's own.
+        rule: of `resize_images`.
         exact: False leaves the last step to `resize_each`, which is cheaper for many images.
 
     Returns:
@@ -117,8 +129,8 @@ def load_image(
                 passes = _scans(file) if image.format in ("JPEG", "MPO") else 1
                 if passes * image.width * image.height > MAX_PASSES * MAX_PIXELS:
                     raise ImageError(f"it has {passes:,} scans, too many for an image of its size")
-                pixels = _pixels(image, size)
-                return resize_each([pixels], size)[0] if exact and size is not None else pixels
+                pixels = _pixels(image, size and covered(size, rule))
+                return resize_each([pixels], size, rule)[0] if exact and size else pixels
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -131,14 +143,18 @@ def load_image(
         raise ImageError(reason(error)) from None
 
 
-def resize_each(images: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Resizes images uint8 [height, width, 3] to uint8 [N, *size, 3], those of one size together."""
+def resize_each(images: list[np.ndarray], size: tuple[int, int], rule: str = STRETCH) -> np.ndarray:
+    """`resize_images` of images of any sizes, those of one size together.
+
+    uint8 [height, width, 3] each -> uint8 [N, *size, 3].
+    """
     resized = np.empty((len(images), *size, 3), np.uint8)
     shapes = np.array([image.shape[:2] for image in images])
     for shape in np.unique(shapes, axis=0):
         rows = np.flatnonzero((shapes == shape).all(1))
         stack = np.stack([images[row] for row in rows])
-        resized[rows] = stack if tuple(shape) == tuple(size) else resize_images(stack, size).numpy()
+        done = rule == STRETCH and tuple(shape) == tuple(size)
+        resized[rows] = stack if done else resize_images(stack, size, rule).numpy()
     return resized
 
 
@@ -186,6 +202,8 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
 
 def decode_image(encoded: tf.Tensor) -> tf.Tensor:
     """Decodes a JPEG, PNG, BMP, GIF (first frame) or WebP file, string [], inside a graph.
+
+    EXIF orientation is left to `exif.upright`.
 
     Returns:
         uint8 [height, width, 3], RGB, transparency composited on white.
@@ -277,8 +295,12 @@ def _opaque_in_graph(pixels: tf.Tensor) -> tf.Tensor:
     return bands.concat()
 
 
-def decode_images(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes and resizes images string [N] inside a graph, in parallel; a bad one stops no others.
+def decode_images(
+    encoded: tf.Tensor, size: tuple[int, int], rule: str = STRETCH
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes, turns upright and resizes images string [N] inside a graph, in parallel.
+
+    A bad one stops no others.
 
     Returns:
         (uint8 [N, *size, 3], bool [N]): the pixels, and whether the image could be decoded. Where
@@ -286,7 +308,7 @@ def decode_images(encoded: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor,
     """
 
     def finished(number, contents):
-        return number, resize_images(decode_image(contents), size)
+        return number, resize_images(upright(decode_image(contents), contents), size, rule)
 
     count = tf.size(encoded, tf.int64)
     numbers = tf.range(count)
@@ -311,10 +333,64 @@ def on_white(pixels: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.round(colour * alpha + 255.0 * (1.0 - alpha)), tf.uint8)
 
 
-def resize_images(pixels: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+def resize_images(pixels: tf.Tensor, size: tuple[int, int], rule: str = STRETCH) -> tf.Tensor:
     """Resizes uint8 [..., height, width, 3] to `size` (height, width): bilinear, antialiased.
 
-    The whole image is kept, so its aspect ratio becomes that of `size`.
+    STRETCH keeps the whole image, so its aspect ratio becomes that of `size`. CROP scales it, with its
+    aspect ratio, until it covers `covered(size)`, and keeps the middle of `size`; the roundings are
+    those of torchvision's Resize and CenterCrop.
     """
-    resized = tf.image.resize(pixels, size, method="bilinear", antialias=True)
+    if rule == STRETCH:
+        resized = tf.image.resize(pixels, size, method="bilinear", antialias=True)
+    else:
+        pixels = tf.convert_to_tensor(pixels)
+        single = pixels.shape.rank == 3
+        resized = _cropper(tuple(size))(pixels[None] if single else pixels)
+        resized = resized[0] if single else resized
     return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)
+
+
+def covered(size: tuple[int, int], rule: str = CROP) -> tuple[int, int]:
+    """The (height, width) that an image covers when it is scaled, before it is cropped to `size`."""
+    share = CROP_SHARE if rule == CROP else 1
+    return round(size[0] / share), round(size[1] / share)
+
+
+@functools.cache
+def _cropper(size: tuple[int, int]) -> Callable:
+    """CROP to a size as a function, uint8 [N, height, width, 3] -> float32 [N, *size, 3].
+
+    One kernel scales and crops, so what is cut off is not computed. It is a TensorFlow function, as
+    two dozen operations one by one take as long as to resize an image.
+    """
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8)], autograph=False)
+    def scaled_middle(pixels):
+        sides, cover = tf.shape(pixels, tf.int64)[1:3], tf.constant(covered(size), tf.int64)
+        axis = tf.cast(cover[0] * sides[1] < cover[1] * sides[0], tf.int64)  # that just covers
+        others = sides * cover[axis] // sides[axis]
+        scaled = tf.where(tf.range(2, dtype=tf.int64) == axis, cover, others)
+        cut = tf.round((scaled - size) / 2)  # above and on the left
+        step = sides / scaled  # pixels of the image, float64
+        # The pixels that the kernel reads, so that positions are small numbers: they become float32.
+        reach = tf.maximum(step, 1.0) + 1.0
+        first = tf.cast(tf.maximum(tf.floor(cut * step - reach), 0.0), tf.int64)
+        last = tf.cast(tf.math.ceil((cut + size) * step + reach), tf.int64)  # or beyond the image
+        return tf.raw_ops.ScaleAndTranslate(
+            images=pixels[:, first[0] : last[0], first[1] : last[1]],
+            size=size,
+            scale=tf.cast(1 / step, tf.float32),
+            translation=tf.cast(tf.cast(first, tf.float64) / step - cut, tf.float32),
+            kernel_type="triangle",
+            antialias=True,
+        )
+
+    return scaled_middle
+
+
+def with_margin(images: np.ndarray) -> np.ndarray:
+    """Images uint8 [N, H, W, 3] with what CROP to (H, W) cuts off: it gives these very images."""
+    size = images.shape[1:3]
+    more = [whole - side for whole, side in zip(covered(size), size, strict=True)]
+    margins = [(round(both / 2), both - round(both / 2)) for both in more]
+    return np.pad(images, [(0, 0), *margins, (0, 0)], "edge")

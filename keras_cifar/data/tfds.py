@@ -13,6 +13,7 @@ import urllib.parse
 import numpy as np
 import tensorflow as tf
 
+from keras_cifar.core.config import STRETCH
 from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import read
 from keras_cifar.data.cache import Cache, in_block
@@ -31,7 +32,12 @@ OTHER_WAYS = (
 
 
 def load(
-    argument: str, data_dir: str | None, image_size: int | None, cache: Cache, bad_images: BadImages
+    argument: str,
+    data_dir: str | None,
+    size: tuple[int, int] | None,
+    rule: str,
+    cache: Cache,
+    bad_images: BadImages,
 ) -> Splits:
     """Reads a TFDS data set, and downloads and prepares it if `data_dir` lacks it."""
     if bad_images.skip:
@@ -42,13 +48,13 @@ def load(
     if keys != ("image", "label") or not hasattr(features["label"], "names"):
         raise UserError(f"TFDS data set {name} is not for image classification (image -> label)")
     shape = features["image"].shape
-    if not image_size and None in shape:
+    if not size and None in shape:
         raise UsageError(f"the images of {name} differ in size: give --image_size, such as 224")
-    size = (image_size, image_size) if image_size else tuple(shape[:2])
+    size = size or tuple(shape[:2])
     _prepare(builder, name)
 
     def read(split):
-        return _read(builder, split, size, f"{name} {split}", cache)
+        return _read(builder, split, size, rule, f"{name} {split}", cache)
 
     available = builder.info.splits
     if "train" not in available:
@@ -127,15 +133,16 @@ def _check_connection(builder) -> None:
             raise OSError(f"no connection to {url.hostname}: {reason(error)}") from None
 
 
-def _read(builder, split: str, size: tuple[int, int], where: str, cache: Cache) -> Split:
+def _read(builder, split: str, size: tuple[int, int], rule: str, where: str, cache: Cache) -> Split:
     info = builder.info.splits[split]
     key = {"source": "tfds", "name": builder.info.full_name, "split": split}
     key |= {"files": _files(info), "image_size": size}
+    key |= {"resize": rule} if rule != STRETCH else {}  # Earlier entries are stretched.
 
     def fill(write):
         damaged, again = f"{where} cannot be read", "prepare it again"
         try:
-            batches = _batches(builder, split, size)
+            batches = _batches(builder, split, size, rule)
         except Exception as error:  # Each format has its own errors for files that are missing.
             raise UserError(f"{damaged}: {reason(error)}; {again}") from None
         labels, position = np.empty(info.num_examples, np.int64), 0
@@ -169,12 +176,12 @@ def _files(info) -> str:
     return digest.hexdigest()
 
 
-def _batches(builder, split: str, size: tuple[int, int]) -> tf.data.Dataset:
+def _batches(builder, split: str, size: tuple[int, int], rule: str) -> tf.data.Dataset:
     """(uint8 [n, H, W, 3], int64 [n]), decoded here, so that training sees what serving will see."""
     import tensorflow_datasets as tfds
 
     def decode(encoded, label):
-        return resize_images(decode_image(encoded), size), label
+        return resize_images(decode_image(encoded), size, rule), label
 
     options = {"split": split, "decoders": {"image": tfds.decode.SkipDecoding()}}
     if builder.info.file_format in tfds.core.file_adapters.FileFormat.with_random_access():

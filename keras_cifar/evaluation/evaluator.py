@@ -95,13 +95,14 @@ def load_data(config: dict, name: str, source: DataSource = RUNS_OWN) -> data.Da
         source.data or flags["data"],
         source.data_dir or _existing(flags["data_dir"]),
         # The run's own flag, so that the images which the run decoded are found in the cache.
-        flags["image_size"] if own else height if height == width else None,
+        flags["image_size"] if own else f"{height}x{width}",
         # Other data needs no validation split for an evaluation of train.
         flags["val_fraction"] if own or name == "val" else 0.0,
         flags["seed"],
         source.cache_dir or _existing(flags["cache_dir"]),
         # In other data every image counts.
         data.BadImages(own and flags["on_bad_image"] == "skip", flags["max_bad_share"]),
+        flags["resize"],
     )
     if dataset.class_names != class_names:
         raise UserError(

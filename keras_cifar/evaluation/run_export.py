@@ -56,7 +56,8 @@ def export_run(
         if exporter.NEEDS_IMAGES:
             raise
         print(f"the run's images cannot be loaded ({error})", file=sys.stderr)
-    path = exporter.export(model, base, class_names, version, samples, **record)
+    rule = config["flags"]["resize"]
+    path = exporter.export(model, base, class_names, version, samples, rule, **record)
     return path, "\n".join([*lines, f"export    {path}", verification.summary(path)])
 
 

@@ -3,7 +3,7 @@
 Each has
 
     NEEDS_IMAGES = False  # or True: it needs `samples` with training images
-    export(model, base, class_names, version=None, samples=None, **record) -> base/<version>
+    export(model, base, class_names, version=None, samples=None, rule=..., **record) -> base/<version>
 
 The version appears when it is complete and its predictions agree with the model's (`verification`).
 """

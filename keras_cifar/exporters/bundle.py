@@ -10,6 +10,7 @@ import tensorflow as tf
 from PIL import Image
 from tensorflow_serving.apis import prediction_log_pb2
 
+from keras_cifar.core.config import CROP, STRETCH
 from keras_cifar.core.files import replacing
 
 # Where TensorFlow Serving looks for records, and how many it reads:
@@ -23,31 +24,35 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 CONFIG = "models.config"
 NOTES = "SERVING.md"
 
+# What `serving_bytes` does by each rule of `data.images.resize_images`.
+_RESIZES = {
+    STRETCH: "resizes the whole image, whatever its\nproportions",
+    CROP: "scales the image until it covers\n1/0.875 of the model's size, and takes the middle",
+}
 
-def write_warmup(path: pathlib.Path, name: str, size: tuple[int, int]) -> None:
+
+def write_warmup(path: pathlib.Path, name: str, signatures: dict) -> None:
     """Writes a TFRecord of PredictionLog: a request for each signature and each of BATCHES.
 
-    `name` is the model's, `size` the (height, width) of its images.
+    `name` is the model's; `signatures` are those of `saved_model.functions`.
     """
-    grey = np.full((*size, 3), 128, np.uint8)
+    _, *shape = signatures["serving_default"].input_signature[0].shape
+    grey = np.full(shape, 128, np.uint8)
     files = tf.constant([_encoded(grey, "JPEG"), _encoded(grey, "PNG")])
     path.parent.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(path)) as writer:
         for batch in BATCHES:
             # A constant tensor is stored as one value and a shape, so the file is small.
-            images = tf.make_tensor_proto(grey[0, 0, 0], shape=(batch, *size, 3))
+            images = tf.make_tensor_proto(grey[0, 0, 0], shape=(batch, *shape))
             encoded = tf.make_tensor_proto(tf.gather(files, np.arange(batch) % 2))
-            for signature, inputs in (
-                ("serving_default", {"images": images}),
-                ("serving_bytes", {"image_bytes": encoded}),
-                ("features", {"images": images}),
-            ):
+            for signature, function in signatures.items():
+                spec = function.input_signature[0]
                 log = prediction_log_pb2.PredictionLog()
                 request = log.predict_log.request
                 request.model_spec.name = name
                 request.model_spec.signature_name = signature
-                for key, value in inputs.items():
-                    request.inputs[key].CopyFrom(value)
+                value = encoded if spec.dtype == tf.string else images
+                request.inputs[spec.name].CopyFrom(value)
                 writer.write(log.SerializeToString())
 
 
@@ -64,8 +69,11 @@ def model_name(base: pathlib.Path) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "model"
 
 
-def write_notes(base: pathlib.Path) -> None:
-    """Writes models.config and SERVING.md into a base path, where TensorFlow Serving ignores them."""
+def write_notes(base: pathlib.Path, rule: str) -> None:
+    """Writes models.config and SERVING.md into a base path, where TensorFlow Serving ignores them.
+
+    `rule` is that of `data.images.resize_images`.
+    """
     name = model_name(base)
     config = (
         f"model_config_list {{\n  config {{\n    name: '{name}'\n"
@@ -79,9 +87,9 @@ A TensorFlow Serving model base path. {CONFIG} is for several models in one serv
 (`--model_config_file=/models/{name}/{CONFIG}`).
 
 {lines}
-Image files of any size go to the signature `serving_bytes`. A file that is not an image gets the label
-"", the index -1 and probabilities NaN, which TensorFlow Serving writes as the bare word NaN. The
-model's status is at {url}, its metadata at {url}/metadata.
+Image files of any size go to the signature `serving_bytes`, which {_RESIZES[rule]}.
+A file that is not an image gets the label "", the index -1 and probabilities NaN, which TensorFlow
+Serving writes as the bare word NaN. The model's status is at {url}, its metadata at {url}/metadata.
 """
     for file, text in ((CONFIG, config), (NOTES, notes)):
         with replacing(base / file) as path:

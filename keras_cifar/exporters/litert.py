@@ -6,6 +6,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from keras_cifar.core.config import STRETCH
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import new_version
 from keras_cifar.exporters import LABELS, folding, import_extra, labels_text, verification
@@ -26,6 +27,7 @@ def export(
     class_names: tuple[str, ...],
     version: int | None = None,
     samples: Samples | None = None,
+    rule: str = STRETCH,
     **record: object,
 ) -> pathlib.Path:
     """Writes `base/<version>/` with model.tflite, model_int8.tflite and labels.txt.
@@ -57,5 +59,5 @@ def export(
 
         classifiers = {name: classifier(written / name) for name in (FLOAT, INT8)}
         limits = {INT8: {"mean_difference": INT8_BOUND}}
-        verification.verify(written, model, samples, classifiers, limits, **record)
+        verification.verify(written, model, samples, classifiers, limits, resize=rule, **record)
     return target

@@ -4,6 +4,7 @@ import pathlib
 
 import keras
 
+from keras_cifar.core.config import STRETCH
 from keras_cifar.core.files import new_version
 from keras_cifar.exporters import LABELS, folding, import_extra, labels_text, verification
 from keras_cifar.exporters.verification import Samples
@@ -21,12 +22,14 @@ def export(
     class_names: tuple[str, ...],
     version: int | None = None,
     samples: Samples | None = None,
+    rule: str = STRETCH,
     **record: object,
 ) -> pathlib.Path:
     """Writes `base/<version>/` with model.onnx and labels.txt.
 
     Arguments and errors are those of `saved_model.export`. The model has the inputs and outputs of
-    `folding.function`; its metadata `class_names` holds the class names, one a line.
+    `folding.function`; its metadata `class_names` holds the class names, one a line, and `resize` the
+    rule by which images got their size.
     """
     tf2onnx, runtime, onnx = map(import_extra, ("tf2onnx", "onnxruntime", "onnx"))
     classify = folding.function(model).classify
@@ -36,7 +39,7 @@ def export(
         graph, _ = tf2onnx.convert.from_function(
             classify, input_signature=classify.input_signature, opset=OPSET
         )
-        onnx.helper.set_model_props(graph, {"class_names": names})
+        onnx.helper.set_model_props(graph, {"class_names": names, "resize": rule})
         (written / MODEL).write_bytes(graph.SerializeToString())
         (written / LABELS).write_text(names, "utf-8")
         session = runtime.InferenceSession(written / MODEL, providers=["CPUExecutionProvider"])
@@ -44,5 +47,7 @@ def export(
         def onnxruntime(images):
             return session.run(["probabilities"], {"images": images})[0]
 
-        verification.verify(written, model, samples, {"onnxruntime": onnxruntime}, **record)
+        verification.verify(
+            written, model, samples, {"onnxruntime": onnxruntime}, resize=rule, **record
+        )
     return target

@@ -8,7 +8,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from keras_cifar.core.config import BATCH_SIZE
+from keras_cifar.core.config import BATCH_SIZE, STRETCH
 from keras_cifar.core.errors import reason
 from keras_cifar.data import images
 
@@ -58,11 +58,13 @@ def _in_folder(folder: str) -> list[tuple[str, str | None]]:
     return sorted(found, key=lambda item: item[0].split(os.sep))
 
 
-def decode(files: Iterator[tuple[str, str | None]], size: tuple[int, int]) -> Iterator[list[tuple]]:
+def decode(
+    files: Iterator[tuple[str, str | None]], size: tuple[int, int], rule: str = STRETCH
+) -> Iterator[list[tuple]]:
     """Yields batches, lists of (file, pixels uint8 [*size, 3] or None, error or None), in order.
 
-    `files` is as from `find`. While the caller works on a batch the next AHEAD are decoded, and no
-    more: a folder of any size takes the same memory.
+    `files` is as from `find`, `rule` that of `images.resize_images`. While the caller works on a batch
+    the next AHEAD are decoded, and no more: a folder of any size takes the same memory.
     """
     started = collections.deque()  # (files to decode, decoded, tasks) of each batch
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -74,7 +76,9 @@ def decode(files: Iterator[tuple[str, str | None]], size: tuple[int, int]) -> It
                         break
                     waiting, decoded = collections.deque(enumerate(batch)), [None] * len(batch)
                     # A task per thread, not per file: a task costs as much as decoding a small image.
-                    tasks = [pool.submit(_decode, waiting, decoded, size) for _ in range(THREADS)]
+                    tasks = [
+                        pool.submit(_decode, waiting, decoded, size, rule) for _ in range(THREADS)
+                    ]
                     started.append((waiting, decoded, tasks))
                 if not started:
                     return
@@ -87,7 +91,7 @@ def decode(files: Iterator[tuple[str, str | None]], size: tuple[int, int]) -> It
                 waiting.clear()  # An interrupt need not wait for images that nobody wants.
 
 
-def _decode(waiting: collections.deque, decoded: list, size: tuple[int, int]) -> None:
+def _decode(waiting: collections.deque, decoded: list, size: tuple[int, int], rule: str) -> None:
     """Decodes the (position, (file, error or None)) of `waiting`, which threads share, in `decoded`."""
     while waiting:
         try:
@@ -97,7 +101,7 @@ def _decode(waiting: collections.deque, decoded: list, size: tuple[int, int]) ->
         pixels = None
         if error is None:
             try:
-                pixels = images.load_image(file, size)
+                pixels = images.load_image(file, size, rule)
             except images.ImageError as problem:
                 error = str(problem)
         decoded[position] = (file, pixels, error)

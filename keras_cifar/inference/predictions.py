@@ -31,7 +31,8 @@ def classify_files(
     """
     predictions, features = [], []
     with tqdm.tqdm(desc="classifying", unit=" files", leave=False, disable=None) as progress:
-        for batch in image_files.decode(image_files.find(arguments), predictor.size):
+        files = image_files.find(arguments)
+        for batch in image_files.decode(files, predictor.size, predictor.rule):
             good = [pixels for _, pixels, error in batch if error is None]
             images = np.stack(good) if good else np.empty((0, *predictor.size, 3), np.uint8)
             found = iter(_top_classes(predictor, images, top_k))

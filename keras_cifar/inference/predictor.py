@@ -1,13 +1,18 @@
 """Inference with an exported SavedModel alone: without Keras, training code or the run."""
 
 import pathlib
+from collections.abc import Collection
 
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar.core.config import BATCH_SIZE
+from keras_cifar.core.config import BATCH_SIZE, CROP, STRETCH
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import read, versions
+
+# Only models whose images are cropped have this signature: of files that have the model's size already.
+# `serving_bytes` would scale and crop these again. A server tells no more than the signatures.
+CROPPED = "serving_cropped"
 
 MAX_LABELS = 2**26  # bytes of labels.txt; ImageNet-21k's take under a megabyte
 
@@ -33,11 +38,17 @@ def find(path: str) -> pathlib.Path:
     )
 
 
+def rule_of(signatures: Collection[str]) -> str:
+    """The rule of `data.images.resize_images` for a model with these signatures."""
+    return CROP if CROPPED in signatures else STRETCH
+
+
 class Predictor:
     """A loaded SavedModel.
 
     Attributes:
         size: (height, width) of the input images, in pixels.
+        rule: by which images get this size, see `data.images.resize_images`.
         class_names: in the order of the probabilities.
         signatures: the model's functions, by name.
     """
@@ -62,7 +73,7 @@ class Predictor:
             raise UserError(f"{self.path} is not a valid model: {reason(error)}") from None
 
     def _use(self, signatures: dict) -> None:
-        self.signatures = signatures
+        self.signatures, self.rule = signatures, rule_of(signatures)
         self._classify, self._features = signatures["serving_default"], signatures["features"]
 
     def classify(self, images: np.ndarray) -> np.ndarray:

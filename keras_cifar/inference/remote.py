@@ -14,10 +14,10 @@ import urllib.request
 import numpy as np
 from PIL import Image
 
-from keras_cifar.core.config import BATCH_SIZE
+from keras_cifar.core.config import BATCH_SIZE, CROP
 from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import read
-from keras_cifar.inference.predictor import MAX_LABELS
+from keras_cifar.inference.predictor import CROPPED, MAX_LABELS, rule_of
 
 DELAYS = (0.25, 1.0, 3.0)  # seconds between tries of a request: a server restarts within them
 RETRIED = (408, 429, 502, 503, 504)  # statuses of a server or a proxy that is busy or restarting
@@ -31,9 +31,9 @@ MAX_RESPONSE = 2**28  # bytes; the probabilities of 128 images in 21,841 classes
 class RemotePredictor:
     """A model behind a server, with the methods of `predictor.Predictor`; they raise UserError.
 
-    Images are sent as PNG to `serving_bytes`: PNG is lossless and a fifth of the numbers in JSON. They
-    have the model's size already, so the server does not resize and the predictions are those of the
-    model on the pixels.
+    Images are sent as PNG, which is lossless and a fifth of the numbers in JSON. They have the model's
+    size already and go to the signature that leaves such images as they are, so the predictions are
+    those of the model on the pixels.
     """
 
     def __init__(self, url: str, timeout: float, labels: str | None = None):
@@ -61,7 +61,8 @@ class RemotePredictor:
             names = response["metadata"].get("class_names")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{self.url} is not a model that keras_cifar exported") from None
-        self.size = (height, width)
+        self.size, self.rule = (height, width), rule_of(signatures)
+        self._of_files = CROPPED if self.rule == CROP else "serving_bytes"
         if labels:
             names = read(pathlib.Path(labels), MAX_LABELS).decode("utf-8", "replace").splitlines()
         if type(names) is not list or not names:
@@ -78,7 +79,7 @@ class RemotePredictor:
             file = io.BytesIO()
             Image.fromarray(image).save(file, "PNG", compress_level=1)
             encoded.append({"b64": base64.b64encode(file.getvalue()).decode()})
-        rows = self._in_batches("serving_bytes", "image_bytes", "probabilities", encoded)
+        rows = self._in_batches(self._of_files, "image_bytes", "probabilities", encoded)
         return rows.reshape(-1, len(self.class_names))
 
     def features(self, images: np.ndarray) -> np.ndarray:

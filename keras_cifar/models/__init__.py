@@ -11,6 +11,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+from keras_cifar.core.config import SMALL_IMAGE
 from keras_cifar.core.errors import UserError, unknown
 from keras_cifar.data import Split
 from keras_cifar.models.classifier import Classifier
@@ -36,10 +37,6 @@ MAX_ADAPT_IMAGES = 1000
 
 # Layers with one kernel, whose multiply-adds are counted.
 COUNTED = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
-
-# Images up to this side, in pixels, get the small-image form of networks made for ImageNet.
-SMALL_IMAGE = 64
-
 
 # Of pixels in [0, 1], which torchvision's and timm's networks subtract, and by which they divide.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

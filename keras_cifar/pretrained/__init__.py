@@ -10,6 +10,7 @@ import json
 import pathlib
 import typing
 
+from keras_cifar.core.config import STRETCH
 from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import read
 
@@ -39,6 +40,7 @@ class Card:
     limits: str  # what the network is not suited for
     licence: str  # of the weights
     source: str  # who trained it, with which revision of the code
+    rule: str = STRETCH  # by which images get the shape, see `data.images.resize_images`
 
 
 def names() -> list[str]:
@@ -71,7 +73,7 @@ def _describe(name: str) -> str:
     height, width, _ = facts.image_shape
     scaling = f", temperature {facts.temperature:.3f}" if facts.temperature else ""
     return f"""{PREFIX}{name}
-  model        {facts.model}, images of {width} x {height}
+  model        {facts.model}, images of {width} x {height} ({facts.rule})
   classes      {", ".join(facts.class_names)}
   data         {facts.data}
   recipe       {facts.recipe or "none"}

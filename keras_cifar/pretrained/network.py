@@ -1,10 +1,12 @@
 """Networks with weights from elsewhere, ready for service without training."""
 
 import pathlib
+import typing
 
 import keras
 
 from keras_cifar import models
+from keras_cifar.core.config import image_sides, resize_rule
 from keras_cifar.core.errors import UserError, unknown
 from keras_cifar.evaluation.run_export import read_labels
 from keras_cifar.exporters import saved_model, verification
@@ -12,22 +14,29 @@ from keras_cifar.models.classifier import HEAD
 from keras_cifar.pretrained import imagenet, weights
 
 
+class Network(typing.NamedTuple):
+    """A functional model with all that an export needs."""
+
+    model: keras.Model
+    class_names: tuple[str, ...]
+    rule: str  # by which images get its size, see `data.images.resize_images`
+    text: str  # what its weights are
+
+
 def load(
     network: str,
     source: str = imagenet.NAME,
-    image_size: int | None = None,
+    image_size: str | int | None = None,
+    resize: str = "auto",
     labels: str | None = None,
-) -> tuple[keras.Model, tuple[str, ...], str]:
+) -> Network:
     """Builds a network with the weights of `source` and all of its classes.
 
     Args:
         network: a name in `models.variants()`.
         source: as in `weights.find`.
-        image_size: the side of the images in pixels; None is the network's own.
+        image_size, resize: as for `data.load`; None is the network's own size.
         labels: a file with a class name a line; None takes ImageNet's where there are 1,000 classes.
-
-    Returns:
-        The functional model, its class names, and what its weights are as text.
 
     Raises:
         UsageError: an unknown network, or no weights for it.
@@ -36,10 +45,11 @@ def load(
     table = models.variants()
     if network not in table:
         raise unknown("model", network, table)
-    side = image_size or table[network].image_size
+    size = image_size or table[network].image_size
+    rule, sides = resize_rule(resize, size), image_sides(size)
 
     def build(classes: int) -> keras.Model:
-        return models.build(network, (side, side, 3), classes).deployable
+        return models.build(network, (*sides, 3), classes).deployable
 
     model = build(imagenet.CLASSES)
     found = weights.find(source, model)
@@ -53,21 +63,15 @@ def load(
         raise UserError(f"{source} does not name its {count:,} classes; give --labels=FILE")
     if count != imagenet.CLASSES:
         model = build(count)
-    return model, names, weights.assign(model, found._replace(class_names=None), source, None)
+    text = weights.assign(model, found._replace(class_names=None), source, None)
+    return Network(model, names, rule, text)
 
 
-def export(
-    network: str,
-    source: str,
-    image_size: int | None,
-    labels: str | None,
-    out: str,
-    version: int | None = None,
-) -> tuple[pathlib.Path, str]:
-    """Writes the SavedModel of such a network; the arguments are those of `load` and of `export`.
+def export(found: Network, out: str, version: int | None = None) -> tuple[pathlib.Path, str]:
+    """Writes the SavedModel of a network below the base path `out`.
 
     Returns (the version's directory, the results of verification as text).
     """
-    model, names, text = load(network, source, image_size, labels)
-    path = saved_model.export(model, pathlib.Path(out).expanduser(), names, version)
-    return path, f"weights   {text}\nexport    {path}\n{verification.summary(path)}"
+    base = pathlib.Path(out).expanduser()
+    path = saved_model.export(found.model, base, found.class_names, version, rule=found.rule)
+    return path, f"weights   {found.text}\nexport    {path}\n{verification.summary(path)}"

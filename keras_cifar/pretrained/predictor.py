@@ -23,12 +23,12 @@ PREFIXES = (pretrained.PREFIX, imagenet.PREFIX)
 class NetworkPredictor(Predictor):
     """A Predictor of a Keras model, by the functions that an export would have."""
 
-    def __init__(self, network: "keras.Model", class_names: tuple[str, ...], name: str):
+    def __init__(self, network: "keras.Model", class_names: tuple[str, ...], rule: str, name: str):
         from keras_cifar.exporters import saved_model
 
         self.path, self.size, self.class_names = name, network.input_shape[1:3], class_names
         # Kept, since the functions do not keep the variables alive.
-        self._loaded, functions = saved_model.functions(network, class_names)
+        self._loaded, functions = saved_model.functions(network, class_names, rule)
         self._use({name: f.get_concrete_function() for name, f in functions.items()})
 
 
@@ -37,23 +37,22 @@ def load_predictor(
 ) -> Predictor | RemotePredictor:
     """Loads the predictor of what --model names, or raises UserError."""
     if model.startswith(PREFIXES):
-        network, class_names = _load(model)
-        return NetworkPredictor(network, class_names, model)
+        return NetworkPredictor(*_load(model), model)
     if model.startswith(URLS):
         return RemotePredictor(model, timeout, labels)
     return Predictor(model)
 
 
-def _load(model: str) -> tuple["keras.Model", tuple[str, ...]]:
-    """The network of pretrained:NAME or imagenet:NETWORK, and its class names."""
+def _load(model: str) -> tuple["keras.Model", tuple[str, ...], str]:
+    """(network, class names, rule of resizing) of pretrained:NAME or imagenet:NETWORK."""
     if model.startswith(pretrained.PREFIX):
         network, card = pretrained.load(model.removeprefix(pretrained.PREFIX))
-        return network, card.class_names
+        return network, card.class_names, card.rule
     from keras_cifar.pretrained import network as networks
 
-    loaded, class_names, text = networks.load(model.removeprefix(imagenet.PREFIX))
-    print(f"weights   {text}", file=sys.stderr)
-    return loaded, class_names
+    found = networks.load(model.removeprefix(imagenet.PREFIX))
+    print(f"weights   {found.text}", file=sys.stderr)
+    return found.model, found.class_names, found.rule
 
 
 def load_network(model: str, predictor: Predictor) -> "keras.Model":

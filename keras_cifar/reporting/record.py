@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from keras_cifar.core.config import DEFAULTS, SPLITS
+from keras_cifar.core.config import DEFAULTS, SPLITS, resize_rule
 from keras_cifar.core.errors import UserError, one_line, reason
 from keras_cifar.core.files import read
 from keras_cifar.core.run_directory import Run
@@ -56,11 +56,13 @@ class Record:
 
     def flags(self) -> dict:
         """Model, data, and all other flags that are not at their default and decide the result."""
+        flags = self.config["flags"]
+        defaults = DEFAULTS | {"resize": resize_rule("auto", flags["image_size"])}
         return {
             name: value
-            for name, value in self.config["flags"].items()
+            for name, value in flags.items()
             if name in ("model", "data")
-            or (name not in PLACES and value != DEFAULTS.get(name) and value is not None)
+            or (name not in PLACES and value != defaults.get(name) and value is not None)
         }
 
     def command(self) -> str:

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_cifar import data, models
 from keras_cifar.core import environment
-from keras_cifar.core.config import BALANCED, FitConfig, TrainConfig
+from keras_cifar.core.config import BALANCED, FitConfig, TrainConfig, canonical
 from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.data import augmentation
 from keras_cifar.distributed import sharding, strategy
@@ -102,13 +102,14 @@ class Plan:
         shards = _describe_shards(config.fit, spec.replicas)
         height, width, _ = dataset.image_shape
         counts = ", ".join(f"{v['count']:,} {k}" for k, v in dataset.describe().items())
+        resized = f" ({config.data.rule})" if config.data.image_size else ""
         left_out = len(dataset.train) % config.fit.batch_size
         (policy, why_policy), (xla, why_xla) = self.dtype_policy, self.xla
         return "\n".join(
             [
                 f"model     {config.model.model}: {models.count_parameters(network):,} parameters, "
                 f"{models.count_multiply_adds(network) / 1e6:,.1f} million multiply-adds an image",
-                f"data      {config.data.data}: {counts} images of {width} x {height}, "
+                f"data      {config.data.data}: {counts} images of {width} x {height}{resized}, "
                 f"{len(dataset.class_names)} classes",
                 *describe_classes(dataset.train.labels, dataset.class_names, config),
                 f"training  {config.fit.epochs} epochs of {self.steps_per_epoch} steps of "
@@ -279,6 +280,7 @@ def _load_data(config: TrainConfig) -> data.Dataset:
         config.fit.seed,
         flags.cache_dir,
         data.BadImages(flags.on_bad_image == "skip", flags.max_bad_share),
+        flags.resize,
     )
 
 
@@ -334,7 +336,7 @@ def describe_run(plan: Plan) -> dict:
     """The contents of config.json."""
     network = plan.model.deployable
     return {
-        "flags": plan.config.flags(),
+        "flags": canonical(plan.config.flags()),
         "class_names": plan.dataset.class_names,
         "image_shape": plan.dataset.image_shape,
         "splits": plan.dataset.describe(),

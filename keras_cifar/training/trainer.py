@@ -76,7 +76,8 @@ def _finish(plan: Plan, run: Run) -> dict:
     metrics = evaluator.evaluate(model, "test", dataset.test, names, spec, run)
     if config.output.export and not versions(run.export):
         samples = verification.of_dataset(dataset, spec)
-        path = saved_model.export(model, run.export, names, samples=samples)
+        rule = config.data.rule
+        path = saved_model.export(model, run.export, names, samples=samples, rule=rule)
         print(verification.summary(path), flush=True)
     write_report(run, model, dataset)
     return metrics

@@ -6,11 +6,19 @@ import math
 import pytest
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import COMPARED, FLAGS, TrainConfig, canonical
+from keras_cifar.core.config import (
+    COMPARED,
+    CROP,
+    FLAGS,
+    STRETCH,
+    TrainConfig,
+    canonical,
+    image_sides,
+)
 from keras_cifar.core.errors import UsageError
 
 POSITIVE = (
-    *("epochs", "batch_size", "learning_rate", "steps_per_epoch", "image_size", "replicas"),
+    *("epochs", "batch_size", "learning_rate", "steps_per_epoch", "replicas"),
     *("accumulate_steps", "steps_per_execution", "startup_timeout", "peer_timeout"),
 )
 NOT_NEGATIVE = (
@@ -38,6 +46,9 @@ def cases(names, *values) -> list:
         *cases(SHARES, -0.1, 1, 1.5),
         *cases(FLOATS, math.nan, math.inf),
         ("seed", 2**31),
+        *cases(
+            ["image_size"], 0, -1, "0", "x", "", "8x", "8x0", "08", "8X8", " 8", "8x8x3", 1.5, True
+        ),
     ],
 )
 def test_value_out_of_range_is_refused_by_flag_and_value(name, value):
@@ -53,6 +64,7 @@ def test_value_out_of_range_is_refused_by_flag_and_value(name, value):
     [
         *cases(POSITIVE, 1),
         *cases(("steps_per_epoch", "image_size", "replicas"), None),
+        ("image_size", "1"),
         *cases(NOT_NEGATIVE, 0, 1),
         *cases(SHARES, 0, 0.999),
         ("learning_rate", 1e-9),
@@ -100,8 +112,8 @@ def parsed(flags: str) -> dict:
 
 
 OTHER = parsed(
-    "model=lenet5 data=digits image_size=24 val_fraction=0.2 on_bad_image=skip augment=flip "
-    "epochs=11 steps_per_epoch=5 batch_size=64 accumulate_steps=2 precise_bn_batches=3 "
+    "model=lenet5 data=digits image_size=24 resize=crop val_fraction=0.2 on_bad_image=skip "
+    "augment=flip epochs=11 steps_per_epoch=5 batch_size=64 accumulate_steps=2 precise_bn_batches=3 "
     "early_stopping=3 seed=1 optimizer=sgd learning_rate=0.5 momentum=0.5 nesterov bias_rate=2 "
     "layer_decay=0.75 head_rate=10 "
     "lr_schedule=cosine warmup_epochs=1 weight_decay=1e-4 label_smoothing=0.1 ema=0.5 "
@@ -123,8 +135,9 @@ def test_the_two_lists_have_all_flags():
 
 @pytest.mark.parametrize(("name", "value"), OTHER.items())
 def test_a_difference_names_the_flag_and_both_values(name, value):
-    before, after = TrainConfig(), TrainConfig.from_flags(**{name: value})
-    difference = f"--{name} was {before.flags()[name]!r}, is {value!r}"
+    before = TrainConfig.from_flags(image_size=48)
+    after = before.replace(**{name: value})
+    difference = f"--{name} was {canonical(before.flags())[name]!r}, is {value!r}"
     assert after.differences(before.flags()) == [difference]
 
 
@@ -160,12 +173,75 @@ def test_a_run_with_the_former_name_of_a_flag_is_compared_by_it():
 
 def test_a_flag_of_a_newer_revision_is_ignored():
     later = TrainConfig().flags() | {"flag_of_tomorrow": 1}
-    assert TrainConfig.from_json(later) == TrainConfig()
+    assert TrainConfig.from_json(later) == TrainConfig.from_flags(resize="stretch")
     assert TrainConfig().differences(later) == []
+
+
+@pytest.mark.parametrize(
+    ("image_size", "text", "sides"),
+    [
+        (None, None, None),
+        (32, "32", (32, 32)),
+        ("32", "32", (32, 32)),
+        ("32x32", "32", (32, 32)),
+        ("192x256", "192x256", (192, 256)),
+    ],
+)
+def test_an_image_size_has_one_form(image_size, text, sides):
+    config = TrainConfig.from_flags(image_size=image_size)
+    assert (config.data.image_size, image_sides(image_size)) == (text, sides)
+    earlier = config.flags() | {"image_size": image_size}
+    assert config.differences(earlier) == []
+    assert TrainConfig.from_json(earlier).data == config.replace(resize=config.data.rule).data
+
+
+@pytest.mark.parametrize(
+    ("image_size", "rule"),
+    [(None, STRETCH), (64, STRETCH), (65, CROP), ("64x300", STRETCH), ("65x300", CROP)],
+)
+def test_auto_crops_to_sizes_that_are_not_small(image_size, rule):
+    assert TrainConfig.from_flags(image_size=image_size).data.rule == rule
+
+
+def test_the_rule_is_compared_and_not_how_it_was_written():
+    auto = TrainConfig.from_flags(image_size=96)
+    crop, stretch = auto.replace(resize="crop"), auto.replace(resize="stretch")
+    assert crop.differences(auto.flags()) == auto.differences(crop.flags()) == []
+    assert auto.differences(stretch.flags()) == ["--resize was 'stretch', is 'crop'"]
+    small = TrainConfig.from_flags(image_size=32)
+    assert small.replace(resize="stretch").differences(small.flags()) == []
+
+
+def test_a_run_that_is_older_than_the_rules_stretched():
+    earlier = TrainConfig().flags() | {"image_size": 224}
+    del earlier["resize"]
+    assert canonical(earlier)["resize"] == "stretch"
+    assert canonical(earlier)["image_size"] == "224"
+    old = TrainConfig.from_json(earlier)
+    assert old.data.rule == STRETCH
+    assert old.differences(earlier) == []
+    new = TrainConfig.from_flags(image_size=224).differences(earlier)
+    assert new == ["--resize was 'stretch', is 'crop'"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"resize": "crop"}, "--resize=crop needs --image_size"),
+        ({"resize": "pad", "image_size": 8}, "unknown --resize 'pad'"),
+        ({"resize": None, "image_size": 8}, "unknown --resize None"),
+    ],
+)
+def test_an_impossible_rule_is_refused(flags, message):
+    with pytest.raises(UsageError, match=message):
+        TrainConfig.from_flags(**flags)
+    with pytest.raises(UsageError, match=message):
+        canonical(TrainConfig().flags() | flags)
 
 
 def test_workers_may_differ_in_their_own_flags_only():
     one = TrainConfig.from_flags(workers="a:1,b:2", worker_index=0, run_dir="x", data_dir="y")
+    one = one.replace(image_size=48)
     own = {"recipe": "r", "run_dir": "z", "data_dir": "v", "cache_dir": "c", "export": False}
     two = one.replace(worker_index=1, startup_timeout=1.0, init_from="elsewhere", **own)
     assert one.shared_flags() == two.shared_flags()

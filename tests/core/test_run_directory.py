@@ -63,7 +63,7 @@ def test_a_config_with_flags_of_later_versions_is_read(tmp_path):
     del value["flags"]["ema"]
     value["flags"]["learning_rate"] = 1  # as `TrainConfig.from_flags(learning_rate=1)` is written
     write_json(run.config, value)
-    value["flags"]["ema"] = 0.0  # its default
+    value["flags"] |= {"ema": 0.0, "resize": "stretch"}  # its default, what its default means
     assert run.read_config() == value
 
 
@@ -78,7 +78,8 @@ def test_a_config_with_flags_of_later_versions_is_read(tmp_path):
         *(("flags/seed", value) for value in ("1", None, True, 1.5, -1, [1])),
         *(("flags/data", value) for value in (1, None, ["digits"], {"a": 1})),
         *(("flags/data_dir", value) for value in (1, ["/"], False)),
-        *(("flags/image_size", value) for value in ("32", 0, True, 1.5)),
+        *(("flags/image_size", value) for value in ("32x", "0", 0, True, 1.5)),
+        *(("flags/resize", value) for value in ("pad", "crop", 1, None, ["crop"])),
         *(("flags/val_fraction", value) for value in ("0.1", 2, float("nan"), None)),
         *(("flags/export", value) for value in (1, "yes", None)),
     ],

@@ -202,13 +202,25 @@ def test_pickles_that_python_2_wrote_are_read(tmp_path):
     np.testing.assert_array_equal(dataset.test.labels, labels)
 
 
-@pytest.mark.parametrize("side", [8, 48])
-def test_image_size_resizes(tmp_path, side):
+@pytest.mark.parametrize(
+    ("image_size", "size", "rule"),
+    [
+        (8, (8, 8), "stretch"),
+        (48, (48, 48), "stretch"),
+        ("8x12", (8, 12), "stretch"),
+        (32, (32, 32), "crop"),
+    ],
+)
+def test_image_size_resizes(tmp_path, image_size, size, rule):
     path = packed(tmp_path, "cifar-10-binary")
-    dataset = data.load(f"archive:{path}", image_size=side, val_fraction=0)
-    expected = resize_images(examples("cifar-10-binary")[0], (side, side))
-    np.testing.assert_array_equal(dataset.train.images, expected)
-    assert dataset.test.images.shape[1:] == (side, side, 3)
+    dataset = data.load(f"archive:{path}", image_size=image_size, val_fraction=0, resize=rule)
+    pixels = examples("cifar-10-binary")[0]
+    np.testing.assert_array_equal(dataset.train.images, resize_images(pixels, size, rule))
+    assert dataset.test.images.shape[1:] == (*size, 3)
+    # At their own size CIFAR's images are zoomed by an explicit crop alone.
+    own = data.load(f"archive:{path}", image_size=32, val_fraction=0).train.images
+    np.testing.assert_array_equal(own, pixels)
+    assert rule == "stretch" or (own != dataset.train.images).any()
 
 
 # ---- Damaged archives

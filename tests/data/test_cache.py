@@ -529,6 +529,28 @@ def test_another_image_size_is_another_entry(tmp_path, image_root, decoded):
     assert len(left(tmp_path / "cache")) == 6
 
 
+def test_a_rule_is_another_entry_and_the_keys_of_stretched_images_stay(
+    tmp_path, image_root, decoded
+):
+    for resize, rule in (("stretch", {}), ("crop", {"resize": "crop"})):
+        decoded.clear()
+        load(image_root, tmp_path / resize, image_size=8, resize=resize)
+        assert len(decoded) >= 36
+        for found in (tmp_path / resize).glob("*/entry.json"):
+            key = json.loads(found.read_text())["cache_key"]
+            del key["files"]
+            assert key == {"source": "folder", "image_size": [8, 8]} | rule
+        decoded.clear()
+        load(image_root, tmp_path / resize, image_size=8, resize=resize)
+        assert decoded == []
+    load(image_root, tmp_path / "own", resize="stretch")
+    (key,) = {
+        tuple(json.loads(found.read_text())["cache_key"])
+        for found in (tmp_path / "own").glob("*/entry.json")
+    }
+    assert key == ("source", "files", "image_size")
+
+
 def test_resized_images_do_not_hide_that_sizes_differ(tmp_path, image_root):
     Image.new("RGB", (20, 20)).save(image_root / "train" / "class_1" / "odd.png")
     load(image_root, tmp_path / "cache", image_size=16)

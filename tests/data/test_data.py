@@ -76,6 +76,11 @@ def test_digits_hold_a_fifth_out_for_test_whatever_the_seed(digits):
     assert other.test.fingerprint == digits.test.fingerprint
     assert other.val.fingerprint != digits.val.fingerprint
     assert data.load("digits", image_size=8).train.images.shape[1:] == (8, 8, 3)
+    assert data.load("digits", image_size="8x12").image_shape == (8, 12, 3)
+    cropped = data.load("digits", image_size=8, resize="crop").train.images
+    assert (cropped != data.load("digits", image_size=8).train.images).any()
+    with pytest.raises(UsageError, match="--resize=crop needs --image_size"):
+        data.load("digits", resize="crop")
 
 
 LABELS = np.repeat([0, 1, 2], [100, 40, 10])

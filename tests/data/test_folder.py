@@ -354,7 +354,8 @@ def test_folder_that_the_system_refuses_is_named(tmp_path, which, monkeypatch):
     assert "Permission denied" in message
 
 
-def test_images_of_many_sizes_are_resized_as_each_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rule", ["stretch", "crop"])
+def test_images_of_many_sizes_are_resized_as_each_alone(tmp_path, monkeypatch, rule):
     """Together where they have one size, in their own order, a few megabytes at a time."""
     random = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 2)):
@@ -366,14 +367,15 @@ def test_images_of_many_sizes_are_resized_as_each_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "BLOCK", 60_000)
     sizes, resize = [], resize_images
 
-    def count(images, size):
+    def count(images, size, rule):
         sizes.append(len(images))
-        return resize(images, size)
+        return resize(images, size, rule)
 
     monkeypatch.setattr("keras_cifar.data.images.resize_images", count)
-    split = data.load(f"folder:{tmp_path}", image_size=16, val_fraction=0).train
+    split = data.load(f"folder:{tmp_path}", image_size="16x20", resize=rule, val_fraction=0).train
     assert max(sizes) > 1
     # Two of 27 KB are in a group with the smaller ones, a third is not.
     assert len(sizes) >= 40 / 4 / 2
-    one_by_one = [load_image(path, (16, 16)) for path in sorted((tmp_path / "train/a").iterdir())]
+    files = sorted((tmp_path / "train/a").iterdir())
+    one_by_one = [load_image(path, (16, 20), rule) for path in files]
     np.testing.assert_array_equal(split.images, one_by_one)

@@ -145,6 +145,12 @@ def test_grey_images_become_rgb_and_image_size_resizes(data_dir):
     np.testing.assert_array_equal(images, grey)
     images = load(data_dir, "tiny_grey", image_size=4, val_fraction=0).train.images
     np.testing.assert_array_equal(images, resize_images(grey, (4, 4)))
+    images = load(
+        data_dir, "tiny_grey", image_size="4x5", resize="crop", val_fraction=0
+    ).train.images
+    np.testing.assert_array_equal(images, resize_images(grey, (4, 5), "crop"))
+    again = load(data_dir, "tiny_grey", image_size="4x5", val_fraction=0).train.images
+    np.testing.assert_array_equal(again, resize_images(grey, (4, 5)))
 
 
 def test_images_of_different_sizes_need_image_size(data_dir):

@@ -127,7 +127,7 @@ class Watch:
         monkeypatch.setattr(image_files, "BATCH_SIZE", 4)
         monkeypatch.setattr(image_files, "THREADS", threads)
 
-    def load(self, name, size):
+    def load(self, name, size, rule):
         assert self.released.wait(PATIENCE)
         with self.lock:
             self.read.append(int(name))

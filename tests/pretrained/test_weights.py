@@ -202,7 +202,7 @@ def test_weights_are_exported_and_predict(tmp_path, capsys):
     argv = (f"--model={LITE}", "--image_size=64", f"--out={out}", f"--labels={labels}")
     assert run_export(*argv) == 0
     assert f"{out}/1" in capsys.readouterr().out
-    model = network.load(LITE, image_size=64)[0]
+    model = network.load(LITE, image_size=64).model
     expected = np.asarray(model(load_image(photo, (64, 64))[None], training=False))[0]
     assert classify(f"--model={out}", "--format=json", photo) == 0
     top = json.loads(capsys.readouterr().out)[0]["top"][0]
@@ -244,7 +244,7 @@ def test_classes_without_names_need_labels(resnet18, tmp_path):
     with pytest.raises(UserError, match="does not name its 3 classes; give --labels=FILE"):
         network.load("resnet18", str(path), 72)
     labels.write_text("a\nb\nc\n")
-    model, names, text = network.load("resnet18", str(path), 72, str(labels))
+    found = network.load("resnet18", str(path), 72, labels=str(labels))
     assert (model.output_shape, names, text) == (
         (None, 3),
         ("a", "b", "c"),
