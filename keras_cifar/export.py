@@ -7,7 +7,7 @@ python -m keras_cifar.export --model resnet50 --init_from imagenet --out DIR
 import dataclasses
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import RESIZE
+from keras_cifar.core.image_size import RESIZE
 from keras_cifar.core.options import Options, check, check_temperature, option
 from keras_cifar.exporters import FORMATS
 

@@ -6,10 +6,9 @@ functions take their own part or plain values, never the whole. Standard library
 
 import dataclasses
 import functools
-import re
 import typing
 
-from keras_cifar.core.errors import UsageError, unknown
+from keras_cifar.core.image_size import RESIZE, SMALL_IMAGE, STRETCH, resize_rule, size_text
 from keras_cifar.core.options import (
     FRACTION,
     NOT_NEGATIVE,
@@ -39,59 +38,12 @@ BATCH_SIZE = 128
 SPLITS = ("train", "val", "test")
 BALANCED = "balanced"  # of --class_weight and --sampling
 
-# Images up to this side, in pixels, get the small-image form of networks made for ImageNet, and
-# --resize=auto keeps all of them, as the tutorial does.
-SMALL_IMAGE = 64
-
-STRETCH, CROP = "stretch", "crop"  # the rules of `data.images.resize_images`
-RESIZE = ("auto", STRETCH, CROP)
-_SIZE = re.compile(r"([1-9]\d{0,8})(?:x([1-9]\d{0,8}))?", re.ASCII)
-
 _model, _data, _training, _optimizer = (
     functools.partial(option, group=group) for group in ("Model", "Data", "Training", "Optimizer")
 )
 _devices, _output = (
     functools.partial(option, group=group, compared=False) for group in ("Devices", "Output")
 )
-
-
-def image_sides(image_size: str | int | None) -> tuple[int, int] | None:
-    """(height, width) in pixels of an --image_size; None of None, each image's own size.
-
-    Raises:
-        UsageError: it is neither N nor HEIGHTxWIDTH.
-    """
-    if image_size is None:
-        return None
-    # config.json of earlier revisions has an integer. To Python, a bool is one.
-    match = None if isinstance(image_size, bool) else _SIZE.fullmatch(str(image_size))
-    if match is None:
-        raise UsageError(
-            f"--image_size={image_size} must be a number of pixels or HEIGHTxWIDTH, such as 224 or "
-            "192x256"
-        )
-    return int(match[1]), int(match[2] or match[1])
-
-
-def size_text(image_size: str | int | None) -> str | None:
-    """An --image_size in its one form as text: `32` of 32, of `32` and of `32x32`."""
-    sides = image_sides(image_size)
-    return sides and (str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}")
-
-
-def resize_rule(resize: str, image_size: str | int | None) -> str:
-    """The rule, STRETCH or CROP, that --resize means for an --image_size.
-
-    Raises:
-        UsageError: an unknown rule, an invalid size, or a crop to no size.
-    """
-    sides = image_sides(image_size)
-    if resize not in RESIZE:
-        raise unknown("--resize", resize, RESIZE)
-    if resize == "auto":
-        return CROP if sides and min(sides) > SMALL_IMAGE else STRETCH
-    check(resize == STRETCH or sides is not None, "--resize=crop needs --image_size")
-    return resize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import importlib
 import pkgutil
 import sys
 
-from keras_cifar.core.config import image_sides, resize_rule
 from keras_cifar.core.errors import UsageError, one_line, unknown
+from keras_cifar.core.image_size import image_sides, resize_rule
 from keras_cifar.data.balance import class_weights
 from keras_cifar.data.batches import (
     evaluation_batches,

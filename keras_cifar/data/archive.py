@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from keras_cifar.core.config import STRETCH
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import open_file
+from keras_cifar.core.image_size import STRETCH
 from keras_cifar.data.cache import Cache
 from keras_cifar.data.images import resize_images
 from keras_cifar.data.splits import BadImages, Split, Splits, allocate

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from keras_cifar.core import files
-from keras_cifar.core.config import STRETCH
 from keras_cifar.core.errors import UserError, check_directory, reason
+from keras_cifar.core.image_size import STRETCH
 from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
 from keras_cifar.data.images import MAX_FILE, SUFFIXES, ImageError, load_image, resize_each
 from keras_cifar.data.splits import BadImages, Skipped, Split, Splits, check_class_name

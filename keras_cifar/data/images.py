@@ -18,9 +18,9 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from keras_cifar.core.config import CROP, STRETCH
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import open_file, size_of
+from keras_cifar.core.image_size import CROP, STRETCH
 from keras_cifar.data.exif import upright
 
 # Of everything below. A new number makes the cache decode all images again.

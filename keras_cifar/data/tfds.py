@@ -13,9 +13,9 @@ import urllib.parse
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar.core.config import STRETCH
 from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import read
+from keras_cifar.core.image_size import STRETCH
 from keras_cifar.data.cache import Cache, in_block
 from keras_cifar.data.images import decode_image, resize_images
 from keras_cifar.data.splits import BadImages, Split, Splits, hold_out

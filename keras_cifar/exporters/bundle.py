@@ -10,8 +10,8 @@ import tensorflow as tf
 from PIL import Image
 from tensorflow_serving.apis import prediction_log_pb2
 
-from keras_cifar.core.config import CROP, STRETCH
 from keras_cifar.core.files import replacing
+from keras_cifar.core.image_size import CROP, STRETCH
 
 # Where TensorFlow Serving looks for records, and how many it reads:
 # https://www.tensorflow.org/tfx/serving/saved_model_warmup

@@ -4,8 +4,8 @@ import pathlib
 
 import keras
 
-from keras_cifar.core.config import STRETCH
 from keras_cifar.core.files import new_version
+from keras_cifar.core.image_size import STRETCH
 from keras_cifar.exporters import LABELS, folding, import_extra, labels_text, verification
 from keras_cifar.exporters.verification import Samples
 

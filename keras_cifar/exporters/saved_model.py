@@ -7,9 +7,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar.core.config import CROP, STRETCH
 from keras_cifar.core.errors import unwritten
 from keras_cifar.core.files import new_version
+from keras_cifar.core.image_size import CROP, STRETCH
 from keras_cifar.data.images import decode_images, with_margin
 from keras_cifar.exporters import LABELS, bundle, folding, labels_text, verification
 from keras_cifar.exporters.verification import Samples

@@ -8,8 +8,9 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from keras_cifar.core.config import BATCH_SIZE, STRETCH
+from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import reason
+from keras_cifar.core.image_size import STRETCH
 from keras_cifar.data import images
 
 AHEAD = 1  # batches that are decoded while one is classified

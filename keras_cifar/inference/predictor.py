@@ -6,9 +6,10 @@ from collections.abc import Collection
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar.core.config import BATCH_SIZE, CROP, STRETCH
+from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import read, versions
+from keras_cifar.core.image_size import CROP, STRETCH
 
 # Only models whose images are cropped have this signature: of files that have the model's size already.
 # `serving_bytes` would scale and crop these again. A server tells no more than the signatures.

@@ -14,9 +14,10 @@ import urllib.request
 import numpy as np
 from PIL import Image
 
-from keras_cifar.core.config import BATCH_SIZE, CROP
+from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import read
+from keras_cifar.core.image_size import CROP
 from keras_cifar.inference.predictor import CROPPED, MAX_LABELS, rule_of
 
 DELAYS = (0.25, 1.0, 3.0)  # seconds between tries of a request: a server restarts within them

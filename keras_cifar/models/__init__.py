@@ -11,8 +11,8 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from keras_cifar.core.config import SMALL_IMAGE
 from keras_cifar.core.errors import UserError, unknown
+from keras_cifar.core.image_size import SMALL_IMAGE
 from keras_cifar.data import Split
 from keras_cifar.models.classifier import Classifier
 from keras_cifar.models.keras_file import load

@@ -10,9 +10,9 @@ import json
 import pathlib
 import typing
 
-from keras_cifar.core.config import STRETCH
 from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import read
+from keras_cifar.core.image_size import STRETCH
 
 if typing.TYPE_CHECKING:
     import keras

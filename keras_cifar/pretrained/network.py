@@ -6,8 +6,8 @@ import typing
 import keras
 
 from keras_cifar import models
-from keras_cifar.core.config import image_sides, resize_rule
 from keras_cifar.core.errors import UserError, unknown
+from keras_cifar.core.image_size import image_sides, resize_rule
 from keras_cifar.evaluation.run_export import read_labels
 from keras_cifar.exporters import saved_model, verification
 from keras_cifar.models.classifier import HEAD

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from keras_cifar.core.config import DEFAULTS, SPLITS, resize_rule
+from keras_cifar.core.config import DEFAULTS, SPLITS
 from keras_cifar.core.errors import UserError, one_line, reason
 from keras_cifar.core.files import read
+from keras_cifar.core.image_size import resize_rule
 from keras_cifar.core.run_directory import Run
 from keras_cifar.evaluation.metrics import PER_CLASS
 

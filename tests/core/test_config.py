@@ -6,16 +6,9 @@ import math
 import pytest
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import (
-    COMPARED,
-    CROP,
-    FLAGS,
-    STRETCH,
-    TrainConfig,
-    canonical,
-    image_sides,
-)
+from keras_cifar.core.config import COMPARED, FLAGS, TrainConfig, canonical
 from keras_cifar.core.errors import UsageError
+from keras_cifar.core.image_size import CROP, STRETCH, image_sides
 
 POSITIVE = (
     *("epochs", "batch_size", "learning_rate", "steps_per_epoch", "replicas"),

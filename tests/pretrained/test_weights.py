@@ -245,8 +245,5 @@ def test_classes_without_names_need_labels(resnet18, tmp_path):
         network.load("resnet18", str(path), 72)
     labels.write_text("a\nb\nc\n")
     found = network.load("resnet18", str(path), 72, labels=str(labels))
-    assert (model.output_shape, names, text) == (
-        (None, 3),
-        ("a", "b", "c"),
-        f"the weights of {path}",
-    )
+    assert (found.model.output_shape, found.class_names) == ((None, 3), ("a", "b", "c"))
+    assert (found.rule, found.text) == ("crop", f"the weights of {path}")
