@@ -5,18 +5,17 @@ followed, and a pickle can neither call nor import anything.
 """
 
 import bz2
-import copy
 import dataclasses
 import gzip
 import lzma
 import pathlib
-import pickletools
 import re
 import tarfile
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 
+from keras_cifar.core import pickles
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import open_file
 from keras_cifar.core.image_size import STRETCH
@@ -32,9 +31,6 @@ PIXELS = 32 * 32 * 3  # bytes of an image: all red, then all green, then all blu
 MAX_MEMBER = 200_000_000
 MAX_ARCHIVE = 500_000_000
 MAX_MEMBERS = 1000
-
-# Operations in a pickle, each of up to some 100 bytes of memory. CIFAR-100's train has 4 to 9 an image.
-MAX_OPERATIONS = 600_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,102 +265,22 @@ def _split(batches: list, size: tuple[int, int] | None, rule: str, where: str) -
     return Split(images, labels)
 
 
-@dataclasses.dataclass(slots=True)
-class _Object:
-    """A function that a pickle names, or what a call of it would return. It is never called."""
-
-    name: str
-    arguments: Any = None  # what the pickle has there, usually a tuple
-    state: Any = None
-
-
 # What pickles of arrays name in NumPy 1 and 2, and pickles of bytes in protocol 2.
 _ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 _FUNCTIONS = (*_ARRAYS, "numpy.dtype", "_codecs.encode")
-_NAMES = (*_FUNCTIONS, "numpy.ndarray")  # an argument of `_reconstruct`
-
-_VALUES = re.compile("(BININT|LONG1|BINFLOAT|(SHORT_)?BIN(STRING|BYTES|UNICODE)).?")
-_CONSTANTS: dict[str, Any] = {
-    "NONE": None, "NEWTRUE": True, "NEWFALSE": False,
-    "EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {},
-}  # fmt: skip
-# How many values an operation takes from the stack; the others take all since a MARK.
-_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2}
+_NAMES = ("numpy.ndarray",)  # an argument of `_reconstruct`
 
 
 def _unpickle(contents: bytes, *keys: bytes) -> list:
     """The values at these keys of a pickled dictionary; any exception means that it is invalid."""
-    value = _evaluate(contents)
+    value = pickles.load(contents, _FUNCTIONS, _NAMES, "CIFAR file")
     if type(value) is not dict or not value.keys() >= set(keys):
         raise TypeError(f"a dict with {' and '.join(key.decode() for key in keys)} was expected")
     return [value[key] for key in keys]
 
 
-def _evaluate(contents: bytes) -> Any:
-    """The value of a pickle in protocols 2 to 4, made of containers, numbers, bytes and `_Object`s.
-
-    Nothing that a pickle names is called. Text becomes bytes, which Python 2 and protocol 2 write so.
-    """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
-    for number, (operation, argument, _) in enumerate(pickletools.genops(contents)):
-        name = operation.name
-        if number >= MAX_OPERATIONS:
-            raise ValueError("it asks for more memory than a CIFAR file does")
-        if _VALUES.fullmatch(name):
-            stack.append(argument.encode("latin1") if isinstance(argument, str) else argument)
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name in _CONSTANTS:
-            stack.append(copy.copy(_CONSTANTS[name]))
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(_pop(name, stack, marks)))
-        elif name in ("APPEND", "APPENDS"):
-            items = _pop(name, stack, marks)
-            stack[-1].extend(items)
-        elif name in ("SETITEM", "SETITEMS"):
-            items = _pop(name, stack, marks)
-            if any(type(key) is not bytes for key in items[::2]):  # Hashing may overflow C's stack.
-                raise TypeError("a key is no text")
-            stack[-1].update(zip(items[::2], items[1::2], strict=True))
-        elif name in ("GLOBAL", "STACK_GLOBAL"):
-            names = argument or b" ".join(_pop(name, stack, marks)).decode()
-            stack.append(_Object(_known(names.replace(" ", "."), _NAMES)))
-        elif name == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            _known(function.name, _FUNCTIONS)
-            encodes = function.name == "_codecs.encode" and arguments[1:] == (b"latin1",)
-            stack.append(arguments[0] if encodes else _Object(function.name, arguments))
-        elif name == "BUILD":
-            state = stack.pop()
-            stack[-1].state = state
-        elif name == "STOP":
-            break
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"it has the operation {name}, which no CIFAR file has")
-    return stack[-1]
-
-
-def _pop(operation: str, stack: list, marks: list[int]) -> list:
-    start = len(stack) - _SIZES[operation] if operation in _SIZES else marks.pop()
-    items = stack[start:]
-    del stack[start:]
-    return items
-
-
-def _known(name: str, names: tuple[str, ...]) -> str:
-    if name not in names:
-        raise ValueError(f"it names {name}, which no CIFAR file does")
-    return name
-
-
 def _array(value: object) -> np.ndarray:
-    if isinstance(value, _Object) and value.name in _ARRAYS:
+    if isinstance(value, pickles.Object) and value.name in _ARRAYS:
         _, shape, dtype, fortran, contents = value.state
         text, order = dtype.arguments[0], dtype.state[1] if dtype.state else b"="
         if not re.fullmatch(b"[biuf][1248]", text):

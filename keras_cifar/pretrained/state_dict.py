@@ -1,22 +1,20 @@
 """State dicts of PyTorch as NumPy arrays, without PyTorch: `.safetensors`, `.pth`, `.pt` and `.bin`.
 
-A `.pth` file holds a pickle, which can name any function. Only those that a state dict consists of are
-called here.
+A `.pth` file holds a pickle, which can name any function. Here nothing is called.
 """
 
-import collections
 import io
 import pathlib
-import pickle
-import typing
 import zipfile
 from collections.abc import Callable
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from keras_cifar.core import pickles
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import read
 
@@ -30,60 +28,14 @@ _DTYPES = {
     "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
     "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
 }  # fmt: skip
-_WRAPPERS = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-)  # keys under which training programs save it
+# Keys under which training programs save it.
+_WRAPPERS = (b"state_dict", b"model", b"model_state_dict")
 _PREFIX = "module."  # of all names, where a DistributedDataParallel model was saved
 
 
-class _Tensor(typing.NamedTuple):
-    """A tensor of a pickle, whose storage may come later in the file."""
-
-    storage: tuple  # (dtype, key)
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # in elements
-
-    def array(self, storages: Callable[[str], bytes]) -> np.ndarray:
-        """A view of its storage."""
-        dtype, key = self.storage
-        values = np.frombuffer(storages(key), dtype)
-        steps = zip(self.shape, self.strides, strict=True)
-        last = self.offset + sum((size - 1) * step for size, step in steps)
-        if min((self.offset, *self.shape, *self.strides)) < 0 or last >= len(values):
-            raise ValueError("a tensor reaches beyond its storage")
-        strides = [dtype.itemsize * step for step in self.strides]
-        values = values[self.offset :]
-        return np.lib.stride_tricks.as_strided(values, self.shape, strides, writeable=False)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads a pickle of tensors and containers, and nothing else."""
-
-    def __init__(self, data: bytes | io.BytesIO):
-        super().__init__(io.BytesIO(data) if isinstance(data, bytes) else data)
-        self.dtypes: dict[str, np.dtype] = {}  # of all storages that it names
-
-    def find_class(self, module, name):
-        if module == "torch" and name in _DTYPES:
-            return np.dtype(_DTYPES[name])
-        known = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): lambda s, *rest: _Tensor(s, *rest[:3]),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-        }
-        if (module, name) not in known:
-            raise ValueError(
-                f"it names {module}.{name}, which no state dict does; save model.state_dict() alone"
-            )
-        return known[module, name]
-
-    def persistent_load(self, pid):
-        _, dtype, key, *_ = pid
-        self.dtypes[str(key)] = dtype
-        return dtype, str(key)
+_REBUILD, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+_FUNCTIONS = (pickles.ORDERED_DICT, _REBUILD, _PARAMETER)
+_NAMES = tuple(f"torch.{name}" for name in _DTYPES)
 
 
 def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -114,15 +66,16 @@ def _load_pickle(data: bytes) -> dict[str, np.ndarray]:
     if zipfile.is_zipfile(io.BytesIO(data)):
         return _load_archive(zipfile.ZipFile(io.BytesIO(data)))
     file = io.BytesIO(data)  # of PyTorch before 1.6: five pickles, then the storages
-    if _Unpickler(file).load() != _MAGIC:
+    if _unpickle(file) != _MAGIC:
         raise ValueError("it is not a file of torch.save")
-    _Unpickler(file).load(), _Unpickler(file).load()  # the version, and facts about the machine
-    reader = _Unpickler(file)
-    stored, storages = reader.load(), {}
-    for key in map(str, _Unpickler(file).load()):
+    _unpickle(file), _unpickle(file)  # the version, and facts about the machine
+    outside: list[tuple] = []
+    found, storages = _tensors(_unpickle(file, outside)), {}
+    dtypes = {key: dtype for dtype, key in map(_storage, outside)}
+    for key in _unpickle(file):
         count = int.from_bytes(file.read(8), "little")
-        storages[key] = file.read(count * reader.dtypes[key].itemsize)
-    return _arrays(stored, storages.__getitem__)
+        storages[key] = file.read(count * dtypes[key].itemsize)
+    return {name: _array(tensor, storages.__getitem__) for name, tensor in found.items()}
 
 
 def _load_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
@@ -133,20 +86,47 @@ def _load_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         raise ValueError("its files are compressed, which PyTorch does not do")
     if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
         raise ValueError("it was written on a big-endian machine")
-    stored = _Unpickler(archive.read(names["data.pkl"])).load()
-    return _arrays(stored, lambda key: archive.read(names[f"data/{key}"]))
+    found = _tensors(_unpickle(io.BytesIO(archive.read(names["data.pkl"])), []))
+
+    def storages(key):
+        return archive.read(names[f"data/{key.decode()}"])
+
+    return {name: _array(tensor, storages) for name, tensor in found.items()}
 
 
-def _tensors(stored) -> dict[str, _Tensor]:
+def _unpickle(file: BinaryIO, outside: list | None = None):
+    return pickles.load(file, _FUNCTIONS, _NAMES, "state dict", outside)
+
+
+def _tensors(stored) -> dict[str, pickles.Object]:
+    """The tensors of a state dict by name, also where it is in a dictionary with other things."""
     for key in _WRAPPERS:
         if isinstance(stored, dict) and isinstance(stored.get(key), dict):
             stored = stored[key]
-    tensors = stored.items() if isinstance(stored, dict) else ()
-    found = {str(name): value for name, value in tensors if isinstance(value, _Tensor)}
+    found = {}
+    for name, value in stored.items() if isinstance(stored, dict) else ():
+        if isinstance(value, pickles.Object) and value.name == _PARAMETER:
+            value = value.arguments[0]
+        if isinstance(value, pickles.Object) and value.name == _REBUILD:
+            found[name.decode()] = value
     if not found:
         raise ValueError("it holds no tensors by name")
     return found
 
 
-def _arrays(stored, storages: Callable[[str], bytes]) -> dict[str, np.ndarray]:
-    return {name: tensor.array(storages) for name, tensor in _tensors(stored).items()}
+def _storage(outside: tuple) -> tuple[np.dtype, bytes]:
+    """(dtype, key) of a storage."""
+    _, kind, key, *_ = outside
+    return np.dtype(_DTYPES[kind.name.removeprefix("torch.")]), key
+
+
+def _array(tensor: pickles.Object, storages: Callable[[bytes], bytes]) -> np.ndarray:
+    """A tensor as a view of its storage."""
+    storage, offset, shape, strides, *_ = tensor.arguments
+    dtype, key = _storage(storage)
+    values = np.frombuffer(storages(key), dtype)
+    last = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+    if min((offset, *shape, *strides)) < 0 or last >= len(values):
+        raise ValueError("a tensor reaches beyond its storage")
+    steps = [dtype.itemsize * step for step in strides]
+    return np.lib.stride_tricks.as_strided(values[offset:], shape, steps, writeable=False)

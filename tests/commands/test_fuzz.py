@@ -24,8 +24,10 @@ from keras_cifar import models
 from keras_cifar.core import cli
 from keras_cifar.core.config import DevicesConfig, TrainConfig
 from keras_cifar.core.errors import UserError, reason
+from keras_cifar.core.image_size import STRETCH
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import archive, augmentation
+from keras_cifar.data.cache import Cache
 from keras_cifar.data.images import load_image
 from keras_cifar.data.splits import BadImages
 from keras_cifar.distributed import cluster
@@ -137,7 +139,7 @@ def test_archives(tmp_path):
 
     def parse(contents):
         path.write_bytes(contents)
-        archive.load(str(path), None, None, None, BadImages())
+        archive.load(str(path), None, None, STRETCH, Cache(), BadImages())
 
     run(150, make, parse)
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from keras_cifar import data
+from keras_cifar.core import pickles
 from keras_cifar.core.errors import UserError
 from keras_cifar.data import archive
 from keras_cifar.data.images import resize_images
@@ -527,7 +528,7 @@ def test_pickle_that_asks_for_memory_is_refused(tmp_path, contents, why):
 
 
 def test_pickle_of_too_many_operations_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(archive, "MAX_OPERATIONS", 1000)
+    monkeypatch.setattr(pickles, "MAX_OPERATIONS", 1000)
     contents = b"\x80\x02" + b"]" * 1000
     assert "more memory" in changed(tmp_path, "cifar-10-python", "data_batch_1", contents)
 
