@@ -2,6 +2,7 @@
 
 import base64
 import json
+import pathlib
 
 import keras
 import numpy as np
