@@ -80,14 +80,9 @@ def load(
             marks.append(len(stack))
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
             stack.append(tuple(_pop(name, stack, marks)))
-        elif name in ("APPEND", "APPENDS"):
+        elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
             items = _pop(name, stack, marks)
-            stack[-1].extend(items)
-        elif name in ("SETITEM", "SETITEMS"):
-            items = _pop(name, stack, marks)
-            if any(type(key) is not bytes for key in items[::2]):  # Hashing may overflow C's stack.
-                raise TypeError("a key is no text")
-            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            _fill(name, stack[-1], items)
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             path = argument or b" ".join(_pop(name, stack, marks)).decode()
             stack.append(Object(known(path.replace(" ", "."), [*functions, *names])))
@@ -107,6 +102,15 @@ def load(
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"it has the operation {name}, which no {what} has")
     return stack[-1]
+
+
+def _fill(operation: str, container: Any, items: list) -> None:
+    if operation.startswith("APPEND"):
+        container.extend(items)
+        return
+    if any(type(key) is not bytes for key in items[::2]):  # Hashing may overflow C's stack.
+        raise TypeError("a key is no text")
+    container.update(zip(items[::2], items[1::2], strict=True))
 
 
 def _called(name: str, arguments: Any) -> Any:
