@@ -43,7 +43,8 @@ def load(
 ) -> Any:
     """The value of a pickle in protocols 2 to 4, made of containers, numbers, bytes and `Object`s.
 
-    Text becomes bytes, which Python 2 and protocol 2 write so.
+    Text becomes bytes, which Python 2 and protocol 2 write so. Errors of many kinds mean that the
+    pickle has anything else in it, or is damaged.
 
     Args:
         source: the pickle, or a file that is read up to its end.
@@ -51,19 +52,10 @@ def load(
         names: further names that may stand in the pickle.
         what: it is, for messages.
         outside: gets a value for each object that is stored outside of the pickle; None: there is none.
-
-    Raises:
-        ValueError, TypeError and others: it has anything else in it, or is damaged.
     """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}
-
-    def known(name: str, known_names: Collection[str]) -> str:
-        if name not in known_names:
-            raise ValueError(f"it names {name}, which no {what} does")
-        return name
-
     for number, (operation, argument, _) in enumerate(pickletools.genops(source)):
         name = operation.name
         if number >= MAX_OPERATIONS:
@@ -85,23 +77,27 @@ def load(
             _fill(name, stack[-1], items)
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             path = argument or b" ".join(_pop(name, stack, marks)).decode()
-            stack.append(Object(known(path.replace(" ", "."), [*functions, *names])))
+            stack.append(Object(_known(path.replace(" ", "."), [*functions, *names], what)))
         elif name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
-            stack.append(_called(known(function.name, functions), arguments))
+            stack.append(_called(_known(function.name, functions, what), arguments))
         elif name == "BINPERSID" and outside is not None:
             outside.append(stack[-1])
         elif name == "BUILD":
             state = stack.pop()
-            if (
-                type(stack[-1]) is not dict
-            ):  # An OrderedDict of PyTorch has a version of its layers.
+            if type(stack[-1]) is not dict:  # Attributes of an OrderedDict say nothing.
                 stack[-1].state = state
         elif name == "STOP":
             break
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"it has the operation {name}, which no {what} has")
     return stack[-1]
+
+
+def _known(name: str, names: Collection[str], what: str) -> str:
+    if name not in names:
+        raise ValueError(f"it names {name}, which no {what} does")
+    return name
 
 
 def _fill(operation: str, container: Any, items: list) -> None:
