@@ -189,9 +189,9 @@ def decoded(monkeypatch) -> list:
     """Which splits were decoded since the list was emptied."""
     splits, real = [], source._batches
 
-    def count(builder, split, size):
+    def count(builder, split, *rest):
         splits.append(split)
-        return real(builder, split, size)
+        return real(builder, split, *rest)
 
     monkeypatch.setattr(source, "_batches", count)
     return splits
