@@ -40,7 +40,8 @@ UNFINISHED = (
 def old(tmp_path, monkeypatch) -> pathlib.Path:
     """The directory of the earlier runs, which is the working directory."""
     with tarfile.open(FIXTURE) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not before 3.11.4
+        archive.extractall(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
