@@ -22,6 +22,16 @@ def load_metadata(data: bytes) -> dict[str, str]:
     return json.loads(data[8 : 8 + length])["__metadata__"]
 
 
+def load_all(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays in a file's contents; raises ValueError if they are not in this format."""
+    try:
+        return safetensors_numpy.load(data)
+    except safetensors.SafetensorError:
+        raise ValueError("it is not a safetensors file") from None
+    except KeyError as error:
+        raise ValueError(f"NumPy has no type {error}; save it as float32") from None
+
+
 def load(data: bytes, expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays in a file's contents, in the order of `expected`.
 
@@ -29,10 +39,7 @@ def load(data: bytes, expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         ValueError: the contents are not in this format, or the arrays differ from `expected` in
             name, shape or dtype.
     """
-    try:
-        found = safetensors_numpy.load(data)
-    except (safetensors.SafetensorError, KeyError):  # KeyError: a dtype that NumPy does not have
-        raise ValueError("it is not a safetensors file") from None
+    found = load_all(data)
     layouts = [{k: (a.dtype, a.shape) for k, a in each.items()} for each in (found, expected)]
     if layouts[0] != layouts[1]:
         raise ValueError("its arrays are not the expected ones")

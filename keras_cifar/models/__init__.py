@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "table",
     "variants",
+    "weighted",
 ]
 
 # Images that `adapt` uses: they have 961,000 patches where they are 32 x 32, for 12 variances.
@@ -117,6 +118,11 @@ def adapt(model: Classifier, split: Split) -> None:
 def is_small(input_shape: tuple[int, int, int]) -> bool:
     """Whether a network made for ImageNet takes its form for small images."""
     return min(input_shape[:2]) <= SMALL_IMAGE
+
+
+def weighted(model: keras.Model) -> dict[str, keras.Layer]:
+    """The layers of a model that have weights, by name, in their order."""
+    return {layer.name: layer for layer in model.layers if layer.weights}
 
 
 def count_parameters(model: keras.Model) -> int:

@@ -71,15 +71,15 @@ def application(
     return classifier.Classifier.build_from(images, logits, name)
 
 
-def load_imagenet(model: classifier.Classifier, name: str) -> None:
-    """Copies the weights that Keras has for ImageNet into a model that `application` built.
+def imagenet_weights(model: keras.Model) -> dict[str, list[np.ndarray]]:
+    """The weights that Keras has for ImageNet, by the layers of a model that `application` built.
 
-    Keras downloads them once. The classifier keeps its own weights unless it has 1,000 classes.
+    Keras downloads them once. The last layer is that of 1,000 classes.
 
     Raises:
         UserError: the download failed, or the weights belong to other preprocessing.
     """
-    size = VARIANTS[name].image_size
+    name, size = model.name, VARIANTS[model.name].image_size
     try:
         theirs = FUNCTIONS[name](weights="imagenet", input_shape=(size, size, 3))
     except Exception as error:
@@ -97,16 +97,11 @@ def load_imagenet(model: classifier.Classifier, name: str) -> None:
     own = _black_and_white() * scaling.scale + scaling.offset
     if np.abs(_preprocess(name, _preprocessing(theirs)) - own).max() > PREPROCESSING_TOLERANCE:
         raise UserError(f"the weights that Keras has for {name} belong to other preprocessing")
-    names, weighted = _names(theirs), _weighted(theirs)
-    for layer in weighted:
-        is_head = layer is weighted[-1]
-        copy = model.get_layer("logits" if is_head else names.get(layer.name, layer.name))
-        weights = layer.get_weights()
-        if is_head and weights[-1].shape != copy.bias.shape:
-            continue
-        # The kernel of a 1 x 1 convolution becomes that of a dense layer.
-        new = [w.reshape(v.shape) for w, v in zip(weights, copy.weights, strict=True)]
-        copy.set_weights(new)
+    names, (*layers, head) = _names(theirs), _weighted(theirs)
+    found = {names.get(layer.name, layer.name): layer.get_weights() for layer in layers}
+    # The kernel of a 1 x 1 convolution becomes that of a dense layer.
+    kernel, bias = head.get_weights()
+    return found | {classifier.HEAD: [kernel.reshape(kernel.shape[-2:]), bias]}
 
 
 # ---- Preprocessing

@@ -50,8 +50,8 @@ class Download:
 
     def find(self) -> tuple[pathlib.Path, str]:
         """(the file, where it comes from as text); UserError if it cannot be downloaded."""
-        address, home = TORCHVISION + self.file, pathlib.Path("~/.keras").expanduser()
-        home = pathlib.Path(os.environ.get("KERAS_HOME", home))  # Keras's own rule
+        address = TORCHVISION + self.file
+        home = pathlib.Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()  # as Keras
         path = home / "models" / self.file
         if not path.exists():
             import keras
@@ -89,7 +89,7 @@ def find(network: str) -> tuple[pathlib.Path, str]:
 
     Raises:
         UsageError: no weights are known for it.
-        UserError: they cannot be had, or are damaged.
+        UserError: they are not installed, cannot be downloaded, or are damaged.
     """
     if network not in SOURCES:
         raise UsageError(

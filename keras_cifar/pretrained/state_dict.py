@@ -11,10 +11,8 @@ from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
-import safetensors
-from safetensors import numpy as safetensors_numpy
 
-from keras_cifar.core import pickles
+from keras_cifar.core import pickles, tensors
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import read
 
@@ -47,19 +45,10 @@ def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     path = pathlib.Path(path).expanduser()
     try:
         data = read(path, MAX_BYTES)
-        found = _load_safetensors(data) if path.suffix == ".safetensors" else _load_pickle(data)
+        found = tensors.load_all(data) if path.suffix == ".safetensors" else _load_pickle(data)
     except Exception as error:  # A damaged file can raise almost anything.
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
     return {name.removeprefix(_PREFIX): array for name, array in found.items()}
-
-
-def _load_safetensors(data: bytes) -> dict[str, np.ndarray]:
-    try:
-        return safetensors_numpy.load(data)
-    except safetensors.SafetensorError:
-        raise ValueError("it is not a safetensors file") from None
-    except KeyError as error:
-        raise ValueError(f"NumPy has no type {error}; save it as float32") from None
 
 
 def _load_pickle(data: bytes) -> dict[str, np.ndarray]:

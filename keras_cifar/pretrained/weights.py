@@ -12,7 +12,7 @@ from keras_cifar import models, pretrained
 from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import read
 from keras_cifar.core.run_directory import Run
-from keras_cifar.models import applications, classifier
+from keras_cifar.models import applications, classifier, weighted
 from keras_cifar.models.classifier import Scaling
 from keras_cifar.pretrained import imagenet, state_dict
 
@@ -25,7 +25,7 @@ class Weights(typing.NamedTuple):
 
     Attributes:
         layers: the arrays of each layer, by its name in our network.
-        scaling: what the layer `scale` does to the pixels; None where the file has no such layer.
+        scaling: what the layer `scale` does to the pixels; None where it stays as the network has it.
         class_names: of its head; None where the file does not tell them.
         text: what they are and where they come from.
     """
@@ -53,10 +53,8 @@ def find(source: str, model: keras.Model) -> Weights:
         theirs, card = pretrained.load(source.removeprefix(pretrained.PREFIX))
         return _of_keras(theirs, card.class_names, source)
     if source == imagenet.NAME and model.name in applications.VARIANTS:
-        theirs = models.build(model.name, model.input_shape[1:], imagenet.CLASSES)
-        applications.load_imagenet(theirs, model.name)
-        found = _of_keras(theirs.deployable, None, path)
-        return found._replace(text=f"the ImageNet weights of {model.name} (keras.applications)")
+        text = f"the ImageNet weights of {model.name} (keras.applications)"
+        return Weights(applications.imagenet_weights(model), None, None, text)
     if source == imagenet.NAME:
         path, origin = imagenet.find(model.name)
         return _of_torch(path, model, f"the ImageNet weights of {model.name} ({origin})")
@@ -90,8 +88,8 @@ def assign(model: keras.Model, found: Weights, source: str, class_names: tuple |
         )
     new = []
     for name, layer in mine.items():
-        arrays, weights = found.layers[name], layer.get_weights()
-        shapes = [[array.shape for array in each] for each in (weights, arrays)]
+        arrays = found.layers[name]
+        shapes = [[tuple(x.shape) for x in each] for each in (layer.weights, arrays)]
         if name == classifier.HEAD and (
             shapes[0] != shapes[1] or (found.class_names or class_names) != class_names
         ):
@@ -114,11 +112,6 @@ def assign(model: keras.Model, found: Weights, source: str, class_names: tuple |
 def take(model: keras.Model, source: str, class_names: tuple[str, ...]) -> str:
     """Finds weights and assigns them to a model; returns a summary as text."""
     return assign(model, find(source, model), source, class_names)
-
-
-def weighted(model: keras.Model) -> dict[str, keras.Layer]:
-    """The layers of a model that have weights, by name."""
-    return {layer.name: layer for layer in model.layers if layer.weights}
 
 
 def _of_keras(theirs: keras.Model, names: tuple[str, ...] | None, path: object) -> Weights:

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_cifar.core.config import OptimizerConfig
 from keras_cifar.core.errors import UsageError, unknown
+from keras_cifar.models import weighted
 from keras_cifar.models.classifier import HEAD, Classifier
 from keras_cifar.models.training_step import is_kernel
 
@@ -211,10 +212,9 @@ def rate_factors(network: keras.Model, layer_decay: float, head_rate: float) -> 
     there to the input: twelve are the layers of ViT-B, for which Bao et al. 2021 (BEiT,
     arXiv:2106.08254) decay it so.
     """
-    layers = [layer for layer in network.layers if layer.weights]
-    factors = {}
-    for number, layer in enumerate(layers):
+    layers, factors = weighted(network), {}
+    for number, (name, layer) in enumerate(layers.items()):
         factor = layer_decay ** (DECAY_GROUPS - DECAY_GROUPS * number // (len(layers) - 1))
-        factor = head_rate if layer.name == HEAD else factor
+        factor = head_rate if name == HEAD else factor
         factors |= {id(variable): factor for variable in layer.trainable_variables}
     return [factors[id(variable)] for variable in network.trainable_variables]

@@ -3,8 +3,8 @@
 import keras
 
 from keras_cifar.core.errors import UsageError, unknown
+from keras_cifar.models import weighted
 from keras_cifar.models.classifier import Classifier
-from keras_cifar.pretrained.weights import weighted
 
 
 def freeze(model: Classifier, name: str) -> None:

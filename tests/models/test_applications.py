@@ -14,6 +14,7 @@ from keras_cifar.core.errors import UserError
 from keras_cifar.evaluation import grad_cam
 from keras_cifar.exporters import folding, saved_model
 from keras_cifar.models import applications, layers
+from keras_cifar.pretrained import weights
 from tests.exporters.test_folding import images as smooth_images
 from tests.models.test_models import skeleton
 
@@ -61,12 +62,12 @@ def randomize(model: keras.Model, images: np.ndarray) -> None:
 
 
 def load_from(monkeypatch, theirs: keras.Model, model: models.Classifier) -> None:
-    """`load_imagenet` with `theirs` in place of a download."""
+    """Takes the weights of ImageNet with `theirs` in place of a download."""
     own = applications.FUNCTIONS[model.name]
     fake = functools.wraps(own)(lambda **arguments: theirs)
     with monkeypatch.context() as patch:
         patch.setitem(applications.FUNCTIONS, model.name, fake)
-        applications.load_imagenet(model, model.name)
+        weights.take(model, "imagenet", ())
 
 
 # ---- Equal to Keras
@@ -269,13 +270,13 @@ def imagenet(monkeypatch):
 def test_weights_of_imagenet_come_with_their_preprocessing(imagenet):
     made, error = imagenet
     model = models.build("efficientnetb0", (224, 224, 3), 1000)
-    applications.load_imagenet(model, "efficientnetb0")
+    weights.take(model, "imagenet", ())
     images = pixels(224, 1)
     expected = made[0](images.astype(np.float32), training=False)
     np.testing.assert_allclose(model(images, training=False), expected, atol=1e-5)
     error[0] = 2.0
     with pytest.raises(UserError, match="efficientnetb0 belong to other preprocessing"):
-        applications.load_imagenet(model, "efficientnetb0")
+        weights.take(model, "imagenet", ())
 
 
 def test_the_classifier_of_other_classes_keeps_its_weights(monkeypatch):
@@ -305,7 +306,7 @@ def test_a_failed_download_says_what_to_get_and_where_to_put_it(monkeypatch, tmp
     monkeypatch.setattr("keras.src.backend.config._KERAS_DIR", str(tmp_path))
     model = skeleton("mobilenetv3small", (32, 32, 3), 10)
     with pytest.raises(UserError, match=re.escape(why)) as caught:
-        applications.load_imagenet(model, "mobilenetv3small")
+        weights.take(model, "imagenet", ())
     name = "weights_mobilenet_v3_small_224_1.0_float.h5"
     text = str(caught.value)
     assert "\n" not in text
