@@ -113,6 +113,7 @@ class DataConfig(Options):
     augment: str = _data(
         "",
         "augmentations in order, such as 'crop(4)|flip|cutout(8)|mixup(0.2)'; also altflip, "
+        "resized_crop(0.08,1.0) (as the first it crops the files of folder:PATH), "
         "vflip, rotate(15), erasing(0.25), color(0.4), randaugment(2,9), cutmix(1.0)",
     )
     sampling: str = _data(

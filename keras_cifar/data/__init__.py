@@ -10,6 +10,7 @@ import sys
 
 from keras_cifar.core.errors import UsageError, one_line, unknown
 from keras_cifar.core.image_size import image_sides, resize_rule
+from keras_cifar.data.augmentation import crops_files
 from keras_cifar.data.balance import class_weights
 from keras_cifar.data.batches import (
     evaluation_batches,
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 NO_SOURCES = {
-    *("augmentation", "balance", "batches", "cache", "exif", "images", "splits", "tfds"),
+    *("augmentation", "balance", "batches", "cache", "crops", "exif", "images", "splits", "tfds"),
     "transformations",
 }
 
@@ -48,6 +49,7 @@ def load(
     cache_dir: str | None = None,
     bad_images: BadImages | None = None,
     resize: str = "auto",
+    augment: str = "",
 ) -> Dataset:
     """Loads a data set as uint8 pixels, in memory or memory-mapped from a cache of decoded images.
 
@@ -62,6 +64,8 @@ def load(
         cache_dir: where decoded images of folders and TFDS are kept; None is `Cache`'s default.
         bad_images: what to do about images that cannot be read; None stops at the first.
         resize: how to resize: `stretch`, `crop`, or `auto`, which depends on `image_size`.
+        augment: the augmentation of training. If it begins with `resized_crop`, the training images of
+            a folder stay in their files, which `training_batches` reads.
 
     Raises:
         UsageError: the spec names no source, or the size or the rule is invalid.
@@ -76,11 +80,15 @@ def load(
         raise UsageError(f"--data={spec}: write {'digits' if name == 'digits' else name + ':PATH'}")
     source = importlib.import_module(f"{__name__}.{name if name in sources else 'tfds'}")
     argument, cache = argument if colon else spec, Cache(cache_dir)
-    splits = source.load(argument, data_dir, size, rule, cache, bad_images or BadImages())
+    options = {"in_files": True} if name == "folder" and crops_files(augment) else {}
+    splits = source.load(
+        argument, data_dir, size, rule, cache, bad_images or BadImages(), **options
+    )
     dataset = finish(splits, val_fraction, seed)
-    if dataset.skipped:
-        first = "; ".join(f"{s.file}: {s.reason}" for s in dataset.skipped[:3])
-        more = "; ..." if len(dataset.skipped) > 3 else ""
-        line = f"skipped   {len(dataset.skipped):,} images that cannot be read: {first}{more}"
+    skipped = dataset.left_out()
+    if skipped:
+        first = "; ".join(f"{s.file}: {s.reason}" for s in skipped[:3])
+        more = "; ..." if len(skipped) > 3 else ""
+        line = f"skipped   {len(skipped):,} images that cannot be read: {first}{more}"
         print(one_line(line), file=sys.stderr, flush=True)
     return dataset

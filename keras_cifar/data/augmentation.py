@@ -18,6 +18,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, unknown
+from keras_cifar.data import crops
 from keras_cifar.data.transformations import (
     GREY,
     affine,
@@ -66,9 +67,9 @@ class Random:
         shape = (self._batch, *shape)
         return self._own(tf.random.stateless_uniform(shape, self._next(), low, high, dtype))
 
-    def mapped(self, function, low, high):
-        """[n, ...]: `function`, which may be inexact, of numbers float32 [batch] of [low, high)."""
-        drawn = tf.random.stateless_uniform((self._batch,), self._next(), low, high)
+    def mapped(self, function, low=0.0, high=1.0, shape=()):
+        """[n, ...]: `function`, which may be inexact, of float32 [batch, *shape] of [low, high)."""
+        drawn = tf.random.stateless_uniform((self._batch, *shape), self._next(), low, high)
         return self._own(function(drawn))
 
     def beta(self, alpha: float):
@@ -116,6 +117,11 @@ def parse(text: str) -> Callable[..., Batch]:
         return to_uint8(images), labels
 
     return augment
+
+
+def crops_files(text: str) -> bool:
+    """Whether the augmentation `text` begins with the one that takes files: see `crops.Encoded`."""
+    return text.partition("|")[0].partition("(")[0].strip() == resized_crop.__name__
 
 
 def _parse_step(part: str, text: str) -> Callable[..., Batch]:
@@ -194,6 +200,24 @@ def crop(images, labels, random, padding: float):
     # Rows first: they are contiguous, and then only the columns that stay are moved.
     rows = tf.gather(padded, top + tf.range(height), axis=1, batch_dims=1)
     return tf.gather(rows, left + tf.range(width), axis=2, batch_dims=1), labels
+
+
+def resized_crop(images, labels, random, smallest: float = 0.08, largest: float = 1.0):
+    """Crops each image to a random share of its area, `smallest` to `largest`, and resizes that.
+
+    Szegedy et al. 2014, arXiv:1409.4842, section 6, with its shares. As the first augmentation of a
+    folder it crops the files themselves. A file that cannot be read has a label of zeros, so that it
+    does not count.
+    """
+    _require(0 < smallest <= largest <= 1, "the shares must be above 0, rising and at most 1")
+    sides = random.mapped(
+        lambda drawn: crops.sides_of(drawn, smallest, largest), shape=(2, crops.TRIES)
+    )
+    place = random.uniform((2,))
+    if not isinstance(images, crops.Encoded):
+        return crops.of_pixels(images, sides, place), labels
+    pixels, good = crops.of_files(images, sides, place)
+    return pixels, tf.where(good[:, None], labels, 0.0)
 
 
 def flip(images, labels, random):

@@ -4,6 +4,7 @@ The order of the examples depends on (seed, step) alone, and an example's augmen
 its position in the batch). So any processes can compute a batch, and a run can resume at any step.
 """
 
+import os
 import weakref
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, UserError
-from keras_cifar.data import augmentation, balance
+from keras_cifar.data import augmentation, balance, crops
 from keras_cifar.data.splits import Split
 from keras_cifar.distributed.sharding import ReplicaRange, bounds, endless
 
@@ -23,16 +24,28 @@ def _reader(split: Split, classes: int) -> Callable[[tf.Tensor], augmentation.Ba
     copy a memory-mapped file into memory.
     """
     labels = tf.constant(split.labels)
-    # TensorFlow keeps `gather` forever. The split lives as long as `read`, which the data set keeps.
+    # TensorFlow keeps Python's functions forever. The split lives as long as `read`, which the data
+    # set keeps.
     reference = weakref.ref(split)
 
     def gather(examples):
         split = reference()
         return split.stored[examples if split.rows is None else split.rows[examples]]
 
+    def read_file(row):
+        return reference().files.read(row)
+
+    if split.files is not None:
+        paths = tf.constant([os.fsencode(path) for path in split.files.paths])
+        rows = tf.constant(np.arange(len(split)) if split.rows is None else split.rows)
+
     def read(examples):
-        images = tf.numpy_function(gather, [examples], tf.uint8, stateful=False)
-        images = tf.ensure_shape(images, (*examples.shape, *split.image_shape))
+        if split.files is None:
+            images = tf.numpy_function(gather, [examples], tf.uint8, stateful=False)
+            images = tf.ensure_shape(images, (*examples.shape, *split.image_shape))
+        else:
+            own = tf.gather(rows, examples)
+            images = crops.Encoded(tf.gather(paths, own), own, split.image_shape[:2], read_file)
         return images, tf.one_hot(tf.gather(labels, examples), classes)
 
     return read
@@ -116,6 +129,7 @@ def evaluation_batches(
     images whose label is all zero, which `Classifier` does not count. With `replicas`, the elements are
     shards, as in `training_batches`, and repeat without end after `evaluation_steps` batches.
     """
+    split = split.decoded()
     read = _reader(split, classes)
     positions, sizes = _positions(batch_size, replicas)
 

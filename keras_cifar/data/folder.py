@@ -4,14 +4,16 @@
 
 import concurrent.futures
 import contextlib
+import copy
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 
 from keras_cifar.core import files
-from keras_cifar.core.errors import UserError, check_directory, reason
+from keras_cifar.core.errors import UsageError, UserError, check_directory, one_line, reason
 from keras_cifar.core.image_size import STRETCH
 from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
 from keras_cifar.data.images import MAX_FILE, SUFFIXES, ImageError, load_image, resize_each
@@ -36,8 +38,12 @@ def load(
     rule: str,
     cache: Cache,
     bad_images: BadImages,
+    in_files: bool = False,
 ) -> Splits:
-    """Reads every image below the folder `argument`; the classes are the folders' names, sorted."""
+    """Reads every image below the folder `argument`; the classes are the folders' names, sorted.
+
+    `in_files`: those for training stay in their files.
+    """
     root = check_directory(argument, "folder")
     below = {name: path for name, path, is_folder in _entries(str(root)) if is_folder}
     folders = {split: below[name] for name, split in SPLIT_FOLDERS.items() if name in below}
@@ -59,7 +65,10 @@ def load(
     resize, splits, skipped = rule if size else None, {}, []
     for split in ("train", *sorted(found.keys() - {"train"})):  # The size is that of train.
         source = _Files(found[split], names, f"{root} {split}", bad_images)
-        splits[split] = _read(source, size, resize, cache)
+        if in_files and split == "train":
+            splits[split] = _in_files(source, size, rule, cache)
+        else:
+            splits[split] = _read(source, size, resize, cache)
         skipped += [Skipped(split, source.paths[row], why) for row, why in source.invalid.items()]
         size = splits[split].image_shape[:2]
     return Splits(
@@ -120,6 +129,53 @@ def _relative(path: str) -> str:
     return "/".join(path.rsplit("/", 2)[1:])
 
 
+class _Encoded:
+    """`splits.ImageFiles` of a folder."""
+
+    def __init__(self, source: "_Files", size: tuple[int, int], rule: str, cache: Cache):
+        self._source, self._how = source, (size, rule, cache)
+        self.paths, self.failure = source.paths, None
+
+    def read(self, row: int) -> tuple[np.ndarray, bool]:
+        try:
+            return self._source.image(row, None), True
+        except ImageError as error:
+            self._reject(int(row), str(error))
+            return np.zeros((1, 1, 3), np.uint8), False
+        except UserError as error:
+            self.failure = error
+            raise
+
+    def decoded(self, rows: np.ndarray | None) -> Split:
+        rows = np.arange(len(self.paths)) if rows is None else rows
+        taken = self._source.take(rows)
+        split = _read(taken, *self._how)
+        self._source.invalid.update({int(rows[row]): why for row, why in taken.invalid.items()})
+        return split
+
+    def skipped(self) -> list[Skipped]:
+        return [Skipped("train", self.paths[row], why) for row, why in self._source.invalid.items()]
+
+    def _reject(self, row: int, why: str) -> None:
+        known = row in self._source.invalid
+        try:
+            self._source.reject(row, why)
+        except UserError as error:
+            self.failure = error
+            raise
+        if not known:
+            print(one_line(f"skipped   {self.paths[row]}: {why}"), file=sys.stderr, flush=True)
+
+
+def _in_files(source: "_Files", size: tuple[int, int] | None, rule: str, cache: Cache) -> Split:
+    """A split whose images stay in their files."""
+    if size is None:
+        raise UsageError("--augment=resized_crop crops files of any size: it needs --image_size")
+    stored = np.empty((0, *size, 3), np.uint8)
+    files = _Encoded(source, size, rule, cache)
+    return Split(stored, source.labels, digests=source.digests(), files=files)
+
+
 class _Files:
     """The image files of a split, by class and name; `invalid` is row -> why of those that are none."""
 
@@ -130,6 +186,15 @@ class _Files:
         self.states = [_state(path) for path in self.paths]
         self.names, self.where, self._bad_images = names, where, bad_images
         self.invalid: dict[int, str] = {}
+
+    def take(self, rows: np.ndarray) -> "_Files":
+        """The files of these rows alone, all of them valid as far as is known."""
+        taken = copy.copy(self)
+        taken.paths, taken.states = (
+            [every[row] for row in rows] for every in (self.paths, self.states)
+        )
+        taken.labels, taken.invalid = self.labels[rows], {}
+        return taken
 
     def reject(self, row: int, why: str) -> None:
         """Notes that a file is no image, or raises UserError where no more may be skipped."""
@@ -159,6 +224,15 @@ class _Files:
             except ImageError as error:
                 self.reject(row, str(error))
         raise AssertionError("no share is so large that all are skipped")
+
+    def digests(self) -> np.ndarray:
+        """uint8 [M, 16]: a hash of the class, the name and the size in bytes of each file."""
+        each = zip(self.labels, self.paths, self.states, strict=True)
+        texts = (
+            b"%d/%s/%s" % (n, os.fsencode(_relative(p)), s.partition(b" ")[0]) for n, p, s in each
+        )
+        joined = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+        return np.frombuffer(joined, np.uint8).reshape(-1, 16)
 
     def key(self) -> str:
         """A hash that tells whether these files were decoded before, wherever they are."""

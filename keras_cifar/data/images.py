@@ -23,6 +23,8 @@ from keras_cifar.core.files import open_file, size_of
 from keras_cifar.core.image_size import CROP, STRETCH
 from keras_cifar.data.exif import upright
 
+JPEG = b"\xff\xd8\xff"  # the first bytes of a file
+
 # Of everything below. A new number makes the cache decode all images again.
 VERSION = 1
 
@@ -228,7 +230,7 @@ def decode_image(encoded: tf.Tensor) -> tf.Tensor:
         opaque = tf.logical_or(tf.shape(pixels)[2] == 3, tf.strings.substr(encoded, 0, 2) == b"BM")
         return tf.cond(opaque, lambda: pixels[..., :3], lambda: _opaque_in_graph(pixels))
 
-    is_jpeg = tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff"
+    is_jpeg = tf.strings.substr(encoded, 0, 3) == JPEG
     small, message = (
         _work(encoded, is_jpeg) <= MAX_PIXELS,
         f"an animated WebP, or more than {_BOMB}",
@@ -307,23 +309,37 @@ def decode_images(
         it could not, the pixels are those of another image.
     """
 
-    def finished(number, contents):
-        return number, resize_images(upright(decode_image(contents), contents), size, rule)
+    def finished(contents):
+        return resize_images(upright(decode_image(contents), contents), size, rule)
 
-    count = tf.size(encoded, tf.int64)
+    return map_each(finished, (encoded,), size)
+
+
+def map_each(
+    function: Callable, inputs: tuple[tf.Tensor, ...], size: tuple[int, int]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Calls `function` for each of N rows of the inputs inside a graph, in parallel.
+
+    Returns:
+        (uint8 [N, *size, 3], bool [N]): what it returned, and whether it did so without an error.
+        Where it did not, the pixels are those of another row.
+    """
+    count = tf.shape(inputs[0], tf.int64)[0]
     numbers = tf.range(count)
-    images = tf.data.Dataset.from_tensor_slices((numbers, encoded))
+    rows = tf.data.Dataset.from_tensor_slices((numbers, *inputs))
     # A graph cannot catch an error, but a tf.data pipeline can skip the element that has one.
-    images = images.map(finished, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
+    images = rows.map(
+        lambda number, *row: (number, function(*row)), num_parallel_calls=tf.data.AUTOTUNE
+    ).ignore_errors()
     # A sentinel at the end: there is always an element, and one after each.
     last = tf.data.Dataset.from_tensors((count, tf.zeros((*size, 3), tf.uint8)))
     options = tf.data.Options()
     options.autotune.enabled = False  # a thread a core from the start, and none that measures
     options.experimental_optimization.apply_default_optimizations = False
     batch = images.concatenate(last).batch(count + 1).with_options(options)
-    decoded, pixels = batch.get_single_element()
-    places = tf.searchsorted(decoded, numbers)
-    return tf.gather(pixels, places), tf.gather(decoded, places) == numbers
+    done, pixels = batch.get_single_element()
+    places = tf.searchsorted(done, numbers)
+    return tf.gather(pixels, places), tf.gather(done, places) == numbers
 
 
 def on_white(pixels: tf.Tensor) -> tf.Tensor:

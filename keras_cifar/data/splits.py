@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import psutil
@@ -10,12 +12,29 @@ import psutil
 from keras_cifar.core.errors import UserError
 
 
+class ImageFiles(Protocol):
+    """Files of M images that are decoded when they are needed. Their bad ones are skipped, or stop."""
+
+    paths: Sequence[str]
+    failure: UserError | None  # what stopped `read`, whose error TensorFlow hides
+
+    def read(self, row: int) -> tuple[np.ndarray, bool]:
+        """(uint8 [height, width, 3], the image upright; whether it can be read)."""
+
+    def decoded(self, rows: np.ndarray | None) -> "Split":
+        """These rows, decoded, resized and cached, without the bad ones."""
+
+    def skipped(self) -> "list[Skipped]":
+        """The bad ones that were found until now."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels: some rows, in some order, of images in memory or mapped from a disk.
+    """Images and labels: some rows, in some order, of images in memory, mapped or in files.
 
     Attributes:
-        stored: uint8 [M, H, W, 3], RGB in [0, 255]; splits that `take` made share it.
+        stored: uint8 [M, H, W, 3], RGB in [0, 255]; splits that `take` made share it. [0, H, W, 3]
+            of images in `files`.
         labels: int64 [N], indices into the class names.
         rows: int64 [N], the rows of `stored` in this split; None is all of them.
         digests: uint8 [M, 16], `pixel_digests` of `stored` where they are known.
@@ -27,6 +46,7 @@ class Split:
     rows: np.ndarray | None = None
     digests: np.ndarray | None = None
     unreadable: tuple[tuple[int, str], ...] = ()
+    files: ImageFiles | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -34,7 +54,13 @@ class Split:
     @property
     def images(self) -> np.ndarray:
         """uint8 [N, H, W, 3]: a copy in memory, unless the split is all of what is stored."""
+        if self.files is not None:
+            return self.decoded().images
         return self.stored if self.rows is None else self.stored[self.rows]
+
+    def decoded(self) -> "Split":
+        """The split itself, or, if its images are in files, the same with images that are decoded."""
+        return self if self.files is None else self.files.decoded(self.rows)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -53,7 +79,7 @@ class Split:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the pixels and labels in order."""
+        """A hash of the pixels (of images in files, the names and sizes) and labels in order."""
         if self.digests is None:
             digests = pixel_digests(self.stored, self.rows)
         else:
@@ -116,6 +142,11 @@ class Dataset(Splits):
             raise UserError("there is no validation split: the run was made with --val_fraction=0")
         return split
 
+    def left_out(self) -> "list[Skipped]":
+        """The images that were skipped until now."""
+        files = self.train.files
+        return [*self.skipped, *(files.skipped() if files else ())]
+
     def describe(self) -> dict:
         """The size and fingerprint of each split, for config.json."""
         splits = {"train": self.train, "val": self.val, "test": self.test}
@@ -147,7 +178,8 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
                 f"--val_fraction={val_fraction} of {splits.where} holds out no image: no class has "
                 f"as many as {1 / val_fraction:.0f}; use a larger share, or 0"
             )
-        val, train = train.take(np.flatnonzero(held_out)), train.take(np.flatnonzero(~held_out))
+        val = train.take(np.flatnonzero(held_out)).decoded()
+        train = train.take(np.flatnonzero(~held_out))
     return Dataset(train, val, test, splits.class_names, splits.where, splits.skipped)
 
 

@@ -103,6 +103,7 @@ def load_data(config: dict, name: str, source: DataSource = RUNS_OWN) -> data.Da
         # In other data every image counts.
         data.BadImages(own and flags["on_bad_image"] == "skip", flags["max_bad_share"]),
         flags["resize"],
+        flags["augment"] if own else "",
     )
     if dataset.class_names != class_names:
         raise UserError(

@@ -1,5 +1,6 @@
 """A run that is ready to start: configuration -> devices -> data -> model -> compile."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -10,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import keras
 import numpy as np
@@ -93,6 +94,17 @@ class Plan:
         classes, steps = len(self.dataset.class_names), data.evaluation_steps(val, size)
         shards = functools.partial(data.evaluation_batches, val, classes, size)
         return sharding.shard_batches(self.context.strategy, shards, steps)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raises, in place of TensorFlow's error, the UserError of a training image that it hides."""
+        try:
+            yield
+        except tf.errors.OpError:
+            files = self.dataset.train.files
+            if files is not None and files.failure is not None:
+                raise files.failure from None
+            raise
 
     def summary(self) -> str:
         """The first lines of a run: model, data, training, devices."""
@@ -281,6 +293,7 @@ def _load_data(config: TrainConfig) -> data.Dataset:
         flags.cache_dir,
         data.BadImages(flags.on_bad_image == "skip", flags.max_bad_share),
         flags.resize,
+        flags.augment,
     )
 
 
@@ -314,7 +327,8 @@ def estimate(config: TrainConfig) -> str:
     steps_per_call = config.devices.steps_per_execution
     steps = 3 * steps_per_call
     shards = plan.shards(ReplicaRange(0, 1, spec.replicas), start_step=0)
-    plan.model.fit(ShardedBatches(shards, steps), verbose=0, callbacks=[Clock()])
+    with plan.reading():
+        plan.model.fit(ShardedBatches(shards, steps), verbose=0, callbacks=[Clock()])
     seconds = (ends[-1] - ends[1]) / (steps - steps_per_call)
     on_cpu = spec.devices[0].startswith("CPU")
     if on_cpu:

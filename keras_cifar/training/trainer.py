@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import pathlib
 import sys
 
 import keras
@@ -54,6 +53,7 @@ def train(config: TrainConfig, run: Run) -> dict | None:
                 _write_config(plan, run)
                 print(f"run       {run.path}\n{plan.summary()}", flush=True)
             fit(plan, run, signals)
+            _write_skipped(plan, run)  # also what was found in training
         return _finish(plan, run) if context.is_chief else None
 
 
@@ -65,8 +65,7 @@ def _write_config(plan: Plan, run: Run) -> None:
     elif previous["splits"] != plan.dataset.describe():
         spec = plan.config.data.data
         raise UserError(f"--data={spec} has other images than {run.path} was trained on")
-    if plan.dataset.skipped:
-        write_skipped(plan.dataset, run.skipped)
+    _write_skipped(plan, run)
 
 
 def _finish(plan: Plan, run: Run) -> dict:
@@ -113,7 +112,7 @@ def fit(
     recorder = Recorder(plan, run, progress, signals)
     while not recorder.is_finished():
         try:
-            with signals.deferred():
+            with signals.deferred(), plan.reading():
                 plan.model.fit(
                     plan.batches(start_step=progress.step(plan.steps_per_epoch)),
                     epochs=config.fit.epochs,
@@ -161,13 +160,16 @@ def _restore(plan: Plan, run: Run) -> TrainingProgress:
     return checkpoint.assign(plan.model, plan.context.broadcast(contents), path or "of worker 0")
 
 
-def write_skipped(dataset: data.Dataset, path: pathlib.Path) -> None:
-    """Writes skipped.csv: a row for each image that was left out."""
+def _write_skipped(plan: Plan, run: Run) -> None:
+    """Writes skipped.csv if images were left out: a row for each."""
+    left_out = plan.dataset.left_out()
+    if not left_out or not plan.context.is_chief:
+        return
     with (
-        replacing(path) as temporary,
+        replacing(run.skipped) as temporary,
         # File names are bytes, which need not be UTF-8.
         open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["split", "file", "reason"])
-        writer.writerows((s.split, s.file, s.reason) for s in dataset.skipped)
+        writer.writerows((s.split, s.file, s.reason) for s in left_out)

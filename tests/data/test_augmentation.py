@@ -10,7 +10,7 @@ from keras_cifar.data import augmentation
 
 EACH = (
     "altflip", "color(0.4)", "crop(4)", "cutmix(1.0)", "cutout(6)", "erasing(0.8)", "flip",
-    "mixup(0.2)", "randaugment(2,9)", "rotate(20)", "vflip",
+    "mixup(0.2)", "randaugment(2,9)", "resized_crop", "rotate(20)", "vflip",
 )  # fmt: skip
 CHAINS = (
     "mixup(0.2)|crop(4)",
