@@ -16,17 +16,17 @@ def measure(options: BenchmarkOptions) -> dict:
         UsageError: a flag names no network or augmentation.
     """
     from keras_cifar import models
-    from keras_cifar.benchmarking import comparison, distribution, growth, serving
+    from keras_cifar.benchmarking import comparison, distribution, growth, photos, serving
     from keras_cifar.data import augmentation
 
     augmentation.parse(options.augment)
     network = models.build(options.model).deployable
     machine = [environment.machine()]
-    for name in ("tensorflow", "keras", "torch", "paddlepaddle"):
+    for name in ("tensorflow", "keras", "torch", "torchvision", "paddlepaddle"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             machine.append(f"{name} {importlib.metadata.version(name)}")
     result = {"machine": ", ".join(machine)}
-    kinds = {"distribution": distribution, "serving": serving, "growth": growth}
+    kinds = {"distribution": distribution, "serving": serving, "growth": growth, "photos": photos}
     for name, kind in kinds.items():
         if getattr(options, name):
             return result | {name: kind.measure(options)}

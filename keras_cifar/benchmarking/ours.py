@@ -1,6 +1,7 @@
 """The contender that this package is: step, pipeline, fit, predict or profile, one a process."""
 
 import collections
+import functools
 import pathlib
 import tempfile
 import time
@@ -29,6 +30,8 @@ PROFILED_STEPS = 3
 
 # A kernel has the kind of the first key that is part of its name.
 KINDS = {
+    "Jpeg": "JPEG",
+    "Resize": "resizing",
     "Conv2D": "convolutions",
     "BatchNorm": "batch normalization",
     "ResourceApply": "optimizer",
@@ -63,8 +66,12 @@ def step(turns: Turns) -> None:
 
 
 def profile(turns: Turns) -> None:
-    """The share of each kind of kernel in the time of all kernels of a step."""
-    run = train_function(turns.settings)
+    """The share of each kind of kernel in the time of all kernels of a step, or of a batch."""
+    if turns.settings.get("image_size"):
+        batches = pipeline(turns.settings)
+        run = functools.partial(next, batches)
+    else:
+        run = train_function(turns.settings)
     for _ in range(turns.settings["warm_up"]):
         run()
     turns.wait()
@@ -105,13 +112,21 @@ def trace_events(directory: pathlib.Path) -> Iterator[tuple[str, float, float]]:
                     yield names[event.metadata_id], start, event.duration_ps / 1e12
 
 
+def pipeline(settings: dict) -> Iterator:
+    """The batches of the input pipeline."""
+    augment = settings["augment"]
+    if settings["data"]:
+        options = {name: settings.get(name) for name in ("image_size", "cache_dir")}
+        split = data.load(settings["data"], val_fraction=0, augment=augment, **options).train
+    else:
+        split = random_split(settings["images"])
+    return iter(data.training_batches(split, CLASSES, settings["batch_size"], augment, 0))
+
+
 def batches_of(turns: Turns) -> None:
     """Images a second of the input pipeline alone."""
-    settings, size = turns.settings, turns.settings["batch_size"]
-    source = settings["data"]
-    split = data.load(source, val_fraction=0).train if source else random_split(settings["images"])
-    batches = iter(data.training_batches(split, CLASSES, size, settings["augment"], 0))
-    turns.repeat(lambda: next(batches), size)
+    batches = pipeline(turns.settings)
+    turns.repeat(lambda: next(batches), turns.settings["batch_size"])
 
 
 class TakesTurns(keras.callbacks.Callback):

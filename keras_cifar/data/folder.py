@@ -8,7 +8,7 @@ import copy
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -134,7 +134,8 @@ class _Encoded:
 
     def __init__(self, source: "_Files", size: tuple[int, int], rule: str, cache: Cache):
         self._source, self._how = source, (size, rule, cache)
-        self.paths, self.failure = source.paths, None
+        self.paths: Sequence[str] = source.paths
+        self.failure: UserError | None = None
 
     def read(self, row: int) -> tuple[np.ndarray, bool]:
         try:
