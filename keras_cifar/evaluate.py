@@ -58,6 +58,8 @@ def main(options: EvaluateOptions) -> None:
         return
     metrics = evaluator.evaluate_run(run, split, source)
     print(f"{text.metrics_table(metrics)}\n\n{split} {text.metrics_summary(metrics)}")
+    if "min_probability" in metrics:
+        print(f"unknown     {text.threshold_summary(metrics['min_probability'])}")
     print(f"metrics     {run.evaluation(split)}\npredictions {run.predictions(split)}")
     print(f"confusion   {run.confusion(split)}")
 

@@ -12,7 +12,7 @@ import sys
 
 from keras_cifar import pretrained
 from keras_cifar.core import cli, environment
-from keras_cifar.core.options import POSITIVE, Options, check, option
+from keras_cifar.core.options import FRACTION, POSITIVE, Options, check, option
 
 PREDICTION, WITH_URL = "Prediction", "With a URL"
 
@@ -24,15 +24,14 @@ class PredictOptions(Options):
     model: str = option("", "a run, export, URL, pretrained:NAME or imagenet:NETWORK", PREDICTION)
     list_pretrained: bool = option(False, "print the cards of pretrained models", PREDICTION)
     top_k: int = option(3, "classes to name for each image", PREDICTION, limit=POSITIVE)
+    min_probability: float = option(0.0, "below it, answer 'unknown'", PREDICTION, limit=FRACTION)
     format: str = option("text", "of what goes to stdout", PREDICTION, ("text", "csv", "json"))
     features: str | None = option(None, "also write feature vectors to this .npz file", PREDICTION)
     explain: str | None = option(
         None, "also write Grad-CAM overlays into this folder; not of an export or URL", PREDICTION
     )
     timeout: float = option(60.0, "seconds that a server has for a batch", WITH_URL, limit=POSITIVE)
-    labels: str | None = option(
-        None, "a file with a class name a line, for servers that do not tell them", WITH_URL
-    )
+    labels: str | None = option(None, "a file, a class name a line, if a server has none", WITH_URL)
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,6 +58,8 @@ def main(options: PredictOptions, arguments: list[str]) -> int:
     rows, features = predictions.classify_files(
         predictor, arguments, options.top_k, bool(options.features), overlays
     )
+    if unknown := predictions.mark_unknown(rows, options.min_probability):
+        print(f"unknown   {unknown}", file=sys.stderr)
     predictions.write(rows, options.format, sys.stdout)
     if options.features:
         predictions.write_features(options.features, rows, features)

@@ -13,7 +13,7 @@ from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import replacing, write_json
 from keras_cifar.core.run_directory import Run
 from keras_cifar.data import Split
-from keras_cifar.evaluation import plots
+from keras_cifar.evaluation import plots, selective
 from keras_cifar.evaluation.metrics import summarize
 
 BATCH_SIZE = 256
@@ -43,12 +43,17 @@ def evaluate(
 
     The files are `RUN/eval/<name>.json`, `.npz` (labels int64 [N], probabilities float32 [N, K]) and
     `_confusion.png`. Returns what the JSON holds; `spec` is the --data of the split, for the record.
+    That of `val` has `min_probability`, see `selective.propose`; a threshold from test would be fitted
+    to the images that measure it.
     """
     probabilities = predict(model, split)
     with replacing(run.predictions(name)) as temporary:
         np.savez(temporary, labels=split.labels, probabilities=probabilities)
     metrics = summarize(probabilities, split.labels, class_names)
     metrics = {"split": name, "data": spec, "fingerprint": split.fingerprint} | metrics
+    if name == "val":
+        proposed = selective.propose_for_export(run, probabilities, split.labels)
+        metrics["min_probability"] = proposed
     write_json(run.evaluation(name), metrics)
     plots.save(plots.confusion(metrics["confusion"], class_names), run.confusion(name))
     return metrics

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_cifar.evaluation.selective import MIN_ANSWERED
+
 SHOWN = 3  # of the most confused pairs, in a summary
 
 
@@ -57,6 +59,22 @@ def temperature_summary(fitted: dict) -> str:
         f"temperature {fitted['temperature']:.3f}, fitted to {fitted['images']:,} validation images: "
         f"loss {fitted['loss_before']:.4f} -> {fitted['loss_after']:.4f}, "
         f"calibration error {fitted['ece_before']:.4f} -> {fitted['ece_after']:.4f}"
+    )
+
+
+def threshold_summary(proposed: dict) -> str:
+    """What a threshold does, as `selective.propose` gives it."""
+    value = proposed["value"]
+    if value is None:
+        return (
+            f"no --min_probability is proposed: none answers at least {MIN_ANSWERED} of these images "
+            f"with {proposed['target']:.1%} of the answers right"
+        )
+    if value == 0:
+        return "no --min_probability is needed: all answers are right"
+    return (
+        f"predict --min_probability {value} answers {proposed['answered']:.1%} of the images, and "
+        f"{proposed['accuracy']:.1%} of these answers are right"
     )
 
 

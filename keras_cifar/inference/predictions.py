@@ -12,6 +12,8 @@ from keras_cifar.core.errors import one_line
 from keras_cifar.core.files import replacing, to_json
 from keras_cifar.inference import image_files
 
+UNKNOWN = "unknown"  # the answer where no class is probable enough
+
 
 def classify_files(
     predictor,
@@ -62,6 +64,21 @@ def _top_classes(predictor, images: np.ndarray, top_k: int) -> list[list[dict]]:
     ]
 
 
+def mark_unknown(predictions: list[dict], min_probability: float) -> str:
+    """Makes the answer `unknown` where the largest probability is below `min_probability`.
+
+    The first entry of `top` gets the label UNKNOWN, and the label it had as `guess`, by which it
+    differs from a class of that name; its index and probability stay. Returns how many these are, as
+    text; empty for a `min_probability` of 0, below which nothing is.
+    """
+    best = [row["top"][0] for row in predictions if row["top"]]
+    below = [first for first in best if first["probability"] < min_probability]
+    for first in below:
+        first.update(label=UNKNOWN, guess=first["label"])
+    counts = f"{len(below)} of {len(best)} images, below --min_probability={min_probability}"
+    return counts if min_probability else ""
+
+
 def write(predictions: list[dict], format: str, file: TextIO) -> None:
     """Writes predictions as `text`, `csv` or `json`."""
     if format == "csv":
@@ -70,8 +87,13 @@ def write(predictions: list[dict], format: str, file: TextIO) -> None:
         print(to_json(predictions), file=file)
     else:
         for row in predictions:
-            classes = ", ".join(f"{c['label']} {c['probability']:.1%}" for c in row["top"])
-            print(one_line(f"{row['file']}: {classes or 'error: ' + row['error']}"), file=file)
+            answer = _answer(row["top"]) or "error: " + row["error"]
+            print(one_line(f"{row['file']}: {answer}"), file=file)
+
+
+def _answer(top: list[dict]) -> str:
+    classes = ", ".join(f"{c.get('guess', c['label'])} {c['probability']:.1%}" for c in top)
+    return f"{top[0]['label']} ({classes})" if top and "guess" in top[0] else classes
 
 
 def _write_csv(predictions: list[dict], file: TextIO) -> None:

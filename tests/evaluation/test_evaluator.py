@@ -1,6 +1,7 @@
 """The files of an evaluation, and a model under disturbances."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ import pytest
 from keras_cifar import evaluate
 from keras_cifar.core import cli
 from keras_cifar.core.run_directory import Run
-from keras_cifar.evaluation import disturbances, evaluator, metrics, plots, robustness
+from keras_cifar.evaluation import (
+    disturbances,
+    evaluator,
+    metrics,
+    plots,
+    robustness,
+    selective,
+    text,
+)
 
 
 def command(*argv) -> int:
@@ -65,6 +74,21 @@ def test_evaluate_prints_intervals_calibration_error_and_paths(trained_run, caps
         f"predictions {trained_run.predictions('val')}",
         f"confusion   {trained_run.confusion('val')}",
     ]
+
+
+def test_evaluate_proposes_a_threshold_from_validation_alone(trained_run, capsys, tmp_path):
+    assert command(f"--run={trained_run.path}", "--split=val") == 0
+    found = json.loads(trained_run.evaluation("val").read_text())["min_probability"]
+    with np.load(trained_run.predictions("val")) as stored:
+        expected = selective.propose(stored["probabilities"], stored["labels"])
+    assert found == expected | {"temperature": 1}
+    assert f"\nunknown     {text.threshold_summary(found)}\n" in capsys.readouterr().out
+    shutil.copy(trained_run.config, tmp_path)
+    shutil.copy(trained_run.model, tmp_path)
+    for split in ("train", "test"):
+        assert command(f"--run={tmp_path}", f"--split={split}") == 0
+        assert "min_probability" not in Run(tmp_path).evaluation(split).read_text()
+        assert "unknown" not in capsys.readouterr().out
 
 
 def test_accuracies_under_disturbances_are_those_of_the_disturbed_images(loaded, disturb, tmp_path):

@@ -164,6 +164,76 @@ def test_bad_files_do_not_shift_the_predictions_of_others(rows, images, tmp_path
             assert mine == alone | {"probability": pytest.approx(alone["probability"], abs=1e-5)}
 
 
+# ---- Unknown
+
+
+@pytest.fixture
+def some_unknown(rows, images) -> tuple[float, list[dict]]:
+    """(the probability of the third of the six images, which three do not reach; their rows)."""
+    _, found, _ = rows(*images)
+    return sorted(row["top"][0]["probability"] for row in found)[3], found
+
+
+def test_json_answers_unknown_below_min_probability(rows, images, some_unknown, tmp_path):
+    threshold, expected = some_unknown
+    missing = tmp_path / "none.png"
+    status, found, error = rows(*images, missing, f"--min_probability={threshold}")
+    assert status == 1
+    summary = f"unknown   3 of 6 images, below --min_probability={threshold}"
+    assert error.splitlines()[0] == summary
+    assert found.pop() == {"file": str(missing), "top": [], "error": "no such file"}
+    for row in expected:
+        best = row["top"][0]
+        if best["probability"] < threshold:
+            best |= {"label": "unknown", "guess": best["label"]}
+    assert found == expected
+    assert [row["top"][0]["label"] for row in found].count("unknown") == 3
+
+
+def test_csv_answers_unknown_below_min_probability(images, some_unknown, trained_run, capsys):
+    threshold, expected = some_unknown
+    flags = f"--model={trained_run.path}", "--format=csv", f"--min_probability={threshold}"
+    assert command(*flags, *images) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert list(lines[0]) == ["file", "rank", "label", "index", "probability", "error"]
+    for line in lines:
+        top = expected[images.index(pathlib.Path(line["file"]))]["top"]
+        choice = top[int(line["rank"]) - 1]
+        below = line["rank"] == "1" and choice["probability"] < threshold
+        assert line["label"] == ("unknown" if below else choice["label"])
+        assert line["index"] == str(choice["index"])
+        assert line["probability"] == str(choice["probability"])
+
+
+def test_text_shows_the_guess_behind_unknown(images, some_unknown, trained_run, capsys):
+    threshold, expected = some_unknown
+    flags = f"--model={trained_run.path}", "--top_k=1", f"--min_probability={threshold}"
+    assert command(*flags, *images) == 0
+    for line, row in zip(capsys.readouterr().out.splitlines(), expected, strict=True):
+        best = row["top"][0]
+        answer = f"{best['label']} {best['probability']:.1%}"
+        answer = f"unknown ({answer})" if best["probability"] < threshold else answer
+        assert line == f"{row['file']}: {answer}"
+
+
+def test_features_have_the_label_unknown(rows, images, some_unknown, tmp_path):
+    out = tmp_path / "features.npz"
+    _, found, _ = rows(*images, f"--min_probability={some_unknown[0]}", f"--features={out}")
+    with np.load(out) as archive:
+        assert archive["labels"].tolist() == [row["top"][0]["label"] for row in found]
+
+
+def test_a_class_called_unknown_is_told_apart(rows, images, some_unknown, export):
+    threshold, expected = some_unknown
+    (export / "1" / "assets" / "labels.txt").write_text("unknown\nclass_1\nclass_2\n")
+    _, found, _ = rows(*images, f"--min_probability={threshold}", model=export)
+    for row, before in zip(found, expected, strict=True):
+        best, guess = row["top"][0], before["top"][0]["label"].replace("class_0", "unknown")
+        below = best["probability"] < threshold
+        assert best.get("guess") == (guess if below else None)
+        assert best["label"] == ("unknown" if below else guess)
+
+
 # ---- Features
 
 
@@ -229,6 +299,10 @@ def test_any_number_of_images_is_computed_in_batches(trained_run, monkeypatch):
         (["a.png"], "--model=RUN_or_EXPORT_or_URL is needed"),
         (["--model=x"], "name at least one image"),
         (["--model=x", "a.png", "--top_k=0"], "--top_k=0 must be greater than 0"),
+        *(
+            (["--model=x", "a.png", f"--min_probability={p}"], "must be at least 0 and below 1")
+            for p in ("1", "-0.1", "nan")
+        ),
         (["--model=x", "a.png", "--timeout=0"], "--timeout=0.0 must be greater than 0"),
         (["--model=x", "a.png", "--format=xml"], "--format 'xml'; choose one of: csv, json, text"),
     ],

@@ -47,9 +47,11 @@ def files(tmp_path) -> list:
 def test_the_output_is_that_of_local_prediction(served_run, trained_run, files, capsys, form):
     found = []
     for model in (trained_run.path, served_run.url, f"{served_run.url}/versions/1"):
-        assert command(f"--model={model}", f"--format={form}", "--top_k=2", *files) == 1
+        flags = f"--model={model}", f"--format={form}", "--top_k=2", "--min_probability=0.999"
+        assert command(*flags, *files) == 1
         found.append(capsys.readouterr())
-    assert found[0].out.count("class_") >= 14
+    assert found[0].out.count("class_") + found[0].out.count("unknown") >= 14
+    assert "unknown" in found[0].out
     assert found[0] == found[1] == found[2]
 
 
