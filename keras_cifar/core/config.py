@@ -153,7 +153,7 @@ class FitConfig(Options):
         "auto",
         "images whose statistics normalize an image in training: the whole batch, or groups of so many "
         "images, which no replica shares; auto is whole on one device, and each replica's images "
-        "where it has 32 or more",
+        "where it has 32 or more; fixed keeps the averages of --init_from, for fine-tuning",
     )
     precise_bn_batches: int = _training(
         10,
@@ -193,9 +193,9 @@ class FitConfig(Options):
             f"--accumulate_steps={self.accumulate_steps}",
         )
         check(
-            self.norm_batch in ("auto", "whole")
+            self.norm_batch in ("auto", "whole", "fixed")
             or (self.norm_batch.isdecimal() and int(self.norm_batch) > 0),
-            f"--norm_batch={self.norm_batch!r} is not auto, whole or a number of images above 0",
+            f"--norm_batch={self.norm_batch!r} is not auto, whole, fixed or a number of images above 0",
         )
 
 

@@ -17,7 +17,7 @@ BATCH_NORM_EPSILON = 1e-5
 # The types of FusedBatchNormV3. For half precision it computes in float32, as Keras does.
 FUSED_DTYPES = ("float32", "float16", "bfloat16")
 
-WHOLE, REPLICA = "whole", "replica"
+WHOLE, REPLICA, FIXED = "whole", "replica", "fixed"
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
@@ -34,6 +34,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             REPLICA: the shard of its replica.
             N: groups of N consecutive examples, of which each shard has a whole number ("ghost"
             batch normalization, Hoffer et al. 2017, arXiv:1705.08741).
+            FIXED: none of them; the moving averages normalize, and stay as they are.
             The moving averages take the mean over groups. With REPLICA and N, each replica has
             those of its own shard until `assign_means`.
     """
@@ -44,7 +45,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         super().__init__(momentum=momentum, epsilon=epsilon, **kwargs)
 
     def call(self, inputs, training=None, mask=None):
-        training = bool(training and self.trainable)
+        training = bool(training and uses_batches(self))
         usual = mask is None and self.axis in (-1, len(inputs.shape) - 1) and not self.renorm
         fusible = usual and len(inputs.shape) == 4 and inputs.dtype.name in FUSED_DTYPES
         if training and self.norm_batch not in (WHOLE, REPLICA):
@@ -228,6 +229,11 @@ def norms(model: keras.Model) -> Iterator[keras.layers.BatchNormalization]:
             yield layer
 
 
+def uses_batches(layer: keras.layers.BatchNormalization) -> bool:
+    """Whether the statistics of batches normalize in training, and change the moving averages."""
+    return layer.trainable and getattr(layer, "norm_batch", WHOLE) != FIXED
+
+
 def configure(model: keras.Model, norm_batch: str | int) -> list:
     """Sets `norm_batch` of all layers of a model; call it in the scope of the strategy.
 
@@ -238,19 +244,18 @@ def configure(model: keras.Model, norm_batch: str | int) -> list:
         ValueError: a value of another kind, or groups in a layer of Keras.
     """
     number = isinstance(norm_batch, int) and not isinstance(norm_batch, bool) and norm_batch > 0
-    if norm_batch not in (WHOLE, REPLICA) and not number:
-        raise ValueError(f"norm_batch={norm_batch!r} is not {WHOLE!r}, {REPLICA!r} or a number")
+    if norm_batch not in (WHOLE, REPLICA, FIXED) and not number:
+        names = ", ".join(map(repr, (WHOLE, REPLICA, FIXED)))
+        raise ValueError(f"norm_batch={norm_batch!r} is not {names} or a number")
     found = list(norms(model))
     for layer in found:
         if isinstance(layer, BatchNormalization):
             layer.norm_batch = norm_batch
-        elif number:
-            raise ValueError(
-                f"layer {layer.name!r} of Keras has no groups: norm_batch={norm_batch}"
-            )
+        elif number or norm_batch == FIXED:
+            raise ValueError(f"layer {layer.name!r} of Keras knows no norm_batch={norm_batch!r}")
     if norm_batch == WHOLE or replicas() == 1:
         return []
-    trained = [layer for layer in found if layer.trainable]
+    trained = [layer for layer in found if uses_batches(layer)]
     return [v for layer in trained for v in (layer.moving_mean, layer.moving_variance)]
 
 

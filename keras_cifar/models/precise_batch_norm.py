@@ -41,7 +41,7 @@ class PreciseBatchNorm:
         Dropout is off meanwhile, as it is in the network that is deployed: with it the variances
         would be too large (Li et al. 2018, arXiv:1801.05134).
         """
-        norms = [layer for layer in batch_norm.norms(self.network) if layer.trainable]
+        norms = list(filter(batch_norm.uses_batches, batch_norm.norms(self.network)))
         if not norms or not count:
             return
         statistics = [(x, v) for x in norms for v in (x.moving_mean, x.moving_variance)]

@@ -25,7 +25,7 @@ from keras_cifar.data import augmentation
 from keras_cifar.distributed import sharding, strategy
 from keras_cifar.distributed.sharding import ReplicaRange, ShardedBatches
 from keras_cifar.distributed.strategy import DistributedContext
-from keras_cifar.models.batch_norm import REPLICA, WHOLE, norms
+from keras_cifar.models.batch_norm import FIXED, REPLICA, WHOLE, norms
 from keras_cifar.models.classifier import Classifier
 from keras_cifar.pretrained import weights
 from keras_cifar.training import optimizers, transfer
@@ -193,6 +193,8 @@ def choose_norm_batch(fit: FitConfig, replicas: int) -> tuple[str | int, str]:
                 f"{', '.join([*choices, 'whole'])}"
             )
         return number, f"groups of {number} images"
+    if fit.norm_batch == "fixed":
+        return FIXED, "the averages that the first weights came with (--norm_batch)"
     if fit.norm_batch == "whole":
         return WHOLE, f"{batch} (--norm_batch)"
     if replicas == 1:
@@ -214,6 +216,10 @@ def check_names(config: TrainConfig) -> None:
         raise unknown("model", config.model.model, models.variants())
     if config.fit.early_stopping and not config.data.val_fraction:
         raise UsageError("--early_stopping needs validation: --val_fraction must be above 0")
+    if config.fit.norm_batch == "fixed" and not config.model.init_from:
+        raise UsageError(
+            "--norm_batch=fixed keeps the averages of trained weights: it needs --init_from"
+        )
     if config.optimizer.class_weight == config.data.sampling == BALANCED:
         raise UsageError(
             "--class_weight balanced and --sampling balanced each even out the classes; both together "
