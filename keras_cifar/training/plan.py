@@ -194,7 +194,7 @@ def choose_norm_batch(fit: FitConfig, replicas: int) -> tuple[str | int, str]:
             )
         return number, f"groups of {number} images"
     if fit.norm_batch == "fixed":
-        return FIXED, "the averages that the first weights came with (--norm_batch)"
+        return FIXED, "the data that the first weights were trained on (--norm_batch)"
     if fit.norm_batch == "whole":
         return WHOLE, f"{batch} (--norm_batch)"
     if replicas == 1:

@@ -147,6 +147,28 @@ def test_evaluation_does_not_depend_on_groups():
     assert_same(results(ours, MAPS, 0, False), results(theirs, MAPS, 0, False), 1e-5)
 
 
+def test_fixed_averages_normalize_and_stay_and_scale_and_offset_are_trained():
+    layer, (x, other) = (
+        layers.BatchNormalization(),
+        np.random.default_rng(0).normal(2, 3, (2, *MAPS)),
+    )
+    layer(tf.constant(other, tf.float32), training=True)
+    x, before = tf.constant(x, tf.float32), layer.get_weights()
+    by_batch = layer(x, training=True).numpy()
+    layer.set_weights(before)
+    assert batch_norm.configure(keras.Sequential([layer]), "fixed") == []
+    with tf.GradientTape() as tape:
+        outputs = layer(x, training=True)
+        loss = tf.reduce_sum(outputs**2)
+    np.testing.assert_array_equal(outputs, layer(x, training=False))
+    assert np.abs(outputs - by_batch).max() > 0.1
+    for value, old in zip(layer.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, old)
+    gradients = tape.gradient(loss, [v.value for v in layer.trainable_variables])
+    assert len(gradients) == 2
+    assert all(np.abs(gradient).min() > 0 for gradient in gradients)
+
+
 def test_a_batch_that_is_not_of_whole_groups_is_refused():
     layer = layers.BatchNormalization(name="norm")
     layer.norm_batch = 4
@@ -179,8 +201,9 @@ def test_the_layers_of_keras_have_no_groups():
     inner = keras.Model(images, keras.layers.BatchNormalization(name="theirs")(images))
     model = keras.Model(images, inner(images))
     batch_norm.configure(model, "whole")
-    with pytest.raises(ValueError, match="'theirs' of Keras has no groups: norm_batch=2"):
-        batch_norm.configure(model, 2)
+    for value in (2, "fixed"):
+        with pytest.raises(ValueError, match=f"'theirs' of Keras knows no norm_batch={value!r}"):
+            batch_norm.configure(model, value)
 
 
 # ---- The statistics of replicas

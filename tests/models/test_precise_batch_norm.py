@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.models import classifier, layers
+from keras_cifar.models import batch_norm, classifier, layers
 from keras_cifar.models.precise_batch_norm import PreciseBatchNorm
 from tests.conftest import colour_images
 from tests.models.small import CLASSES, examples, functional, values
@@ -48,11 +48,13 @@ def test_network_sees_the_batch_as_in_training_and_keeps_its_weights():
         np.testing.assert_array_equal(values(network)[path], value)
 
 
-@pytest.mark.parametrize("case", ["no batches", "frozen", "no normalization"])
+@pytest.mark.parametrize("case", ["no batches", "frozen", "fixed", "no normalization"])
 def test_without_trainable_normalization_or_batches_nothing_changes(case):
     network = used(functional(norm=case != "no normalization"))
     if case == "frozen":
         network.get_layer("conv_bn").trainable = False
+    if case == "fixed":
+        batch_norm.configure(network, "fixed")
     before = values(network)
     recompute(network, [], 0 if case == "no batches" else 5)
     for path, value in values(network).items():

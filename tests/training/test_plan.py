@@ -5,7 +5,7 @@ import pytest
 
 from keras_cifar.core.config import FitConfig, TrainConfig
 from keras_cifar.core.errors import UsageError
-from keras_cifar.training.plan import choose_norm_batch, describe_classes
+from keras_cifar.training.plan import check_names, choose_norm_batch, describe_classes
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,7 @@ def choose(flag: str, replicas: int, batch_size: int = 128, accumulate_steps: in
         (("auto", 2, 128, 2), 32, "each replica's 32 images (a replica has 32 or more)"),
         (("auto", 2, 128, 4), "whole", "each microbatch (a replica has fewer than 32 images)"),
         (("whole", 2), "whole", "the whole batch (--norm_batch)"),
+        (("fixed", 2), "fixed", "the data that the first weights were trained on (--norm_batch)"),
         (("16", 1), 16, "groups of 16 images"),
         (("16", 2), 16, "groups of 16 images"),
         (("64", 1, 128, 2), 64, "groups of 64 images"),
@@ -60,7 +61,7 @@ def test_groups_that_do_not_divide_are_refused_with_those_that_do(arguments, mes
 
 @pytest.mark.parametrize("value", ["0", "-8", "half", "8.5", "", "Whole"])
 def test_a_wrong_value_is_refused_in_one_line(value):
-    with pytest.raises(UsageError, match=r"^--norm_batch=.* is not auto, whole or a number"):
+    with pytest.raises(UsageError, match=r"^--norm_batch=.* is not auto, whole, fixed or a number"):
         FitConfig(norm_batch=value)
 
 
@@ -111,3 +112,9 @@ def test_first_lines_name_the_smallest_and_the_largest_class_where_they_differ(
 ):
     labels, config = np.repeat(range(3), counts), TrainConfig.from_flags(**flags)
     assert describe_classes(labels, ("a", "b", "c"), config) == lines
+
+
+def test_fixed_averages_need_weights_that_have_some():
+    with pytest.raises(UsageError, match=r"^--norm_batch=fixed .* needs --init_from$"):
+        check_names(TrainConfig.from_flags(norm_batch="fixed"))
+    check_names(TrainConfig.from_flags(norm_batch="fixed", init_from="imagenet"))

@@ -23,6 +23,7 @@ from keras_cifar.pretrained import weights
 from keras_cifar.training import checkpoint, recorder, signals, trainer, transfer
 from keras_cifar.training.plan import prepare
 from tests.conftest import write_folder
+from tests.data.test_crops import write_photos
 from tests.training.kills import joined, saved_state, trained
 
 # 96 images less a tenth: 5 steps an epoch.
@@ -127,6 +128,34 @@ def test_signal_saves_after_the_step_and_the_run_resumes_to_the_same_end(
     run = fit_to(path, image_folder)
     assert f"resuming from {place}\n" in capsys.readouterr().out
     assert trained(run) == whole
+
+
+def test_crops_of_files_resume_to_the_same_end(tmp_path, monkeypatch):
+    folder = write_photos(tmp_path / "photos")
+    flags = {"image_size": "16", "batch_size": 8, "augment": "resized_crop|flip"}
+    whole = fit_to(tmp_path / "whole", folder, **flags)
+    with signalled(monkeypatch, "on_train_batch_end", 5), pytest.raises(StoppedError):
+        fit_to(tmp_path / "run", folder, **flags)
+    assert trained(fit_to(tmp_path / "run", folder, **flags)) == trained(whole)
+    with pytest.raises(AssertionError):
+        other = fit_to(tmp_path / "other", folder, **flags | {"augment": "resized_crop(0.5)|flip"})
+        assert trained(other) == trained(whole)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_damaged_file_stops_the_run_in_one_line_or_is_skipped_and_listed(tmp_path, capsys, skip):
+    folder, run = write_photos(tmp_path / "photos"), Run(tmp_path / "run")
+    flags = {"image_size": "16", "batch_size": 8, "augment": "resized_crop", "val_fraction": 0.0}
+    flags |= {"on_bad_image": "skip" if skip else "error", "max_bad_share": 0.5, "epochs": 4}
+    bad = folder / "train" / "a" / "02.jpg"
+    os.truncate(bad, 300)
+    if skip:
+        trainer.train(config(folder, **flags), run)
+        assert run.skipped.read_text().splitlines()[1].startswith(f"train,{bad},")
+        assert f"skipped   {bad}: " in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match=f"^{bad} cannot be read: .*--on_bad_image=skip$"):
+            trainer.train(config(folder, **flags), run)
 
 
 @pytest.mark.slow
