@@ -219,22 +219,23 @@ def compile_model(
     loss = {"label_smoothing": config.label_smoothing, "weight_decay": l2}
     model.compile(optimizer, ema=config.ema, **loss, **kwargs)
     if config.layer_decay != 1 or config.head_rate != 1:
-        optimizer.factors = rate_factors(model.logits_model, config.layer_decay, config.head_rate)
+        optimizer.factors = rate_factors(model, config.layer_decay, config.head_rate)
     if late:
         variables = {id(variable) for layer in late for variable in layer.trainable_variables}
         optimizer.starts = [start * (id(v) in variables) for v in model.trainable_variables]
 
 
-def rate_factors(network: keras.Model, layer_decay: float, head_rate: float) -> list[float]:
-    """The factor of the learning rate of each trainable variable, in their order.
+def rate_factors(model: Classifier, layer_decay: float, head_rate: float) -> list[float]:
+    """The factor of the learning rate of each trainable variable, in the model's order.
 
     It is `head_rate` for the last layer, and falls by `layer_decay` in each twelfth of the layers from
     there to the input: twelve are the layers of ViT-B, for which Bao et al. 2021 (BEiT,
     arXiv:2106.08254) decay it so.
     """
-    layers, factors = weighted(network), {}
+    # These are in the order of the layers; the model's own end with the auxiliary classifiers.
+    layers, factors = weighted(model.logits_model), {}
     for number, (name, layer) in enumerate(layers.items()):
         factor = layer_decay ** (DECAY_GROUPS - DECAY_GROUPS * number // (len(layers) - 1))
         factor = head_rate if name == HEAD else factor
         factors |= {id(variable): factor for variable in layer.trainable_variables}
-    return [factors[id(variable)] for variable in network.trainable_variables]
+    return [factors[id(variable)] for variable in model.trainable_variables]
