@@ -61,6 +61,11 @@ class ModelConfig(Options):
     freeze: str | None = _model(
         None, "a layer: its weights and those of all layers before it stay as they are"
     )
+    unfreeze_epoch: int | None = _model(
+        None,
+        "epochs for which --freeze applies; afterwards everything is trained (default: all epochs)",
+        limit=POSITIVE,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

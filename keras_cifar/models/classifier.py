@@ -1,5 +1,6 @@
 """The keras.Model that every builder returns: images in, probabilities out, its own training step."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -110,7 +111,7 @@ class Classifier(keras.Model):
             loss = self._loss_dtype, label_smoothing, weight_decay
             options = *loss, accumulate_steps, statistics, class_weight
             self._step = TrainingStep(network, variables, self.optimizer, self._averages, *options)
-        eager = self.run_eagerly
+        self._norm_batch, eager = norm_batch, self.run_eagerly
         self._precise_batch_norm = PreciseBatchNorm(network, strategy, statistics, eager)
         self.totals = np.zeros(len(METRICS))
         self.test_function = self._compiled(self._evaluate_steps)
@@ -245,6 +246,20 @@ class Classifier(keras.Model):
         raise NotImplementedError("test_on_batch: call evaluate on the batch")
 
     # ---- Beyond Keras
+
+    def update_trainable(self) -> None:
+        """Lets `fit` train, from its next epoch on, the layers that are trainable now.
+
+        They must have been so at `compile`: the optimizer keeps the state of all that were. Frozen
+        batch normalization uses its moving statistics.
+        """
+        with self._strategy.scope():
+            statistics = batch_norm.configure(self.logits_model, self._norm_batch)
+            changed = {"variables": self.trainable_variables, "statistics": statistics}
+            self._step = dataclasses.replace(self._step, **changed)
+        precise = self._precise_batch_norm
+        self._precise_batch_norm = dataclasses.replace(precise, statistics=statistics)
+        self.train_function = None
 
     def request_stop(self) -> None:
         """Makes every process of the run see, in `totals` after the same step, that it is to stop."""

@@ -25,7 +25,6 @@ def fit(
     validation_freq: int = 1,
 ) -> None:
     """Trains `model`, whose `train_function` returns METRICS, as `Classifier.fit` describes."""
-    function = model.make_train_function()
 
     def on_end(batch, totals):
         model.totals = totals
@@ -37,6 +36,8 @@ def fit(
     callbacks.on_train_begin()
     for epoch in range(initial_epoch, epochs):
         callbacks.on_epoch_begin(epoch)
+        # The same as before, unless the callbacks changed what is trained.
+        function = model.make_train_function()
         # An endless data set continues in the next epoch; a finite one starts again.
         if iterator is None or batches.steps is None:
             iterator = iter(batches)

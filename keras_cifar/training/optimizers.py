@@ -68,9 +68,11 @@ class _Replicated:
 
     Attributes:
         factors: of the learning rate of each variable, in the order of `build`; empty: 1 for all.
+        starts: the iterations after which each variable is trained; empty: 0 for all.
     """
 
     factors: Sequence[float] = ()
+    starts: Sequence[int] = ()
 
     def rate_of(self, variable, learning_rate):
         """The learning rate of a variable."""
@@ -98,7 +100,11 @@ class _OneKernel(_Replicated):
         if self.amsgrad:
             return super().update_step(gradient, variable, learning_rate)
         index, dtype = self._get_variable_index(variable), variable.dtype
-        step = tf.cast(self.iterations + 1, dtype)
+        step = self.iterations + 1
+        if self.starts:
+            # The moments are zeros until then. (Loss scaling skips steps, which are no iterations.)
+            step = tf.maximum(step - self.starts[index], 1)
+        step = tf.cast(step, dtype)
         beta_1, beta_2 = (tf.constant(beta, dtype) for beta in (self.beta_1, self.beta_2))
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
@@ -183,11 +189,22 @@ def schedule(config: OptimizerConfig, epochs: int, steps_per_epoch: int) -> Sche
     return Schedule(kind, config.learning_rate, total, warmup, milestones)
 
 
-def compile_model(model: Classifier, config: OptimizerConfig, rate: Schedule, **kwargs) -> None:
+def compile_model(
+    model: Classifier,
+    config: OptimizerConfig,
+    rate: Schedule,
+    late: Sequence[keras.Layer] = (),
+    start: int = 0,
+    **kwargs,
+) -> None:
     """Compiles a model with the optimizer and the loss that the flags describe.
 
     Weight decay applies to kernels only: decoupled with adamw (Loshchilov and Hutter 2017,
-    arXiv:1711.05101), as L2 in the gradient with the others. `kwargs` are of `Classifier.compile`.
+    arXiv:1711.05101), as L2 in the gradient with the others.
+
+    Args:
+        late: layers that are frozen for the first `start` iterations.
+        **kwargs: of `Classifier.compile`.
     """
     l2, clipping = config.weight_decay, {"global_clipnorm": config.global_clipnorm or None}
     if config.optimizer == "adam":
@@ -202,19 +219,23 @@ def compile_model(model: Classifier, config: OptimizerConfig, rate: Schedule, **
     loss = {"label_smoothing": config.label_smoothing, "weight_decay": l2}
     model.compile(optimizer, ema=config.ema, **loss, **kwargs)
     if config.layer_decay != 1 or config.head_rate != 1:
-        optimizer.factors = rate_factors(model.logits_model, config.layer_decay, config.head_rate)
+        optimizer.factors = rate_factors(model, config.layer_decay, config.head_rate)
+    if late:
+        variables = {id(variable) for layer in late for variable in layer.trainable_variables}
+        optimizer.starts = [start * (id(v) in variables) for v in model.trainable_variables]
 
 
-def rate_factors(network: keras.Model, layer_decay: float, head_rate: float) -> list[float]:
-    """The factor of the learning rate of each trainable variable, in their order.
+def rate_factors(model: Classifier, layer_decay: float, head_rate: float) -> list[float]:
+    """The factor of the learning rate of each trainable variable, in the model's order.
 
     It is `head_rate` for the last layer, and falls by `layer_decay` in each twelfth of the layers from
     there to the input: twelve are the layers of ViT-B, for which Bao et al. 2021 (BEiT,
     arXiv:2106.08254) decay it so.
     """
-    layers, factors = weighted(network), {}
+    # These are in the order of the layers; the model's own end with the auxiliary classifiers.
+    layers, factors = weighted(model.logits_model), {}
     for number, (name, layer) in enumerate(layers.items()):
         factor = layer_decay ** (DECAY_GROUPS - DECAY_GROUPS * number // (len(layers) - 1))
         factor = head_rate if name == HEAD else factor
         factors |= {id(variable): factor for variable in layer.trainable_variables}
-    return [factors[id(variable)] for variable in network.trainable_variables]
+    return [factors[id(variable)] for variable in model.trainable_variables]

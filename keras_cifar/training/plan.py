@@ -31,6 +31,7 @@ from keras_cifar.pretrained import weights
 from keras_cifar.training import optimizers, transfer
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.optimizers import Schedule
+from keras_cifar.training.transfer import FrozenLayers
 
 # From so many images on, a replica's own statistics train as well as those of larger batches: Goyal et
 # al. 2017, arXiv:1706.02677, section 2.3.
@@ -52,6 +53,7 @@ class Plan:
         xla: (whether XLA compiles the step, why).
         norm_batch: (that of `Classifier.compile`, what it means).
         origin: what the weights of --init_from are, as text; empty without.
+        frozen: the layers of --freeze; None without.
     """
 
     config: TrainConfig
@@ -65,6 +67,7 @@ class Plan:
     norm_batch: tuple[str | int, str]
     deterministic: bool
     origin: str
+    frozen: FrozenLayers | None
 
     def shards(self, replicas: ReplicaRange, start_step: int) -> tf.data.Dataset:
         """The training data of some replicas from a step of the run on."""
@@ -85,6 +88,18 @@ class Plan:
         """Training batches from a step of the run on, split for the replicas."""
         shards = functools.partial(self.shards, start_step=start_step)
         return sharding.shard_batches(self.context.strategy, shards, self.steps_per_epoch)
+
+    def precise_bn_batches(self, epoch: int) -> Iterator:
+        """Those from which batch normalization is recomputed after an epoch, from 0, and the next."""
+        return iter(self.batches(epoch * self.config.fit.precise_bn_batches))
+
+    def begin_epoch(self, epoch: int) -> bool:
+        """Freezes or unfreezes layers for an epoch, from 0; returns whether that changes anything."""
+        epochs = self.config.model.unfreeze_epoch
+        if not (self.frozen and epochs and self.frozen.set_trainable(epoch >= epochs)):
+            return False
+        self.model.update_trainable()
+        return True
 
     def validation(self) -> ShardedBatches | None:
         """Validation batches, split for the replicas; None without a validation split."""
@@ -130,6 +145,7 @@ class Plan:
                 f"{optimizer.lr_schedule}",
                 *([f"norm      by the statistics of {self.norm_batch[1]}"] if normalized else []),
                 *([f"weights   {self.origin}"] if self.origin else []),
+                *describe_frozen(config),
                 f"devices   strategy {spec.name} ({spec.reason}), {shards}, "
                 f"{policy} ({why_policy}), XLA {'on' if xla else 'off'} ({why_xla})",
             ]
@@ -176,6 +192,13 @@ def describe_classes(labels: np.ndarray, names: Sequence[str], config: TrainConf
     ]
 
 
+def describe_frozen(config: TrainConfig) -> list[str]:
+    """A line if layers are frozen: which, and how long."""
+    name, epochs = config.model.freeze, config.model.unfreeze_epoch
+    for_epochs = f", for the first {epochs} of {config.fit.epochs} epochs" if epochs else ""
+    return [f"frozen    up to {name}{for_epochs}"] if name else []
+
+
 def choose_norm_batch(fit: FitConfig, replicas: int) -> tuple[str | int, str]:
     """(norm_batch of `Classifier.compile`, what it means and why) for --norm_batch.
 
@@ -219,6 +242,17 @@ def check_names(config: TrainConfig) -> None:
     if config.fit.norm_batch == "fixed" and not config.model.init_from:
         raise UsageError(
             "--norm_batch=fixed keeps the averages of trained weights: it needs --init_from"
+        )
+    freeze, frozen_epochs = config.model.freeze, config.model.unfreeze_epoch
+    if frozen_epochs and not freeze:
+        raise UsageError(
+            f"--unfreeze_epoch={frozen_epochs} needs --freeze=LAYER, up to which layers are frozen "
+            "before"
+        )
+    if frozen_epochs and frozen_epochs >= config.fit.epochs:
+        raise UsageError(
+            f"--unfreeze_epoch={frozen_epochs} must be below --epochs={config.fit.epochs}; without it "
+            f"--freeze={freeze} applies to all epochs"
         )
     if config.optimizer.class_weight == config.data.sampling == BALANCED:
         raise UsageError(
@@ -270,22 +304,15 @@ def prepare(
         labels, classes = dataset.train.labels, len(dataset.class_names)
         options["class_weight"] = data.class_weights(labels, classes)
     with context.strategy.scope():
-        model, origin = _build_model(config, dataset, is_new)
+        model, origin, frozen = _build_model(config, dataset, is_new)
+        if frozen and config.model.unfreeze_epoch:
+            # The optimizer and the checkpoints have the state of all variables from the start.
+            frozen.set_trainable(True)
+            options |= {"late": frozen.layers, "start": config.model.unfreeze_epoch * steps}
         rate = optimizers.schedule(config.optimizer, fit.epochs, steps)
         optimizers.compile_model(model, config.optimizer, rate, **options)
-    return Plan(
-        config,
-        dataset,
-        model,
-        rate,
-        steps,
-        context,
-        dtype_policy,
-        xla,
-        norm_batch,
-        deterministic,
-        origin,
-    )
+    how = dtype_policy, xla, norm_batch, deterministic, origin, frozen
+    return Plan(config, dataset, model, rate, steps, context, *how)
 
 
 def _load_data(config: TrainConfig) -> data.Dataset:
@@ -304,16 +331,15 @@ def _load_data(config: TrainConfig) -> data.Dataset:
 
 
 def _build_model(config: TrainConfig, dataset: data.Dataset, is_new: bool) -> tuple:
-    """(the model with its first weights, where these come from as text)."""
+    """(the model with its first weights, where these come from as text, its frozen layers)."""
     model = models.build(config.model.model, dataset.image_shape, len(dataset.class_names))
     origin = ""
     if is_new and config.model.init_from:
         origin = weights.take(model, config.model.init_from, dataset.class_names)
     elif is_new:
         models.adapt(model, dataset.train)
-    if config.model.freeze:
-        transfer.freeze(model, config.model.freeze)
-    return model, origin
+    frozen = transfer.freeze(model, config.model.freeze) if config.model.freeze else None
+    return model, origin, frozen
 
 
 def estimate(config: TrainConfig) -> str:
@@ -343,10 +369,11 @@ def estimate(config: TrainConfig) -> str:
     else:
         memory = tf.config.experimental.get_memory_info(spec.devices[0])["peak"]
     total = seconds * plan.steps_per_epoch * config.fit.epochs
+    at_most = "at most " if config.model.unfreeze_epoch else ""  # The frozen epochs are faster.
     return (
         f"{plan.summary()}\n"
         f"estimate  {seconds:.3g} s a step, {seconds * plan.steps_per_epoch:.3g} s an epoch, "
-        f"{total / 3600:.3g} h in all, without validation"
+        f"{at_most}{total / 3600:.3g} h in all, without validation"
         f"{' and without communication' if spec.replicas > 1 else ''}; "
         f"{memory / 2**30:.2f} GiB of {'memory' if on_cpu else 'each GPU'}"
     )

@@ -45,8 +45,7 @@ class Recorder(keras.callbacks.Callback):
         self._resumed, self._steps = progress, progress.steps
         self._gradient_norm = math.nan
         plan.learning_rate.factor.assign(ROLLBACK_FACTOR**progress.rollbacks)
-        batches = plan.batches(start_step=len(self.history) * plan.config.fit.precise_bn_batches)
-        self._precise_bn_batches = iter(batches)
+        self._precise_bn_batches = plan.precise_bn_batches(len(self.history))
         self._validation = plan.validation()
         self._saved_at = time.perf_counter()
         self._scalars = None
@@ -65,9 +64,9 @@ class Recorder(keras.callbacks.Callback):
         return max(self.history, key=_quality)["epoch"]
 
     def is_finished(self) -> bool:
-        """Whether all epochs are done, or early stopping applies."""
-        fit = self.plan.config.fit
-        waited = self.epochs_done - self.best_epoch()
+        """Whether all epochs are done, or early stopping applies: not before all is trained."""
+        fit, frozen_epochs = self.plan.config.fit, self.plan.config.model.unfreeze_epoch or 0
+        waited = self.epochs_done - max(self.best_epoch(), frozen_epochs)
         return self.epochs_done >= fit.epochs or 0 < fit.early_stopping <= waited
 
     @property
@@ -77,6 +76,9 @@ class Recorder(keras.callbacks.Callback):
         return TrainingProgress(self.history, self._steps, totals, seconds, self.rollbacks)
 
     def on_epoch_begin(self, epoch, logs=None):
+        if self.plan.begin_epoch(epoch):
+            # Where normalization was frozen, no batches were read.
+            self._precise_bn_batches = self.plan.precise_bn_batches(epoch)
         resumed, self._resumed = self._resumed, TrainingProgress()
         self._began = time.perf_counter() - resumed.seconds
         self._trained = time.perf_counter()

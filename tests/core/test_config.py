@@ -112,7 +112,7 @@ OTHER = parsed(
     "lr_schedule=cosine warmup_epochs=1 weight_decay=1e-4 label_smoothing=0.1 ema=0.5 "
     "class_weight=balanced sampling=balanced "
     "global_clipnorm=1 dtype_policy=float64 norm_batch=8 init_from=elsewhere freeze=logits "
-    "deterministic"
+    "unfreeze_epoch=5 deterministic"
 )
 SAME = parsed(
     "run_dir=elsewhere export=false data_dir=elsewhere cache_dir=elsewhere max_bad_share=0.5 "

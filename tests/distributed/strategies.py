@@ -96,6 +96,9 @@ RUNS |= {
     "groups": GROUPS,
     "groups, float32": SGD | FLOAT32 | GROUPS,
     "groups, all at once": RUNS["all at once"] | GROUPS | {"batch_size": 96},
+    "groups, unfrozen": RUNS["all at once"]
+    | GROUPS
+    | {"optimizer": "adamw", "batch_size": 96, "freeze": "stage0_relu", "unfreeze_epoch": 1},
     # 48 or 49 images.
     "each replica by itself": SGD | {"batch_size": 97, "norm_batch": "auto"},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
@@ -142,13 +145,14 @@ def train(name: str, config: TrainConfig, context: strategy.DistributedContext) 
     plan = prepare(config.replace(**BASE | (RUNS | LARGE)[name]), context)
     model, config = plan.model, plan.config
     recording, disabled = Recording(context), name in LARGE and "dropout" not in name
+    phases = keras.callbacks.LambdaCallback(lambda epoch, logs: plan.begin_epoch(epoch))
     with without_dropout(model.logits_model) if disabled else contextlib.nullcontext():
         history = model.fit(
             plan.batches(0),
             epochs=config.fit.epochs,
             validation_data=plan.validation(),
             validation_freq=config.fit.epochs,
-            callbacks=[recording],
+            callbacks=[recording, phases],
             verbose=0,
         ).history
     found = recording.found | state(model, context)

@@ -20,7 +20,7 @@ from tests.distributed.test_rendezvous import free_addresses
 COMPARED = [
     *("adam", "sgd float32", "uneven batches", "all at once", "last batch of one"),
     *("last batch of two", "clipnorm", "mixed_float16", "class_weight", "normalization"),
-    *("groups", "groups, float32", "groups, all at once"),
+    *("groups", "groups, float32", "groups, all at once", "groups, unfrozen"),
 ]
 ALL = [name for name in CASES if name not in LARGE | ROUNDING]
 # {strategy: cases}; what takes minutes is left to `-m slow`.
@@ -30,7 +30,7 @@ PLANS = {
         "mirrored 2": [*COMPARED, "dropout", "each replica by itself", "masks", "outside"],
         "2 workers": [
             *("adam", "uneven batches", "all at once", "mixed_float16"),
-            *("groups, all at once", "each replica by itself"),
+            *("groups, all at once", "groups, unfrozen", "each replica by itself"),
         ],
     },
     "all": dict.fromkeys(STRATEGIES, ALL),

@@ -48,6 +48,8 @@ SMALL = {"model": "tiny_drop", "image_size": 8, "augment": "crop(1)|flip|mixup(0
 CASES = {
     "tiny": SMALL,
     "tiny, 2 replicas": SMALL | {"replicas": 2, "accumulate_steps": 2, "steps_per_execution": 2},
+    "tiny, 2 replicas, unfrozen": SMALL
+    | {"replicas": 2, "accumulate_steps": 2, "freeze": "stage0_relu", "unfreeze_epoch": 1},
     "resnet20": {"model": "resnet20"},
     "resnet20, 2 replicas": {"model": "resnet20", "replicas": 2},
     "vgg_bn_drop": {"model": "vgg_bn_drop"},

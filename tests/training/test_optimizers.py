@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_cifar import models
 from keras_cifar.core.config import OptimizerConfig
 from keras_cifar.core.errors import UsageError
 from keras_cifar.models import classifier, layers
@@ -108,8 +109,8 @@ def test_warmup_may_fill_all_but_the_last_step():
 # ---- Optimizers
 
 
-def model(epochs=10, **flags) -> classifier.Classifier:
-    """A compiled network of two kernels, two biases and BN."""
+def model(epochs=10, start=0, **flags) -> classifier.Classifier:
+    """A compiled network of two kernels, two biases and BN; two layers are frozen before `start`."""
     keras.utils.set_random_seed(0)
     images, x = classifier.image_input((4, 4, 3))
     x = layers.conv_norm(x, 4, 3, name="conv", bias=True)
@@ -118,7 +119,8 @@ def model(epochs=10, **flags) -> classifier.Classifier:
     built = classifier.Classifier.build_from(images, logits, "model")
     config = OptimizerConfig(**flags)
     rate = optimizers.schedule(config, epochs, 10)
-    optimizers.compile_model(built, config, rate, jit_compile=False)
+    late = [built.get_layer(name) for name in ("conv_conv", "conv_bn")] if start else []
+    optimizers.compile_model(built, config, rate, late, start, jit_compile=False)
     return built
 
 
@@ -177,7 +179,28 @@ def test_rates_fall_from_the_last_layer_to_the_first(name):
 def test_rates_of_a_network_whose_first_layers_are_frozen():
     network = model()
     network.get_layer("conv_conv").trainable = False
-    assert optimizers.rate_factors(network.logits_model, 0.9, 1.0) == [0.9**6] * 2 + [1.0] * 2
+    assert optimizers.rate_factors(network, 0.9, 1.0) == [0.9**6] * 2 + [1.0] * 2
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_corrects_the_moments_of_unfrozen_layers_from_their_own_start(name):
+    """Without it their first step would be three times as long, and later ones six times."""
+    for iterations in (20, 18):  # fewer where loss scaling skipped steps
+        network = model(optimizer=name, learning_rate=0.01, start=20)
+        network.optimizer.iterations.assign(iterations)
+        for path, (before, after) in move(network, gradient=1.0).items():
+            # The moments of the last layer are those of a first step too, but it is step 21 or 19.
+            correction = (1 - 0.999 ** (iterations + 1)) ** 0.5 / (1 - 0.9 ** (iterations + 1))
+            factor = 0.1 / 0.001**0.5 * correction if path.startswith("logits") else 1
+            np.testing.assert_allclose(before - after, 0.01 * factor, rtol=1e-3, err_msg=path)
+
+
+def test_rates_of_a_network_with_auxiliary_classifiers():
+    """Their variables are the last of the model's, and not of the layers'."""
+    network = models.build("googlenet", (32, 32, 3), 3)
+    factors = optimizers.rate_factors(network, 1.0, 10.0)
+    variables = zip(network.trainable_variables, factors, strict=True)
+    assert {v.path for v, factor in variables if factor != 1} == {"logits/kernel", "logits/bias"}
 
 
 def test_decay_of_adamw_follows_the_rate_of_each_layer():

@@ -160,7 +160,10 @@ def test_a_damaged_file_stops_the_run_in_one_line_or_is_skipped_and_listed(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [(1, 2), (2, 1)])
-def test_a_run_in_groups_resumes_on_other_devices_to_the_same_end(tmp_path, image_folder, replicas):
+@pytest.mark.parametrize("own", [[], ["--freeze=stage1_block0_add", "--unfreeze_epoch=1"]])
+def test_a_run_in_groups_resumes_on_other_devices_to_the_same_end(
+    tmp_path, image_folder, replicas, own
+):
     """The replicas' 8 images are two groups of 4. A process can have one MirroredStrategy only."""
     flags = [
         "--model=resnet20",
@@ -177,11 +180,12 @@ def test_a_run_in_groups_resumes_on_other_devices_to_the_same_end(tmp_path, imag
         "keras_cifar.train",
         f"--data=folder:{image_folder}",
         *flags,
+        *own,
     ]
 
     def start(name: str, count: int) -> subprocess.Popen:
-        own = [f"--run_dir={tmp_path / name}", f"--replicas={count}"]
-        return subprocess.Popen([*command, *own], stdout=subprocess.PIPE, text=True)
+        where = [f"--run_dir={tmp_path / name}", f"--replicas={count}"]
+        return subprocess.Popen([*command, *where], stdout=subprocess.PIPE, text=True)
 
     with start("whole", 1) as whole:
         whole.communicate()
