@@ -41,6 +41,7 @@ class Run:
         self.checkpoint = self.path / "checkpoint"
         self.model = self.path / "model.keras"
         self.skipped = self.path / "skipped.csv"
+        self.samples = self.path / "samples.png"
         self.history = self.path / "history.csv"
         self.curves = self.path / "curves.png"
         self.tensorboard = self.path / "tensorboard"

@@ -16,7 +16,14 @@ from keras_cifar.core import files
 from keras_cifar.core.errors import UsageError, UserError, check_directory, one_line, reason
 from keras_cifar.core.image_size import STRETCH
 from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
-from keras_cifar.data.images import MAX_FILE, SUFFIXES, ImageError, load_image, resize_each
+from keras_cifar.data.images import (
+    MAX_FILE,
+    SUFFIXES,
+    ImageError,
+    load_image,
+    resize_each,
+    stored_size,
+)
 from keras_cifar.data.splits import BadImages, Skipped, Split, Splits, check_class_name
 
 SPLIT_FOLDERS = {  # name of a folder -> split
@@ -25,6 +32,8 @@ SPLIT_FOLDERS = {  # name of a folder -> split
 TEST_SHARE = 10  # one file in so many, where there is no test folder
 
 SAMPLE = 64  # files of a split whose contents are part of its cache key; `_state` is of all
+
+SIZED = 256  # files of train whose sizes are read where images are resized
 
 # Mean bytes of a file, below which threads mostly wait for Python's lock: two took 1.3 times as long
 # as one for 32 x 32 pixels, and half as long for 256 x 256.
@@ -63,6 +72,7 @@ def load(
             raise UserError(f"{root} has no training images: it has too few to split")
 
     resize, splits, skipped = rule if size else None, {}, []
+    file_sizes: tuple[tuple[int, int], ...] = ()
     for split in ("train", *sorted(found.keys() - {"train"})):  # The size is that of train.
         source = _Files(found[split], names, f"{root} {split}", bad_images)
         if in_files and split == "train":
@@ -70,10 +80,11 @@ def load(
         else:
             splits[split] = _read(source, size, resize, cache)
         skipped += [Skipped(split, source.paths[row], why) for row, why in source.invalid.items()]
+        if resize and split == "train":
+            file_sizes = source.sizes()
         size = splits[split].image_shape[:2]
-    return Splits(
-        splits["train"], splits.get("val"), splits["test"], names, str(root), tuple(skipped)
-    )
+    train, val, test = splits["train"], splits.get("val"), splits["test"]
+    return Splits(train, val, test, names, str(root), tuple(skipped), file_sizes)
 
 
 def _classes(folder: str) -> dict[str, list[str]]:
@@ -234,6 +245,14 @@ class _Files:
         )
         joined = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
         return np.frombuffer(joined, np.uint8).reshape(-1, 16)
+
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of files that are evenly spread over all, by their headers."""
+        rows, found = np.linspace(0, len(self.paths) - 1, SIZED).astype(int), []
+        for row in np.setdiff1d(rows, list(self.invalid)):
+            with contextlib.suppress(ImageError):
+                found.append(stored_size(self.paths[row]))
+        return tuple(found)
 
     def key(self) -> str:
         """A hash that tells whether these files were decoded before, wherever they are."""

@@ -145,6 +145,18 @@ def load_image(
         raise ImageError(reason(error)) from None
 
 
+def stored_size(path: str | pathlib.Path) -> tuple[int, int]:
+    """(height, width) of an image file by its header alone, before its EXIF orientation.
+
+    An ImageError says why there is none.
+    """
+    try:
+        with open_file(path) as file, Image.open(file, formats=tuple(FORMATS)) as image:
+            return image.height, image.width
+    except Exception as error:  # as in `load_image`
+        raise ImageError(reason(error)) from None
+
+
 def resize_each(images: list[np.ndarray], size: tuple[int, int], rule: str = STRETCH) -> np.ndarray:
     """`resize_images` of images of any sizes, those of one size together.
 

@@ -126,6 +126,8 @@ class Splits:
     class_names: tuple[str, ...]
     where: str  # for messages
     skipped: tuple[Skipped, ...] = ()
+    # (height, width) of some files of train, before they were resized.
+    file_sizes: tuple[tuple[int, int], ...] = ()
 
 
 class Dataset(Splits):
@@ -180,7 +182,9 @@ def finish(splits: Splits, val_fraction: float, seed: int) -> Dataset:
             )
         val = train.take(np.flatnonzero(held_out)).decoded()
         train = train.take(np.flatnonzero(~held_out))
-    return Dataset(train, val, test, splits.class_names, splits.where, splits.skipped)
+    return Dataset(
+        train, val, test, splits.class_names, splits.where, splits.skipped, splits.file_sizes
+    )
 
 
 def check_class_name(name: str, where: str) -> None:

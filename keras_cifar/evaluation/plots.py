@@ -12,6 +12,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 
 from keras_cifar.core.errors import one_line
 from keras_cifar.core.files import replacing
@@ -19,7 +20,12 @@ from keras_cifar.core.files import replacing
 MAX_NUMBERED = 20  # classes of a confusion matrix with a number in each cell
 MAX_NAMED = 120  # classes of a confusion matrix with names at its sides
 MAX_NAME = 20  # letters of such a name
+MAX_MIXED = 15  # letters of a name with its share
 MAX_MARKED = 30  # epochs of a curve with a marker at each
+
+DPI = 110  # pixels an inch of a PNG
+MAX_SAMPLES, COLUMNS = 24, 6  # training images of a picture, and how many side by side
+TILE, GAP = 128, 24  # pixels of the longer side of such an image, at most, and around it
 
 SMALL = (4.3, 2.8)  # inches of a chart that is readable on a phone
 CURVES = (("", "--", "train"), ("val_", "-", "validation"))
@@ -45,6 +51,52 @@ styled = matplotlib.rc_context(
         "svg.hashsalt": "keras_cifar",
     }
 )
+
+
+# ---- Training images
+
+
+@styled
+def samples(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Training images, uint8 [N, H, W, 3], each above its class or its classes.
+
+    `labels`, float32 [N, K], are one-hot or mixed: the two largest shares are named.
+    """
+    tiles = [_tile(pixels) for pixels in images]
+    tall, wide, _ = tiles[0].shape
+    columns = min(len(tiles), COLUMNS)
+    height, width = tall + 2 * GAP, TILE + GAP  # of a tile with its names
+    shape = -(-len(tiles) // columns) * height, columns * width
+    canvas = np.full((*shape, 3), 255, np.uint8)
+    figure = Figure((shape[1] / DPI, shape[0] / DPI), dpi=DPI)
+    for number, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
+        row, column = divmod(number, columns)
+        top, left = row * height + GAP // 2, column * width + (width - wide) // 2
+        canvas[top : top + tall, left : left + wide] = tile
+        place = (column + 0.5) / columns, 1 - (top + tall + 2) / shape[0]
+        text = _classes(label, class_names)
+        figure.text(*place, text, ha="center", va="top", fontsize=7, linespacing=1)
+    figure.figimage(canvas)  # a pixel becomes a pixel; that of axes would be interpolated
+    return figure
+
+
+def _tile(pixels: np.ndarray) -> np.ndarray:
+    """A small image with each pixel enlarged by a whole factor, a large one made smaller."""
+    factor = TILE // max(pixels.shape[:2])
+    if factor:
+        return pixels.repeat(factor, 0).repeat(factor, 1)
+    image = Image.fromarray(pixels)
+    image.thumbnail((TILE, TILE))
+    return np.asarray(image)
+
+
+def _classes(label: np.ndarray, names: Sequence[str]) -> str:
+    """The class of a label, or of a mixed one the two with the largest shares, as text."""
+    first, *rest = np.argsort(-label, kind="stable")[:2]
+    if not rest or label[rest[0]] < 0.05:  # which would be 0.0
+        return _shortened(names[first])
+    shares = (f"{_shortened(names[i], MAX_MIXED)} {label[i]:.1f}" for i in (first, *rest))
+    return "\n+ ".join(shares)
 
 
 # ---- Metrics over the epochs
@@ -130,8 +182,7 @@ def confusion(matrix: list[list[int]], class_names: Sequence[str]) -> Figure:
     figure = Figure((length, length), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap=HEAT, vmin=0, vmax=1, interpolation="none")
-    names = [one_line(name) for name in class_names] if classes <= MAX_NAMED else []
-    names = [x if len(x) <= MAX_NAME else f"{x[: MAX_NAME - 1]}…" for x in names]
+    names = [_shortened(name) for name in class_names] if classes <= MAX_NAMED else []
     style = {"fontsize": size, "ha": "right", "va": "center", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(names)), names, rotation=90, **style)
     axes.set_yticks(range(len(names)), names, **style)
@@ -142,6 +193,11 @@ def confusion(matrix: list[list[int]], class_names: Sequence[str]) -> Figure:
             colour = "white" if shares[row, column] > 0.6 else TEXT
             axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     return figure
+
+
+def _shortened(name: str, letters: int = MAX_NAME) -> str:
+    name = one_line(name)
+    return name if len(name) <= letters else f"{name[: letters - 1]}…"
 
 
 @styled
@@ -188,7 +244,7 @@ def gallery(images: dict[str, np.ndarray]) -> Figure:
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure as PNG."""
     with replacing(path) as temporary:
-        _write(figure, temporary, dpi=110)
+        _write(figure, temporary, dpi=DPI)
 
 
 @styled

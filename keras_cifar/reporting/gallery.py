@@ -1,8 +1,5 @@
 """The images of a report: mistakes under Grad-CAM, and an image under disturbances."""
 
-import base64
-import io
-
 import keras
 import numpy as np
 from PIL import Image
@@ -14,7 +11,7 @@ from keras_cifar.data import Split
 from keras_cifar.evaluation import disturbances, evaluator, grad_cam
 from keras_cifar.evaluation.evaluator import DataSource
 from keras_cifar.reporting.page import Gallery
-from keras_cifar.reporting.record import Record
+from keras_cifar.reporting.record import Record, data_url
 
 MISTAKES = 24  # on a page
 SHOWN = 3  # of the most probable classes
@@ -81,7 +78,4 @@ def _url(pixels: np.ndarray) -> str:
     """An image uint8 [H, W, 3] as a data: URL."""
     image = Image.fromarray(pixels)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
-    kind = "PNG" if max(image.size) <= MAX_PNG_SIDE else "JPEG"
-    encoded = io.BytesIO()
-    image.save(encoded, kind, optimize=True)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+    return data_url(image, "PNG" if max(image.size) <= MAX_PNG_SIDE else "JPEG")

@@ -1,5 +1,6 @@
 """The contents of a run directory that the report shows. Older runs may lack some of them."""
 
+import base64
 import dataclasses
 import io
 import json
@@ -9,6 +10,7 @@ import shlex
 from collections.abc import Iterable
 
 import numpy as np
+from PIL import Image
 
 from keras_cifar.core.config import DEFAULTS, SPLITS
 from keras_cifar.core.errors import UserError, one_line, reason
@@ -18,6 +20,7 @@ from keras_cifar.core.run_directory import Run
 from keras_cifar.evaluation.metrics import PER_CLASS
 
 MAX_FILE = 2**30  # bytes; the predictions of ImageNet's 50,000 images take 200 MB
+MAX_SAMPLES = 2048  # pixels of a side of samples.png
 
 # Flags that name places of one machine and do not change the result.
 PLACES = ("run_dir", "dry_run", "list_models", "cache_dir", "workers", "worker_index")
@@ -38,6 +41,7 @@ class Record:
     split: str | None  # shown in full: test, or else another evaluated split
     disturbances: dict | None  # the contents of eval/<split>_disturbances.json
     probabilities: np.ndarray | None  # float32 [N, K], the predictions on that split
+    samples: str | None  # samples.png as a data: URL
 
     @property
     def metrics(self) -> dict | None:
@@ -109,7 +113,8 @@ def load(run: Run) -> Record:
         for row in run.read_history()
     ]
     name = run.path.resolve().name or str(run.path)
-    return Record(name, config, history, evaluations, split, disturbances, probabilities)
+    samples = _read(run.samples, _samples)
+    return Record(name, config, history, evaluations, split, disturbances, probabilities, samples)
 
 
 def load_all(runs: list[Run]) -> list[Record]:
@@ -176,6 +181,20 @@ def _disturbances(data: bytes) -> dict:
 def _probabilities(data: bytes) -> np.ndarray:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return arrays["probabilities"]
+
+
+def _samples(data: bytes) -> str:
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        if max(image.size) > MAX_SAMPLES:
+            raise ValueError(f"a side has more than {MAX_SAMPLES:,} pixels")
+        return data_url(image.convert("RGB"), "JPEG")  # a tenth as large where it has photographs
+
+
+def data_url(image: Image.Image, kind: str) -> str:
+    """An image as a data: URL of a file of a kind: PNG or JPEG."""
+    encoded = io.BytesIO()
+    image.save(encoded, kind, optimize=True)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
 def _json(data: bytes) -> dict:

@@ -21,7 +21,9 @@ from keras_cifar import data, models
 from keras_cifar.core import environment
 from keras_cifar.core.config import BALANCED, FitConfig, TrainConfig, canonical
 from keras_cifar.core.errors import UsageError, unknown
+from keras_cifar.core.image_size import CROP
 from keras_cifar.data import augmentation
+from keras_cifar.data.images import covered
 from keras_cifar.distributed import sharding, strategy
 from keras_cifar.distributed.sharding import ReplicaRange, ShardedBatches
 from keras_cifar.distributed.strategy import DistributedContext
@@ -69,7 +71,9 @@ class Plan:
     origin: str
     frozen: FrozenLayers | None
 
-    def shards(self, replicas: ReplicaRange, start_step: int) -> tf.data.Dataset:
+    def shards(
+        self, replicas: ReplicaRange, start_step: int, microbatches: int | None = None
+    ) -> tf.data.Dataset:
         """The training data of some replicas from a step of the run on."""
         fit, flags = self.config.fit, self.config.data
         return data.training_batches(
@@ -80,7 +84,7 @@ class Plan:
             fit.seed,
             start_step,
             replicas,
-            fit.accumulate_steps,
+            microbatches or fit.accumulate_steps,
             balanced=flags.sampling == BALANCED,
         )
 
@@ -100,6 +104,14 @@ class Plan:
             return False
         self.model.update_trainable()
         return True
+
+    def first_examples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Up to `count` examples of the first batch: (uint8 [n, H, W, 3], float32 [n, K])."""
+        # A shard, which is the same for any number of replicas: the batches that the pipeline reads
+        # ahead would take many times as long.
+        total = max(1, self.config.fit.batch_size // count)
+        images, labels = next(iter(self.shards(ReplicaRange(0, 1, total), 0, microbatches=1)))
+        return images.numpy()[:count], labels.numpy()[:count]
 
     def validation(self) -> ShardedBatches | None:
         """Validation batches, split for the replicas; None without a validation split."""
@@ -138,6 +150,7 @@ class Plan:
                 f"{models.count_multiply_adds(network) / 1e6:,.1f} million multiply-adds an image",
                 f"data      {config.data.data}: {counts} images of {width} x {height}{resized}, "
                 f"{len(dataset.class_names)} classes",
+                *describe_sizes(dataset, config.data.rule),
                 *describe_classes(dataset.train.labels, dataset.class_names, config),
                 f"training  {config.fit.epochs} epochs of {self.steps_per_epoch} steps of "
                 f"{config.fit.batch_size} images ({left_out} are left out of each pass), "
@@ -172,24 +185,46 @@ def _describe_shards(fit: FitConfig, replicas: int) -> str:
     return f"{_shard_sizes(fit, replicas)[1]} per replica{each}"
 
 
+def describe_sizes(dataset: data.Dataset, rule: str) -> list[str]:
+    """A line if sizes of the files are known: the smallest, the largest, and how all are resized."""
+    if not dataset.file_sizes:
+        return []
+    by_area, size = sorted(dataset.file_sizes, key=math.prod), dataset.image_shape[:2]
+    ends = dict.fromkeys(map(_by, (by_area[0], by_area[-1])))  # one if they are equal
+    how = f"stretch: all become {_by(size)}, whatever their aspect ratio"
+    if rule == CROP:
+        high, wide = covered(size)
+        scaled = "the short side becomes" if high == wide else f"all are scaled to cover {wide:,} x"
+        how = f"crop: {scaled} {high:,} and the middle {_by(size)} stays"
+    if dataset.train.files is not None:
+        how = f"random parts to {_by(size)} in training; else {how}"
+    return [f"images    {' to '.join(ends)} pixels (of {len(by_area)} sampled), {how}"]
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[1]:,} x {size[0]:,}"
+
+
 def describe_classes(labels: np.ndarray, names: Sequence[str], config: TrainConfig) -> list[str]:
-    """A line if the training images are uneven, or evened out: the classes with fewest and most."""
+    """A line with the classes of fewest and most training images; none for a single class."""
+    if len(names) < 2:
+        return []
     counts = np.bincount(labels, minlength=len(names))
     most = counts.argmax()
     fewest = np.where(counts, counts, counts[most]).argmin()
     if config.data.sampling == BALANCED:
-        remedy = "all are drawn equally often (--sampling balanced)"
+        remedy = "; all are drawn equally often (--sampling balanced)"
     elif config.optimizer.class_weight == BALANCED:
-        remedy = "all count alike in the loss (--class_weight balanced)"
+        remedy = "; all count alike in the loss (--class_weight balanced)"
     elif counts[most] < UNEVEN * counts[fewest]:
-        return []
+        remedy = ""
     else:
-        remedy = "--class_weight balanced or --sampling balanced evens them out"
+        remedy = "; --class_weight balanced or --sampling balanced evens them out"
     images = "image" if counts[fewest] == 1 else "images"
-    return [
-        f"classes   {counts[fewest]:,} {images} of {names[fewest]} to {counts[most]:,} of "
-        f"{names[most]}; {remedy}"
-    ]
+    span = f"{names[fewest]} to {counts[most]:,} of {names[most]}"
+    if counts[fewest] == counts[most]:
+        span = "each"
+    return [f"classes   {counts[fewest]:,} {images} of {span}{remedy}"]
 
 
 def describe_frozen(config: TrainConfig) -> list[str]:

@@ -14,6 +14,7 @@ from keras_cifar.core.errors import StoppedError, UserError, reason
 from keras_cifar.core.files import replacing
 from keras_cifar.core.run_directory import Run
 from keras_cifar.evaluation import plots
+from keras_cifar.reporting.comparison import duration
 from keras_cifar.training import checkpoint
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.plan import Plan
@@ -43,6 +44,7 @@ class Recorder(keras.callbacks.Callback):
         self.plan, self.run, self.signals = plan, run, signals
         self.history, self.rollbacks = list(progress.history), progress.rollbacks
         self._resumed, self._steps = progress, progress.steps
+        self._first = len(self.history)  # the index of the first epoch of this process
         self._gradient_norm = math.nan
         plan.learning_rate.factor.assign(ROLLBACK_FACTOR**progress.rollbacks)
         self._precise_bn_batches = plan.precise_bn_batches(len(self.history))
@@ -118,7 +120,14 @@ class Recorder(keras.callbacks.Callback):
         self._scalars.add(row)
         self._write_history()
         if not sys.stdout.isatty():
-            print(_summary(row, self.plan.config.fit.epochs), flush=True)
+            print(_summary(row, self.plan.config.fit.epochs) + self._time_left(), flush=True)
+
+    def _time_left(self) -> str:
+        """The estimated time of the epochs that remain as text; empty after the last."""
+        if self.is_finished():
+            return ""
+        seconds = np.mean([row["seconds"] for row in self.history[self._first :]])
+        return f", {duration(seconds * (self.plan.config.fit.epochs - self.epochs_done))} left"
 
     def _validate(self, epoch: int, logs: dict) -> dict:
         """Validates and selects the model; appends a row to the history and returns it."""

@@ -3,18 +3,20 @@
 import contextlib
 import csv
 import dataclasses
+import pathlib
 import sys
+from collections.abc import Iterator
 
 import keras
 
 from keras_cifar import data, models
 from keras_cifar.core.config import TrainConfig
-from keras_cifar.core.errors import UserError, reason
+from keras_cifar.core.errors import StoppedError, UserError, reason
 from keras_cifar.core.files import replacing, versions, write_json
 from keras_cifar.core.run_directory import Run, previous_config
 from keras_cifar.distributed import strategy
 from keras_cifar.distributed.strategy import DistributedContext
-from keras_cifar.evaluation import evaluator
+from keras_cifar.evaluation import evaluator, plots
 from keras_cifar.exporters import saved_model, verification
 from keras_cifar.reporting import gallery, page, record
 from keras_cifar.training import checkpoint
@@ -52,6 +54,8 @@ def train(config: TrainConfig, run: Run) -> dict | None:
             if context.is_chief:
                 _write_config(plan, run)
                 print(f"run       {run.path}\n{plan.summary()}", flush=True)
+                if not run.samples.exists():
+                    write_samples(plan, run)
             fit(plan, run, signals)
             _write_skipped(plan, run)  # also what was found in training
         return _finish(plan, run) if context.is_chief else None
@@ -82,14 +86,31 @@ def _finish(plan: Plan, run: Run) -> dict:
     return metrics
 
 
+def write_samples(plan: Plan, run: Run) -> None:
+    """Writes samples.png, a picture of the first training batch as the network sees it."""
+    with _optional(run.samples):
+        images, labels = plan.first_examples(plots.MAX_SAMPLES)
+        plots.save(plots.samples(images, labels, plan.dataset.class_names), run.samples)
+        print(f"samples   {run.samples}: the first batch as the network sees it", flush=True)
+
+
 def write_report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:
-    """Writes the report of a run. It is optional: a failure is printed as a warning."""
-    try:
+    """Writes the report of a run."""
+    with _optional(run.report):
         found = record.load(run)
         examples = gallery.from_model(found, model, dataset.split(found.split))
         page.write(run.report, [found], [examples])
+
+
+@contextlib.contextmanager
+def _optional(path: pathlib.Path) -> Iterator[None]:
+    """Prints a failure to write a file, without which the run is complete, as a warning."""
+    try:
+        yield
+    except StoppedError:
+        raise
     except Exception as error:
-        print(f"warning: {run.report} cannot be written: {reason(error)}", file=sys.stderr)
+        print(f"warning: {path} cannot be written: {reason(error)}", file=sys.stderr, flush=True)
 
 
 def fit(

@@ -62,6 +62,21 @@ def test_train_and_test_come_back_exact(tmp_path):
         np.testing.assert_array_equal(split.labels, labels[order])
 
 
+def test_sizes_of_the_files_are_known_where_they_are_resized(tmp_path, monkeypatch):
+    for index in range(12):
+        write_image(tmp_path / "train" / "a" / f"{index:02}.png", (9, 20) if index < 9 else (30, 8))
+    write_image(tmp_path / "test" / "a" / "0.png", (50, 50))
+    (tmp_path / "train" / "a" / "00.png").write_bytes(b"")
+    skip = data.BadImages(skip=True, max_share=0.5)
+    dataset = load(tmp_path, image_size=8, val_fraction=0.5, bad_images=skip)
+    assert dataset.file_sizes == ((9, 20),) * 8 + ((30, 8),) * 3
+    monkeypatch.setattr(folder, "SIZED", 3)  # of 12: the first is invalid
+    dataset = load(tmp_path, image_size=8, bad_images=skip)
+    assert dataset.file_sizes == ((9, 20), (30, 8))
+    write_folder(tmp_path / "equal", {"train": 12, "test": 6})
+    assert load(tmp_path / "equal", val_fraction=0).file_sizes == ()
+
+
 @pytest.mark.parametrize("name", ["val", "validation", "valid"])
 def test_validation_folder_is_the_validation_split(tmp_path, name):
     write_folder(tmp_path, {"train": 12, "test": 6, name: 9})

@@ -129,3 +129,68 @@ def test_a_gallery_shows_each_image_at_its_place(tmp_path):
 def test_a_gallery_of_any_size(tmp_path, random, shape):
     images = {"a": random.integers(0, 256, (6, *shape, 3), np.uint8)}
     assert pixels(plots.gallery(images), tmp_path).std() > 0
+
+
+def place(picture: np.ndarray, tile: np.ndarray) -> tuple[int, int]:
+    """(row, column) where a picture shows a tile, pixel for pixel."""
+    same = np.ones(np.subtract(picture.shape[:2], tile.shape[:2]) + 1, bool)
+    for row, column in ((0, 0), (5, 9), (-1, -1)):  # few positions pass
+        row, column = row % len(tile), column % tile.shape[1]
+        part = picture[row : row + same.shape[0], column : column + same.shape[1]]
+        same &= (part == tile[row, column]).all(-1)
+    height, width = tile.shape[:2]
+    (found,) = (
+        (y, x)
+        for y, x in np.argwhere(same)
+        if np.array_equal(picture[y : y + height, x : x + width], tile)
+    )
+    return found
+
+
+@pytest.mark.parametrize(("shape", "factor"), [((32, 32), 4), ((20, 48), 2), ((100, 128), 1)])
+def test_samples_are_enlarged_by_a_whole_factor(tmp_path, random, shape, factor):
+    images = random.integers(0, 256, (8, *shape, 3), np.uint8)
+    figure = plots.samples(images, np.eye(3)[np.arange(8) % 3], ("ape", "$x^{ \\frac$", "a" * 255))
+    picture = pixels(figure, tmp_path)
+    tiles = [image.repeat(factor, 0).repeat(factor, 1) for image in images]
+    places = [place(picture, tile) for tile in tiles]
+    assert places == sorted(places)  # from left to right, then from top to bottom
+    assert len({row for row, _ in places}) == 2
+    names = ["ape", "$x^{ \\frac$", "a" * 19 + "…"]
+    assert [text.get_text() for text in figure.texts] == [names[i % 3] for i in range(8)]
+    for (row, column), text in zip(places, figure.texts, strict=True):  # each below its image
+        x, y = np.multiply(text.get_position(), picture.shape[1::-1])
+        assert abs(x - column - tiles[0].shape[1] / 2) < 1
+        assert 0 < picture.shape[0] - y - row - len(tiles[0]) < 5
+
+
+def test_large_samples_are_made_smaller(tmp_path):
+    images = np.zeros((2, 300, 600, 3), np.uint8)
+    images[0, :, :300], images[1, :, 300:] = (250, 0, 0), (0, 0, 250)
+    picture = pixels(plots.samples(images, np.eye(2), ("ape", "bee")), tmp_path)
+    assert picture.size < images.size / 4
+    for colour in ((250, 0, 0), (0, 0, 250)):
+        rows, columns = np.nonzero((picture == colour).all(-1))
+        assert abs(np.ptp(rows) - 64) < 3
+        assert abs(np.ptp(columns) - 64) < 5
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        ([0, 1, 0], "bee"),
+        ([0.3, 0.0, 0.7], "cow 0.7\n+ ape 0.3"),
+        ([0.5, 0.3, 0.2], "ape 0.5\n+ bee 0.3"),
+        ([0.96, 0.04, 0], "ape"),
+    ],
+)
+def test_samples_name_the_two_largest_shares(label, text):
+    image = np.zeros((1, 4, 4, 3), np.uint8)
+    (found,) = plots.samples(image, np.array([label], np.float32), ("ape", "bee", "cow")).texts
+    assert found.get_text() == text
+
+
+@pytest.mark.parametrize(("shape", "count"), [((1, 1), 1), ((3, 200), 24), ((200, 3), 7)])
+def test_samples_of_any_size_and_name(tmp_path, shape, count):
+    images, labels = np.zeros((count, *shape, 3), np.uint8), np.ones((count, 1), np.float32)
+    assert pixels(plots.samples(images, labels, ("日本 \ud800\n",)), tmp_path).std() > 0

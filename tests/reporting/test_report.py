@@ -1,6 +1,8 @@
 """The report shows what any run directory holds, and no text of a run becomes markup."""
 
+import base64
 import html.parser
+import io
 import json
 import re
 import shlex
@@ -8,6 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from keras_cifar import report
 from keras_cifar.core import cli
@@ -261,11 +264,31 @@ def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path):
 # ---- Images
 
 
+def test_the_training_images_are_shown_where_there_is_a_picture(run):
+    assert "Training images" not in render(run)
+    images = np.zeros((24, 128, 128, 3), np.uint8)
+    images[:] = np.random.default_rng(0).integers(0, 256, (24, 1, 1, 3))
+    plots.save(plots.samples(images, np.eye(3)[[0] * 24], NAMES), run.samples)
+    text = render(run)
+    document = Document(text)
+    assert "run1-samples" in document.ids
+    assert {"href": "#run1-samples"} in document.elements["a"]
+    (image,) = document.elements["img"]
+    kind, _, encoded = image["src"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    assert len(encoded) < 100_000
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as shown, Image.open(run.samples) as png:
+        difference = np.subtract(shown, png.convert("RGB"), dtype=int)
+    assert np.abs(difference).mean() < 2
+    assert len(Document(render(run, Run(run.path))).elements["img"]) == 2
+
+
 @pytest.fixture(scope="module")
 def evaluated(trained_run, tmp_path_factory) -> Run:
     """A copy of `trained_run` with mistakes in its evaluation."""
     run = Run(shutil.copytree(trained_run.path, tmp_path_factory.mktemp("evaluated") / "run"))
     run.disturbances("test").unlink(missing_ok=True)
+    run.samples.unlink()
     config = run.read_config()
     test = load_data(config, "test").test
     probabilities = predict(load_model(run.model), test)
@@ -364,6 +387,7 @@ MISTAKE = {"row": 0, "true": "ape", "predicted": "bee", "probability": 1, "true_
         ("eval/test.npz", "no archive"),
         ("eval/test_disturbances.json", "[]"),
         ("eval/test_disturbances.json", {"clean_accuracy": []}),
+        ("samples.png", "no image"),
         ("history.csv", "loss\n1\n"),
         ("config.json", {"versions": "x"}),
         ("config.json", {"parameter_count": "<b>"}),

@@ -1,11 +1,19 @@
-"""Whose statistics normalize a batch, by --norm_batch, and what the first lines say about classes."""
+"""Whose statistics normalize a batch, by --norm_batch, and what the first lines say about the data."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 
 from keras_cifar.core.config import FitConfig, TrainConfig
 from keras_cifar.core.errors import UsageError
-from keras_cifar.training.plan import check_names, choose_norm_batch, describe_classes
+from keras_cifar.data import Dataset, Split
+from keras_cifar.training.plan import (
+    check_names,
+    choose_norm_batch,
+    describe_classes,
+    describe_sizes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -65,14 +73,59 @@ def test_a_wrong_value_is_refused_in_one_line(value):
         FitConfig(norm_batch=value)
 
 
+# ---- Sizes of the files
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size", "rule", "lines"),
+    [
+        ((), (224, 224), "crop", []),
+        (
+            ((3024, 4032), (600, 400), (120, 213)),
+            (224, 224),
+            "crop",
+            [
+                "images    213 x 120 to 4,032 x 3,024 pixels (of 3 sampled), crop: the short side "
+                "becomes 256 and the middle 224 x 224 stays"
+            ],
+        ),
+        (
+            ((500, 375), (500, 375)),
+            (96, 128),
+            "crop",
+            [
+                "images    375 x 500 pixels (of 2 sampled), crop: all are scaled to cover 146 x 110 "
+                "and the middle 128 x 96 stays"
+            ],
+        ),
+        (
+            ((20, 90), (40, 30)),
+            (32, 48),
+            "stretch",
+            [
+                "images    30 x 40 to 90 x 20 pixels (of 2 sampled), stretch: all become 48 x 32, "
+                "whatever their aspect ratio"
+            ],
+        ),
+    ],
+)
+def test_first_lines_tell_the_sizes_of_the_files_and_what_becomes_of_them(sizes, size, rule, lines):
+    split = Split(np.zeros((1, *size, 3), np.uint8), np.zeros(1, np.int64))
+    assert describe_sizes(Dataset(split, None, split, ("a",), "", (), sizes), rule) == lines
+    in_files = Dataset(dataclasses.replace(split, files=True), None, split, ("a",), "", (), sizes)
+    assert ["in training; else" in line for line in describe_sizes(in_files, rule)] == [True] * len(
+        lines
+    )
+
+
 # ---- Uneven classes
 
 
 @pytest.mark.parametrize(
     ("counts", "flags", "lines"),
     [
-        ((1000, 1000, 1000), {}, []),
-        ((10, 14, 12), {}, []),
+        ((5000, 5000, 5000), {}, ["classes   5,000 images of each"]),
+        ((10, 14, 12), {}, ["classes   10 images of a to 14 of b"]),
         (
             (15, 10, 12),
             {},
@@ -100,18 +153,14 @@ def test_a_wrong_value_is_refused_in_one_line(value):
         (
             (10, 10, 10),
             {"class_weight": "balanced"},
-            [
-                "classes   10 images of a to 10 of a; all count alike in the loss "
-                "(--class_weight balanced)"
-            ],
+            ["classes   10 images of each; all count alike in the loss (--class_weight balanced)"],
         ),
     ],
 )
-def test_first_lines_name_the_smallest_and_the_largest_class_where_they_differ(
-    counts, flags, lines
-):
+def test_first_lines_name_the_smallest_and_the_largest_class(counts, flags, lines):
     labels, config = np.repeat(range(3), counts), TrainConfig.from_flags(**flags)
     assert describe_classes(labels, ("a", "b", "c"), config) == lines
+    assert describe_classes(labels[:1], ("a",), config) == []
 
 
 def test_fixed_averages_need_weights_that_have_some():

@@ -41,7 +41,8 @@ FLAGS = {
 
 @pytest.fixture(autouse=True)
 def quick_plots(monkeypatch):
-    """Curves take as long to draw as an epoch takes to train."""
+    """Plots take as long to draw as an epoch takes to train."""
+    monkeypatch.setattr(trainer, "write_samples", lambda plan, run: None)
     monkeypatch.setattr(recorder.plots, "curves", lambda histories: None)
     monkeypatch.setattr(recorder.plots, "save", lambda figure, path: path.write_bytes(b""))
 
@@ -342,6 +343,19 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, image_folder):
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="is not a run directory"):
         train_to(tmp_path / "file", image_folder)
+
+
+def test_the_time_left_is_estimated_by_the_epochs_of_this_process(
+    tmp_path, image_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(recorder, "duration", lambda seconds: f"{seconds:.4f} s")
+    with signalled(monkeypatch, "on_train_batch_end", 8), pytest.raises(StoppedError):
+        fit_to(tmp_path / "run", image_folder, epochs=4)
+    run = fit_to(tmp_path / "run", image_folder, epochs=4)
+    ends = re.findall(r"^epoch \d.* images/s  \d+ s(.*)$", capsys.readouterr().out, re.M)
+    first, second, third, _ = (row["seconds"] for row in run.read_history())
+    left = (3 * first, 2 * second, (second + third) / 2)
+    assert ends == [*(f", {seconds:.4f} s left" for seconds in left), ""]
 
 
 # ---- Full disks

@@ -1,12 +1,15 @@
 """Whole runs: what is written, which model is selected, resuming, and how a run fails."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,15 +19,17 @@ from PIL import Image
 from keras_cifar import data, evaluate, export, models, train
 from keras_cifar.core import cli
 from keras_cifar.core.config import FLAGS, TrainConfig
-from keras_cifar.core.errors import UsageError, UserError
+from keras_cifar.core.errors import StoppedError, UsageError, UserError
 from keras_cifar.core.files import versions
 from keras_cifar.core.run_directory import Run, default_run_dir
-from keras_cifar.evaluation import evaluator
+from keras_cifar.distributed.sharding import ReplicaRange
+from keras_cifar.evaluation import evaluator, plots
 from keras_cifar.models import applications
 from keras_cifar.training import checkpoint, recorder, trainer
 from keras_cifar.training.plan import prepare
 from tests.conftest import write_folder
-from tests.training.kills import scalars
+from tests.evaluation.test_plots import place
+from tests.training.kills import scalars, trained
 
 
 def config(folder, **flags) -> TrainConfig:
@@ -67,8 +72,9 @@ def test_the_run_directory_is_the_contract(trained_run):
     rows = trained_run.read_history()
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert {"loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"} <= set(rows[0])
-    with Image.open(trained_run.curves) as image:
-        assert image.format == "PNG"
+    for path in (trained_run.curves, trained_run.samples):
+        with Image.open(path) as image:
+            assert image.format == "PNG"
     assert (trained_run.export / "1" / "saved_model.pb").exists()
     logged = {(folder, tag, step): value for folder, tag, step, value in scalars(trained_run)}
     for step, row in enumerate(rows):
@@ -95,6 +101,50 @@ def test_the_averaged_weights_of_the_best_epoch_are_validated_and_saved(tmp_path
     probabilities = evaluator.predict(models.load(run.model), val)
     loss = -np.log(probabilities[np.arange(len(val)), val.labels]).mean()
     assert loss == pytest.approx(best["val_loss"], rel=1e-4)
+
+
+# ---- The picture of the first batch
+
+
+def test_the_picture_shows_the_first_batch_and_training_is_the_same_without_it(
+    tmp_path, image_folder, monkeypatch, capsys
+):
+    flags = {"augment": "crop(4)|flip|mixup(1.0)", "batch_size": 32, "epochs": 1}
+    run = train_to(tmp_path / "run", image_folder, **flags)
+    assert f"\nsamples   {run.samples}: the first batch" in capsys.readouterr().out
+    with Image.open(run.samples) as image:
+        picture = np.asarray(image.convert("RGB"))
+    batch, _ = next(iter(prepare(config(image_folder, **flags)).batches(0)))
+    places = [place(picture, pixels.repeat(8, 0).repeat(8, 1)) for pixels in batch.numpy()[:24]]
+    assert places == sorted(set(places))
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots, "samples", fail)
+    without = train_to(tmp_path / "without", image_folder, **flags)
+    expected = f"warning: {without.samples} cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == expected
+    assert not without.samples.exists()
+    assert trained(without) == trained(run)
+
+
+@pytest.mark.parametrize("count", [5, 24, 99])
+def test_the_picture_is_of_the_whole_batch(image_folder, count):
+    plan = prepare(config(image_folder, batch_size=48, accumulate_steps=12, augment="mixup(1.0)"))
+    shards = itertools.islice(plan.shards(ReplicaRange(0, 2, 2), 0), 24)
+    for part, found in zip(zip(*shards, strict=True), plan.first_examples(count), strict=True):
+        np.testing.assert_array_equal(found, np.concatenate(part)[:count])
+
+
+def test_a_signal_while_the_picture_is_made_stops_the_run(tmp_path, image_folder, monkeypatch):
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)  # Python hears it
+
+    monkeypatch.setattr(plots, "samples", signalled)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM"):
+        train_to(tmp_path / "run", image_folder)
 
 
 # ---- Each flag does something
@@ -155,9 +205,10 @@ def test_early_stopping_ends_the_run(tmp_path, image_folder):
 
 
 def test_a_finished_run_is_not_trained_again(copied_run, image_folder, capsys):
-    before = copied_run.model.read_bytes()
+    before, picture = copied_run.model.read_bytes(), copied_run.samples.stat().st_mtime_ns
     trainer.train(config(image_folder, epochs=3, augment="crop(2)|flip"), copied_run)
     assert copied_run.model.read_bytes() == before
+    assert copied_run.samples.stat().st_mtime_ns == picture
     assert versions(copied_run.export) == [1]
     assert "resuming from epoch 3 of 3" in capsys.readouterr().out
 
@@ -277,8 +328,19 @@ def test_dry_run_describes_the_run_and_writes_nothing(tmp_path, image_folder, ca
     parameters = models.count_parameters(models.build("lenet5", (16, 16, 3), 3))
     assert f"lenet5: {parameters:,} parameters" in output
     assert "10 epochs of 5 steps of 16 images (7 are left out of each pass)" in output
+    assert "classes   29 images of each" in output
+    assert "\nimages " not in output  # all have one size
     assert "strategy none" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_first_lines_tell_the_sizes_of_the_files(tmp_path, capsys):
+    write_folder(tmp_path / "images", {"train": 40, "test": 8}, side=90)
+    write_folder(tmp_path / "images", {"train": 20}, side=300)
+    argv = ("--model=lenet5", "--image_size=80", "--dry_run")
+    assert train_command(tmp_path / "run", tmp_path / "images", *argv) == 0
+    line = "images    90 x 90 to 300 x 300 pixels (of 40 sampled), crop: the short side becomes 91 "
+    assert f"\n{line}and the middle 80 x 80 stays\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
