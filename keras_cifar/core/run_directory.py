@@ -155,6 +155,16 @@ def default_run_dir(config: TrainConfig) -> str:
     return f"runs/{config.model.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def with_its_rule(config: TrainConfig, run: Run) -> TrainConfig:
+    """The configuration with the --resize of the run in this directory, if its own is `auto`.
+
+    So the command of a run that began before there was --resize, when all stretched, resumes it.
+    """
+    if config.data.resize != "auto" or not run.config.exists():
+        return config
+    return config.replace(resize=run.read_config()["flags"]["resize"])
+
+
 def previous_config(config: TrainConfig, run: Run) -> dict | None:
     """The config.json of this run directory; None if it is new.
 

@@ -8,7 +8,7 @@ import keras
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError
 from keras_cifar.core.files import versions, write_json
-from keras_cifar.core.run_directory import Run, previous_config
+from keras_cifar.core.run_directory import Run, previous_config, with_its_rule
 from keras_cifar.distributed import strategy
 from keras_cifar.training import trainer
 
@@ -32,7 +32,8 @@ def train(config: TrainConfig, run: Run) -> dict:
             f"--run_dir={run.path} holds a single run, not runs of --seeds; choose another"
         )
     seeds = range(config.fit.seed, config.fit.seed + config.fit.seeds)
-    configs = {seed: config.replace(seed=seed, seeds=0) for seed in seeds}
+    one_run = {seed: config.replace(seed=seed, seeds=0) for seed in seeds}
+    configs = {seed: with_its_rule(one_run[seed], run.of_seed(seed)) for seed in seeds}
     for seed in seeds:
         previous_config(configs[seed], run.of_seed(seed))  # checks the flags before any training
     accuracies = {}

@@ -13,7 +13,7 @@ from keras_cifar import data, models
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import StoppedError, UserError, reason
 from keras_cifar.core.files import replacing, versions, write_json
-from keras_cifar.core.run_directory import Run, previous_config
+from keras_cifar.core.run_directory import Run, previous_config, with_its_rule
 from keras_cifar.distributed import strategy
 from keras_cifar.distributed.strategy import DistributedContext
 from keras_cifar.evaluation import evaluator, plots
@@ -41,6 +41,7 @@ def train(config: TrainConfig, run: Run) -> dict | None:
         StoppedError: SIGTERM or SIGINT arrived.
     """
     check_names(config)
+    config = with_its_rule(config, run)
     spec = strategy.choose(config.devices)
     facts = config.shared_flags() | package_versions()
     signals = StopSignals()

@@ -16,6 +16,7 @@ from keras_cifar.benchmarking import (
     distribution,
     growth,
     ours,
+    photos,
     scaling,
     turns,
 )
@@ -168,6 +169,22 @@ def test_each_kind_of_work_is_measured(monkeypatch, tmp_path, capsys):
     rate = result["figures"][STEP]["median"]
     assert f"{rate / 2:>8.2f}  training step / PaddlePaddle" in printed
     assert "1.00  s more than the import" in printed
+
+
+def test_crops_of_photographs_are_measured_beside_torchvision(monkeypatch, capsys):
+    monkeypatch.setattr(contest, "Worker", InProcess)
+    for name, value in {"COUNT": 40, "MOTIFS": 2, "IMAGE_SIZE": 96}.items():
+        monkeypatch.setattr(photos, name, value)
+    options = {"model": "lenet5", "photos": True, "peers": True, "batch_size": 8, "seconds": 0.1}
+    found = benchmarking.measure(BenchmarkOptions(rounds=1, **options))["photos"]
+    assert list(found["measured"]) == [photos.OURS, photos.DECODED, photos.PEER]
+    assert 0.1 < found["shares"]["JPEG"] < 0.95
+    assert 0 < found["shares"]["resizing"] < found["shares"]["JPEG"]
+    printed = capsys.readouterr().out
+    size = int(printed.split(" kB each")[0].split()[-1])
+    assert 80 < size < 110  # as photographs of 500 x 375 have
+    ratio = found["measured"][photos.OURS]["median"] / 2
+    assert f"{ratio:>8.2f}  crops of files / torchvision, 2 workers" in printed
 
 
 def test_growth_is_measured_by_batch_size_and_images(monkeypatch, capsys):

@@ -14,7 +14,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 from keras_cifar import data, models
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, UserError
-from keras_cifar.core.run_directory import Run, previous_config
+from keras_cifar.core.run_directory import Run, previous_config, with_its_rule
 from keras_cifar.data.images import load_image
 from keras_cifar.evaluation import evaluator
 from keras_cifar.evaluation.evaluator import DataSource
@@ -188,7 +188,10 @@ def old(run, tmp_path, images):
 def test_a_run_before_the_rules_goes_on_stretching(old, images, files):
     previous_config(configuration(images, image_size="66", resize="stretch"), old)
     with pytest.raises(UsageError, match="--resize was 'stretch', is 'crop'"):
-        previous_config(configuration(images, image_size="66"), old)
+        previous_config(configuration(images, image_size="66", resize="crop"), old)
+    same_command = configuration(images, image_size="66")
+    assert previous_config(with_its_rule(same_command, old), old)
+    assert with_its_rule(same_command, Run(old.path / "new")) == same_command
     assert evaluator.evaluate_run(old, "test")["fingerprint"]
     path, _ = export_run(str(old.path), "saved_model")
     predictor = Predictor(str(path))
