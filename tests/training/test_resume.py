@@ -143,6 +143,31 @@ def test_crops_of_files_resume_to_the_same_end(tmp_path, monkeypatch):
         assert trained(other) == trained(whole)
 
 
+@pytest.mark.slow
+def test_crops_of_files_train_replicas_and_workers_as_one_device(tmp_path):
+    folder = write_photos(tmp_path / "photos")
+    flags = [f"--data=folder:{folder}", "--image_size=32", "--model=resnet20", "--batch_size=8"]
+    flags += [
+        "--epochs=2",
+        "--norm_batch=whole",
+        "--optimizer=sgd",
+        "--learning_rate=0.01",
+        "--noexport",
+    ]
+    flags += ["--augment=resized_crop|flip|mixup(0.2)", "--dtype_policy=float64"]
+    train, launch = ([sys.executable, "-m", f"keras_cifar.{name}"] for name in ("train", "launch"))
+    found = []
+    for number, command in enumerate(
+        ([*train], [*train, "--replicas=2"], [*launch, "--workers=2", "--"])
+    ):
+        run = tmp_path / str(number)
+        subprocess.run([*command, *flags, f"--run_dir={run}"], check=True, capture_output=True)
+        found.append(models.load(run / "model.keras").get_weights())
+    for other in found[1:]:
+        for value, expected in zip(other, found[0], strict=True):
+            np.testing.assert_allclose(value, expected, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_damaged_file_stops_the_run_in_one_line_or_is_skipped_and_listed(tmp_path, capsys, skip):
     folder, run = write_photos(tmp_path / "photos"), Run(tmp_path / "run")
