@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -21,9 +21,7 @@ from keras_cifar import data, models
 from keras_cifar.core import environment
 from keras_cifar.core.config import BALANCED, FitConfig, TrainConfig, canonical
 from keras_cifar.core.errors import UsageError, unknown
-from keras_cifar.core.image_size import CROP
 from keras_cifar.data import augmentation
-from keras_cifar.data.images import covered
 from keras_cifar.distributed import sharding, strategy
 from keras_cifar.distributed.sharding import ReplicaRange, ShardedBatches
 from keras_cifar.distributed.strategy import DistributedContext
@@ -32,16 +30,13 @@ from keras_cifar.models.classifier import Classifier
 from keras_cifar.pretrained import weights
 from keras_cifar.training import optimizers, transfer
 from keras_cifar.training.checkpoint import TrainingProgress
+from keras_cifar.training.first_lines import describe_classes, describe_frozen, describe_sizes
 from keras_cifar.training.optimizers import Schedule
 from keras_cifar.training.transfer import FrozenLayers
 
 # From so many images on, a replica's own statistics train as well as those of larger batches: Goyal et
 # al. 2017, arXiv:1706.02677, section 2.3.
 MIN_NORM_IMAGES = 32
-
-# So many times as many images in the largest class as in the smallest are worth a line. Below that the
-# held-out fraction of each class, rounded, may be the reason. No measurement is behind it.
-UNEVEN = 1.5
 
 PACKAGES = ("keras", "tensorflow", "numpy", "Pillow", "tensorflow-datasets")
 
@@ -183,55 +178,6 @@ def _describe_shards(fit: FitConfig, replicas: int) -> str:
     microbatches = fit.accumulate_steps
     each = f" in each of {microbatches} microbatches" if microbatches > 1 else ""
     return f"{_shard_sizes(fit, replicas)[1]} per replica{each}"
-
-
-def describe_sizes(dataset: data.Dataset, rule: str) -> list[str]:
-    """A line if sizes of the files are known: the smallest, the largest, and how all are resized."""
-    if not dataset.file_sizes:
-        return []
-    by_area, size = sorted(dataset.file_sizes, key=math.prod), dataset.image_shape[:2]
-    ends = dict.fromkeys(map(_by, (by_area[0], by_area[-1])))  # one if they are equal
-    how = f"stretch: all become {_by(size)}, whatever their aspect ratio"
-    if rule == CROP:
-        high, wide = covered(size)
-        scaled = "the short side becomes" if high == wide else f"all are scaled to cover {wide:,} x"
-        how = f"crop: {scaled} {high:,} and the middle {_by(size)} stays"
-    if dataset.train.files is not None:
-        how = f"random parts to {_by(size)} in training; else {how}"
-    return [f"images    {' to '.join(ends)} pixels (of {len(by_area)} sampled), {how}"]
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[1]:,} x {size[0]:,}"
-
-
-def describe_classes(labels: np.ndarray, names: Sequence[str], config: TrainConfig) -> list[str]:
-    """A line with the classes of fewest and most training images; none for a single class."""
-    if len(names) < 2:
-        return []
-    counts = np.bincount(labels, minlength=len(names))
-    most = counts.argmax()
-    fewest = np.where(counts, counts, counts[most]).argmin()
-    if config.data.sampling == BALANCED:
-        remedy = "; all are drawn equally often (--sampling balanced)"
-    elif config.optimizer.class_weight == BALANCED:
-        remedy = "; all count alike in the loss (--class_weight balanced)"
-    elif counts[most] < UNEVEN * counts[fewest]:
-        remedy = ""
-    else:
-        remedy = "; --class_weight balanced or --sampling balanced evens them out"
-    images = "image" if counts[fewest] == 1 else "images"
-    span = f"{names[fewest]} to {counts[most]:,} of {names[most]}"
-    if counts[fewest] == counts[most]:
-        span = "each"
-    return [f"classes   {counts[fewest]:,} {images} of {span}{remedy}"]
-
-
-def describe_frozen(config: TrainConfig) -> list[str]:
-    """A line if layers are frozen: which, and how long."""
-    name, epochs = config.model.freeze, config.model.unfreeze_epoch
-    for_epochs = f", for the first {epochs} of {config.fit.epochs} epochs" if epochs else ""
-    return [f"frozen    up to {name}{for_epochs}"] if name else []
 
 
 def choose_norm_batch(fit: FitConfig, replicas: int) -> tuple[str | int, str]:

@@ -8,12 +8,8 @@ import pytest
 from keras_cifar.core.config import FitConfig, TrainConfig
 from keras_cifar.core.errors import UsageError
 from keras_cifar.data import Dataset, Split
-from keras_cifar.training.plan import (
-    check_names,
-    choose_norm_batch,
-    describe_classes,
-    describe_sizes,
-)
+from keras_cifar.training.first_lines import describe_classes, describe_sizes
+from keras_cifar.training.plan import check_names, choose_norm_batch
 
 
 @pytest.fixture(autouse=True)
