@@ -41,9 +41,10 @@ def train(config: TrainConfig, run: Run) -> dict | None:
         StoppedError: SIGTERM or SIGINT arrived.
     """
     check_names(config)
-    config = with_its_rule(config, run)
     spec = strategy.choose(config.devices)
+    # As they were given: other workers may not see the run.
     facts = config.shared_flags() | package_versions()
+    config = with_its_rule(config, run)
     signals = StopSignals()
     with contextlib.ExitStack() as stack, signals.handled():
         with DistributedContext(spec, config.devices, facts) as context:
