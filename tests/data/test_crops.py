@@ -203,7 +203,7 @@ def test_each_pass_has_other_parts_and_any_start_and_replicas_the_same_images(tm
     assert_same(joined, batches)
 
 
-def test_training_images_are_not_decoded_and_a_process_reads_its_own_alone(tmp_path, monkeypatch):
+def test_training_images_are_not_decoded_beforehand(tmp_path, monkeypatch):
     root, opened = write_photos(tmp_path, kind="png"), collections.Counter()
     monkeypatch.setattr(
         "keras_cifar.data.folder.load_image",
@@ -211,13 +211,6 @@ def test_training_images_are_not_decoded_and_a_process_reads_its_own_alone(tmp_p
     )
     dataset = loaded(root)
     assert len(opened) == len(dataset.val) + len(dataset.test)
-    opened.clear()
-    # Without a partner, half of the batch is all that one of two replicas needs.
-    batches = data.training_batches(
-        dataset.train, 2, 8, "resized_crop", 3, 0, ReplicaRange(0, 1, 2)
-    )
-    list(batches.take(3))
-    assert 12 <= opened.total() < 24  # with what is read ahead
 
 
 def test_the_decoded_training_images_are_those_of_a_folder_without_crops(tmp_path):
