@@ -4,7 +4,15 @@ import pathlib
 import tempfile
 import time
 
-from keras_cifar.benchmarking.contest import Contest, columns, print_table, run_python, show, spread
+from keras_cifar.benchmarking.contest import (
+    Contest,
+    columns,
+    percentages,
+    print_table,
+    run_python,
+    show,
+    spread,
+)
 from keras_cifar.benchmarking.options import BenchmarkOptions
 
 STEP, FIT, PIPELINE, PREDICT = "training step", "whole fit", "input pipeline", "prediction"
@@ -27,13 +35,12 @@ def measure(options: BenchmarkOptions, flops: int) -> dict:
             _add_peers(contest)
         measured = contest.take_turns()
         cold = cold_start(options.rounds, export)
-        shares = contest.add("profile", "ours", what="profile").turn().get("shares", {})
+        shares = contest.kernel_shares()
     fraction = measured[STEP]["median"] * flops / 1e9 / measured[GEMM]["median"]
     limit = bound(measured, fraction, shares)
     _print(options, measured, cold)
     print(f"{fraction:>8.2f}  training step / matrix multiply")
-    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
-    print(f"\ntime of the step's kernels: {kinds}\nbound by {limit}")
+    print(f"\ntime of the step's kernels: {percentages(shares)}\nbound by {limit}")
     return {
         "figures": measured,
         "cold_start": cold,

@@ -109,6 +109,10 @@ class Contest(contextlib.ExitStack):
             show(f"{name} {worker.error}\n")
         return worker
 
+    def kernel_shares(self, **settings) -> dict[str, float]:
+        """The share of each kind of kernel in the time of all, in what "ours" does."""
+        return self.add("profile", "ours", what="profile", **settings).turn().get("shares", {})
+
     def take_turns(self) -> dict[str, dict]:
         """Runs all rounds and returns the measurements of each contender that did not fail."""
         for number in range(self.options.rounds):
@@ -144,6 +148,11 @@ def spread(values: list[float]) -> dict[str, float]:
 def columns(row: dict[str, float], digits: int = 0) -> str:
     """A row's `spread` as three columns of a table."""
     return "".join(f"{row[key]:>10,.{digits}f}" for key in ("median", "low", "high"))
+
+
+def percentages(shares: dict[str, float]) -> str:
+    """`Contest.kernel_shares` as text."""
+    return ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
 
 
 def print_table(first: str, second: str, width: int, measurements: dict[str, dict]) -> None:

@@ -4,7 +4,7 @@ import io
 import pathlib
 import tempfile
 
-from keras_cifar.benchmarking.contest import Contest, print_table, show
+from keras_cifar.benchmarking.contest import Contest, percentages, print_table, show
 from keras_cifar.benchmarking.options import BenchmarkOptions
 
 OURS, DECODED, PEER = "crops of files", "from decoded images", "torchvision, 2 workers"
@@ -22,23 +22,21 @@ def measure(options: BenchmarkOptions) -> dict:
     with tempfile.TemporaryDirectory() as scratch, Contest(options) as contest:
         folder = pathlib.Path(scratch) / "photos"
         size = write(folder)
-        images = {"what": "pipeline", "data": f"folder:{folder}", "image_size": IMAGE_SIZE}
+        images = {"data": f"folder:{folder}", "image_size": IMAGE_SIZE}
         images |= {"cache_dir": scratch, "augment": AUGMENT}
-        contest.add(OURS, "ours", **images)
-        contest.add(DECODED, "ours", **images | {"augment": "crop(28)|flip"})
+        contest.add(OURS, "ours", what="pipeline", **images)
+        contest.add(DECODED, "ours", what="pipeline", **images | {"augment": "crop(28)|flip"})
         if options.peers:
             contest.add(PEER, "torchvision_loader", data=str(folder / "train"), size=IMAGE_SIZE)
         measured = contest.take_turns()
-        shares = (
-            contest.add("profile", "ours", **images | {"what": "profile"}).turn().get("shares", {})
-        )
+        shares = contest.kernel_shares(**images)
     print(
         f"{COUNT:,} JPEG files of {WIDTH} x {HEIGHT}, {size / 1e3:.0f} kB each, to {IMAGE_SIZE}\n"
     )
     print_table("images a second", "median", 34, measured)
     if PEER in measured:
         print(f"\n{measured[OURS]['median'] / measured[PEER]['median']:>8.2f}  {OURS} / {PEER}")
-    print(f"time of its kernels: {', '.join(f'{k} {share:.0%}' for k, share in shares.items())}")
+    print(f"time of its kernels: {percentages(shares)}")
     return {"measured": measured, "shares": shares}
 
 

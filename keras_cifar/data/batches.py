@@ -13,42 +13,58 @@ import tensorflow as tf
 
 from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.data import augmentation, balance, crops
-from keras_cifar.data.splits import Split
+from keras_cifar.data.splits import ImageFiles, Split
 from keras_cifar.distributed.sharding import ReplicaRange, bounds, endless
 
 
 def _reader(split: Split, classes: int) -> Callable[[tf.Tensor], augmentation.Batch]:
     """Examples int64 [n] of a split -> (images uint8 [n, H, W, 3], labels float32 [n, K]).
 
+    The images of a split in files are `crops.Encoded`.
+    """
+    labels = tf.constant(split.labels)
+    images = _pixels(split) if split.files is None else _encoded(split, split.files)
+
+    def read(examples):
+        return images(examples), tf.one_hot(tf.gather(labels, examples), classes)
+
+    return read
+
+
+def _pixels(split: Split) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Examples -> their images.
+
     NumPy gathers the images of each batch, without holding Python's lock. A tensor of all images would
     copy a memory-mapped file into memory.
     """
-    labels = tf.constant(split.labels)
-    # TensorFlow keeps Python's functions forever. The split lives as long as `read`, which the data
-    # set keeps.
+    # TensorFlow keeps `gather` forever. The split lives as long as `images`, which the data set keeps.
     reference = weakref.ref(split)
 
     def gather(examples):
         split = reference()
         return split.stored[examples if split.rows is None else split.rows[examples]]
 
-    def read_file(row):
-        return reference().files.read(row)
+    def images(examples):
+        gathered = tf.numpy_function(gather, [examples], tf.uint8, stateful=False)
+        return tf.ensure_shape(gathered, (*examples.shape, *split.image_shape))
 
-    if split.files is not None:
-        paths = tf.constant([os.fsencode(path) for path in split.files.paths])
-        rows = tf.constant(np.arange(len(split)) if split.rows is None else split.rows)
+    return images
 
-    def read(examples):
-        if split.files is None:
-            images = tf.numpy_function(gather, [examples], tf.uint8, stateful=False)
-            images = tf.ensure_shape(images, (*examples.shape, *split.image_shape))
-        else:
-            own = tf.gather(rows, examples)
-            images = crops.Encoded(tf.gather(paths, own), own, split.image_shape[:2], read_file)
-        return images, tf.one_hot(tf.gather(labels, examples), classes)
 
-    return read
+def _encoded(split: Split, files: ImageFiles) -> Callable[[tf.Tensor], crops.Encoded]:
+    """Examples -> their files."""
+    paths = tf.constant([os.fsencode(path) for path in files.paths])
+    rows = tf.constant(np.arange(len(split)) if split.rows is None else split.rows)
+    reference = weakref.ref(files)  # as in `_pixels`
+
+    def read(row):
+        return reference().read(row)
+
+    def images(examples):
+        own = tf.gather(rows, examples)
+        return crops.Encoded(tf.gather(paths, own), own, split.image_shape[:2], read)
+
+    return images
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_cifar.data import exif
-from keras_cifar.data.images import JPEG, MAX_PIXELS, map_each
+from keras_cifar.data.exif import JPEG
+from keras_cifar.data.images import MAX_PIXELS, map_each
 
 RATIO = (3 / 4, 4 / 3)  # of width to height
 TRIES = 10  # until a part fits into the image

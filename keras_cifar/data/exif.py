@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+JPEG = b"\xff\xd8\xff"  # the first bytes of a file
 HEAD = 2**16  # bytes of a file in which the segment begins, and of the segment: it has no more
 
 
@@ -46,7 +47,7 @@ def orientation(encoded: tf.Tensor) -> tf.Tensor:
     """int32 []: 1 to 8, as EXIF numbers them; 1 where a file, string [], tells none."""
     parts = tf.strings.split(tf.strings.substr(encoded, 0, HEAD), b"Exif\0\0", maxsplit=1)
     place = tf.strings.length(parts[0])
-    is_jpeg = tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff"
+    is_jpeg = tf.strings.substr(encoded, 0, 3) == JPEG
     # The marker of the segment and the two bytes of its length are before the name.
     marker = tf.strings.substr(parts[0], tf.maximum(place - 4, 0), 2)
     is_exif = is_jpeg & (tf.size(parts) == 2) & (marker == b"\xff\xe1")

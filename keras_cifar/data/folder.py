@@ -150,10 +150,7 @@ class _Encoded:
 
     def read(self, row: int) -> tuple[np.ndarray, bool]:
         try:
-            return self._source.image(row, None), True
-        except ImageError as error:
-            self._reject(int(row), str(error))
-            return np.zeros((1, 1, 3), np.uint8), False
+            return self._read_or_skip(int(row))
         except UserError as error:
             self.failure = error
             raise
@@ -168,15 +165,15 @@ class _Encoded:
     def skipped(self) -> list[Skipped]:
         return [Skipped("train", self.paths[row], why) for row, why in self._source.invalid.items()]
 
-    def _reject(self, row: int, why: str) -> None:
-        known = row in self._source.invalid
+    def _read_or_skip(self, row: int) -> tuple[np.ndarray, bool]:
         try:
+            return self._source.image(row, None), True
+        except ImageError as error:
+            known, why = row in self._source.invalid, str(error)
             self._source.reject(row, why)
-        except UserError as error:
-            self.failure = error
-            raise
         if not known:
             print(one_line(f"skipped   {self.paths[row]}: {why}"), file=sys.stderr, flush=True)
+        return np.zeros((1, 1, 3), np.uint8), False
 
 
 def _in_files(source: "_Files", size: tuple[int, int] | None, rule: str, cache: Cache) -> Split:

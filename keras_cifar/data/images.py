@@ -21,9 +21,7 @@ from PIL import Image, ImageOps
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import open_file, size_of
 from keras_cifar.core.image_size import CROP, STRETCH
-from keras_cifar.data.exif import upright
-
-JPEG = b"\xff\xd8\xff"  # the first bytes of a file
+from keras_cifar.data.exif import JPEG, upright
 
 # Of everything below. A new number makes the cache decode all images again.
 VERSION = 1

@@ -32,8 +32,7 @@ def train(config: TrainConfig, run: Run) -> dict:
             f"--run_dir={run.path} holds a single run, not runs of --seeds; choose another"
         )
     seeds = range(config.fit.seed, config.fit.seed + config.fit.seeds)
-    one_run = {seed: config.replace(seed=seed, seeds=0) for seed in seeds}
-    configs = {seed: with_its_rule(one_run[seed], run.of_seed(seed)) for seed in seeds}
+    configs = {s: with_its_rule(config.replace(seed=s, seeds=0), run.of_seed(s)) for s in seeds}
     for seed in seeds:
         previous_config(configs[seed], run.of_seed(seed))  # checks the flags before any training
     accuracies = {}
