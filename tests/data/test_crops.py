@@ -11,7 +11,7 @@ from PIL import Image
 
 from keras_cifar import data
 from keras_cifar.core.errors import UsageError, UserError
-from keras_cifar.data import augmentation, crops
+from keras_cifar.data import augmentation, crops, folder
 from keras_cifar.data.images import load_image
 from keras_cifar.distributed.sharding import ReplicaRange
 from tests.data.test_exif import TAG
@@ -211,6 +211,24 @@ def test_training_images_are_not_decoded_beforehand(tmp_path, monkeypatch):
     )
     dataset = loaded(root)
     assert len(opened) == len(dataset.val) + len(dataset.test)
+
+
+def test_a_process_reads_its_own_share_alone(tmp_path, monkeypatch):
+    root = write_photos(tmp_path, 160, "png")
+    read, rows = folder._Encoded.read, collections.defaultdict(set)
+
+    def noted(self, row):
+        rows[self].add(int(row))
+        return read(self, row)
+
+    monkeypatch.setattr(folder._Encoded, "read", noted)
+    for number in range(2):
+        # Without partners, half of each batch is all that one of two replicas needs.
+        take(loaded(root), 3, 0, ReplicaRange(number, 1, 2), augment="resized_crop")
+    # With what is read ahead, all of the first pass, in which no image comes twice.
+    one, other = rows.values()
+    assert min(len(one), len(other)) >= 12
+    assert not one & other
 
 
 def test_the_decoded_training_images_are_those_of_a_folder_without_crops(tmp_path):
