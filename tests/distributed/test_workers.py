@@ -265,14 +265,14 @@ def test_every_other_worker_ends_within_a_minute_with_one_line(tmp_path, name):
 FLAGS = ("--epochs=6", "--ema=0.9", "--augment=crop(2)|flip|mixup(0.2)")
 
 
-def results(run: pathlib.Path) -> tuple[bytes, list, dict]:
-    """(all variables of the checkpoint, history without times, metrics of the test split)."""
+def results(run: pathlib.Path) -> tuple[str, list, dict]:
+    """(a digest of the checkpoint's variables, history without times, metrics of the test split)."""
     saved, _ = saved_state(run / "checkpoint")
     rows = without_times(Run(run).read_history())
     return saved, rows, json.loads((run / "eval" / "test.json").read_text())
 
 
-def train(root: pathlib.Path, resumed: bool = False) -> tuple[bytes, list, dict]:
+def train(root: pathlib.Path, resumed: bool = False) -> tuple[str, list, dict]:
     with Workers(root) as workers:
         workers.start_all(*FLAGS)
         since = time.monotonic()

@@ -24,7 +24,7 @@ from keras_cifar.training import checkpoint, recorder, signals, trainer, transfe
 from keras_cifar.training.plan import prepare
 from tests.conftest import write_folder
 from tests.data.test_crops import write_photos
-from tests.training.kills import joined, saved_state, trained
+from tests.training.kills import digest, saved_state, trained
 
 # 96 images less a tenth: 5 steps an epoch.
 FLAGS = {
@@ -138,9 +138,8 @@ def test_crops_of_files_resume_to_the_same_end(tmp_path, monkeypatch):
     with signalled(monkeypatch, "on_train_batch_end", 5), pytest.raises(StoppedError):
         fit_to(tmp_path / "run", folder, **flags)
     assert trained(fit_to(tmp_path / "run", folder, **flags)) == trained(whole)
-    with pytest.raises(AssertionError):
-        other = fit_to(tmp_path / "other", folder, **flags | {"augment": "resized_crop(0.5)|flip"})
-        assert trained(other) == trained(whole)
+    other = fit_to(tmp_path / "other", folder, **flags | {"augment": "resized_crop(0.5)|flip"})
+    assert trained(other)["model.keras"] != trained(whole)["model.keras"]
 
 
 @pytest.mark.slow
@@ -541,7 +540,7 @@ def test_gradient_that_is_not_finite_is_noticed_before_it_is_saved(
 
 
 def layer_weights(model, name) -> bytes:
-    return joined(model.get_layer(name).get_weights())
+    return digest(model.get_layer(name).get_weights())
 
 
 def begun(folder, **flags):
@@ -555,8 +554,8 @@ def test_init_from_takes_all_weights_of_the_same_classes(image_folder, trained_r
     source = trained_run.path if form == "run" else trained_run.model
     model, plan = begun(image_folder, init_from=str(source), ema=0.9)
     old = models.load(trained_run.model)
-    assert joined(model.get_weights()) == joined(old.get_weights())
-    assert joined(x.numpy() for x in model.averages) == joined(old.get_weights())
+    assert digest(model.get_weights()) == digest(old.get_weights())
+    assert digest(x.numpy() for x in model.averages) == digest(old.get_weights())
     assert f"weights   the weights of {trained_run.model}" in plan.summary()
     assert "new" not in plan.origin
 
@@ -628,7 +627,7 @@ def test_auxiliary_classifiers_are_new(tmp_path):
     source, model = (models.build("googlenet", (16, 16, 3), 3) for _ in range(2))
     source.deployable.save(tmp_path / "g.keras")
     line = weights.take(model, str(tmp_path / "g.keras"), ("a", "b", "c"))
-    assert joined(model.deployable.get_weights()) == joined(source.deployable.get_weights())
+    assert digest(model.deployable.get_weights()) == digest(source.deployable.get_weights())
     weighted = {layer.name for layer in model.logits_model.layers if layer.weights}
     heads = weighted - {layer.name for layer in model.layers}
     assert heads

@@ -16,7 +16,7 @@ from keras_cifar.training import checkpoint, recorder, trainer, transfer
 from keras_cifar.training.plan import check_names, estimate
 from keras_cifar.training.recorder import Recorder
 from tests.training import test_resume
-from tests.training.kills import joined, saved_state, trained
+from tests.training.kills import digest, saved_state, trained
 from tests.training.test_resume import begun, config, fit_to, layer_weights, signalled
 
 quick_plots = test_resume.quick_plots  # the fixture
@@ -92,7 +92,7 @@ def test_frozen_layers_stay_until_they_are_unfrozen_and_are_not_computed(
     monkeypatch.setattr(PreciseBatchNorm, "recompute", compared)
     model, plan = begun(image_folder, **FLAGS, ema=0.9)
     before = {name: layer_weights(model, name) for name in LAYERS}
-    averages, recorded = joined(x.numpy() for x in model.averages[:-2]), Weights()
+    averages, recorded = digest(x.numpy() for x in model.averages[:-2]), Weights()
     run = Run(tmp_path / "run")
     assert "\nfrozen    up to conv_relu, for the first 1 of 3 epochs\n" in plan.summary()
     trainer.fit(plan, run, callbacks=(recorded,))
@@ -105,7 +105,7 @@ def test_frozen_layers_stay_until_they_are_unfrozen_and_are_not_computed(
     assert precise == [False, True, True]
     # A function is traced once: the head's kernel and bias, then also a kernel, gamma and beta.
     assert traced == [(2, 0), (5, 1)]
-    assert joined(x.numpy() for x in model.averages[:-2]) != averages
+    assert digest(x.numpy() for x in model.averages[:-2]) != averages
 
 
 def test_without_the_flag_frozen_layers_are_in_no_optimizer(image_folder):
