@@ -3,8 +3,10 @@
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import textwrap
 import typing
@@ -14,6 +16,7 @@ from absl import flags
 
 from keras_cifar.core import environment, errors, recipes
 from keras_cifar.core.options import build, fields
+from keras_cifar.core.signals import STOP
 
 OUT_OF_MEMORY = "out of memory; a smaller --batch_size or --image_size needs less"
 
@@ -42,7 +45,9 @@ def run(
         command = f"python {name}" if "/" in name else f"python -m keras_cifar.{name}"
         print(usage(options_class, doc, command, arguments))
         sys.exit(0)
-    sys.exit(_execute(name, main, options_class, arguments, argv, tensorflow))
+    status = _execute(name, main, options_class, arguments, argv, tensorflow)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # All is done; Python would print where it stops.
+    sys.exit(status)
 
 
 def _execute(
@@ -58,24 +63,25 @@ def _execute(
         return status
 
     try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
-        options, positional = parse(options_class, argv)
-        if positional and not arguments:
-            raise errors.UsageError(f"unexpected argument {positional[0]!r}; flags begin with --")
-        if tensorflow:
-            environment.import_tensorflow()
-        status = main(options, positional) if arguments else main(options)
-        sys.stdout.flush()
-        return status or 0
+        with STOP.handled():
+            if hasattr(sys.stdout, "reconfigure"):
+                sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
+            options, positional = parse(options_class, argv)
+            if positional and not arguments:
+                message = f"unexpected argument {positional[0]!r}; flags begin with --"
+                raise errors.UsageError(message)
+            if tensorflow:
+                environment.import_tensorflow()
+            status = main(options, positional) if arguments else main(options)
+            sys.stdout.flush()
+            return status or 0
     except (errors.LostWorkerError, errors.StoppedError) as error:
         fail(str(error))
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(error.status)
     except errors.UserError as error:
         return fail(str(error), error.status)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
     except BrokenPipeError:
         # The reader (`| head`) has closed the pipe; nothing more can be written.
         sys.stdout = None

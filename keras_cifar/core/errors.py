@@ -19,8 +19,11 @@ class LostWorkerError(UserError):
     """A worker was lost, another or this one. The process exits without waiting for blocked threads."""
 
 
-class StoppedError(UserError):
-    """SIGTERM or SIGINT arrived. The process exits at once, as other threads may be blocked."""
+class StoppedError(BaseException):
+    """SIGTERM or SIGINT arrived. The process exits at once, as other threads may be blocked.
+
+    It is no Exception: `except Exception`, here and in libraries, means that something went wrong.
+    """
 
     def __init__(self, number: int, message: str):
         super().__init__(message)

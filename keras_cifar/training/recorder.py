@@ -13,12 +13,12 @@ import numpy as np
 from keras_cifar.core.errors import StoppedError, UserError, reason
 from keras_cifar.core.files import replacing
 from keras_cifar.core.run_directory import Run
+from keras_cifar.core.signals import STOP
 from keras_cifar.evaluation import plots
 from keras_cifar.reporting.comparison import duration
 from keras_cifar.training import checkpoint
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.plan import Plan
-from keras_cifar.training.signals import StopSignals
 from keras_cifar.training.tensorboard import Scalars
 
 # Factor of the learning rate after each rollback to a checkpoint.
@@ -39,9 +39,9 @@ class Recorder(keras.callbacks.Callback):
     All workers compute the same; only the chief writes.
     """
 
-    def __init__(self, plan: Plan, run: Run, progress: TrainingProgress, signals: StopSignals):
+    def __init__(self, plan: Plan, run: Run, progress: TrainingProgress):
         super().__init__()
-        self.plan, self.run, self.signals = plan, run, signals
+        self.plan, self.run = plan, run
         self.history, self.rollbacks = list(progress.history), progress.rollbacks
         self._resumed, self._steps = progress, progress.steps
         self._first = len(self.history)  # the index of the first epoch of this process
@@ -103,7 +103,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_test_batch_end(self, batch, logs=None):
         # Several workers stop together, after a training step.
-        if self.signals.received and not self.plan.context.spec.cluster:
+        if STOP.received and not self.plan.context.spec.cluster:
             raise self._stopped()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -159,8 +159,8 @@ class Recorder(keras.callbacks.Callback):
     def _must_stop(self, stop_requests: float) -> bool:
         """Whether to stop; `stop_requests` counts the replicas that were signalled before the step."""
         if not self.plan.context.spec.cluster:
-            return self.signals.received is not None
-        if self.signals.received:
+            return STOP.received is not None
+        if STOP.received:
             self.model.request_stop()
         return stop_requests > 0
 
@@ -194,7 +194,7 @@ class Recorder(keras.callbacks.Callback):
             plots.save(plots.curves([self.history]), self.run.curves)
 
     def _stopped(self) -> StoppedError:
-        number, place = self.signals.received, self.plan.place(self.progress)
+        number, place = STOP.received, self.plan.place(self.progress)
         source = number.name if number else "a signal to another worker"
         where = f" in {self.run.checkpoint}" if self.plan.context.is_chief else ""
         text = f"stopped by {source}; {place} is saved{where}; the same command with"

@@ -11,9 +11,10 @@ import keras
 
 from keras_cifar import data, models
 from keras_cifar.core.config import TrainConfig
-from keras_cifar.core.errors import StoppedError, UserError, reason
+from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import replacing, versions, write_json
 from keras_cifar.core.run_directory import Run, previous_config, with_its_rule
+from keras_cifar.core.signals import STOP
 from keras_cifar.distributed import strategy
 from keras_cifar.distributed.strategy import DistributedContext
 from keras_cifar.evaluation import evaluator, plots
@@ -23,7 +24,6 @@ from keras_cifar.training import checkpoint
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.plan import Plan, check_names, describe_run, package_versions, prepare
 from keras_cifar.training.recorder import ROLLBACK_FACTOR, DivergedError, Recorder
-from keras_cifar.training.signals import StopSignals
 
 MAX_ROLLBACKS = 3  # with --on_nan=rollback
 
@@ -45,8 +45,7 @@ def train(config: TrainConfig, run: Run) -> dict | None:
     # As they were given: other workers may not see the run.
     facts = config.shared_flags() | package_versions()
     config = with_its_rule(config, run)
-    signals = StopSignals()
-    with contextlib.ExitStack() as stack, signals.handled():
+    with contextlib.ExitStack() as stack, STOP.handled():
         with DistributedContext(spec, config.devices, facts) as context:
             if context.is_chief:
                 previous_config(config, run)  # before anything is written
@@ -58,7 +57,7 @@ def train(config: TrainConfig, run: Run) -> dict | None:
                 print(f"run       {run.path}\n{plan.summary()}", flush=True)
                 if not run.samples.exists():
                     write_samples(plan, run)
-            fit(plan, run, signals)
+            fit(plan, run)
             _write_skipped(plan, run)  # also what was found in training
         return _finish(plan, run) if context.is_chief else None
 
@@ -109,18 +108,11 @@ def _optional(path: pathlib.Path) -> Iterator[None]:
     """Prints a failure to write a file, without which the run is complete, as a warning."""
     try:
         yield
-    except StoppedError:
-        raise
     except Exception as error:
         print(f"warning: {path} cannot be written: {reason(error)}", file=sys.stderr, flush=True)
 
 
-def fit(
-    plan: Plan,
-    run: Run,
-    signals: StopSignals | None = None,
-    callbacks: tuple[keras.callbacks.Callback, ...] = (),
-) -> None:
+def fit(plan: Plan, run: Run, callbacks: tuple[keras.callbacks.Callback, ...] = ()) -> None:
     """Trains from the last checkpoint to the end and writes the selected model to `RUN/model.keras`.
 
     Raises:
@@ -128,14 +120,13 @@ def fit(
         UserError: the loss was not finite, or no checkpoint is intact.
     """
     config, context = plan.config, plan.context
-    signals = signals or StopSignals()
     progress = _start(plan, run)
     if context.is_chief and progress != TrainingProgress():
         print(f"resuming from {plan.place(progress)}", flush=True)
-    recorder = Recorder(plan, run, progress, signals)
+    recorder = Recorder(plan, run, progress)
     while not recorder.is_finished():
         try:
-            with signals.deferred(), plan.reading():
+            with STOP.deferred(), plan.reading():
                 plan.model.fit(
                     plan.batches(start_step=progress.step(plan.steps_per_epoch)),
                     epochs=config.fit.epochs,
@@ -151,7 +142,7 @@ def fit(
             if config.fit.on_nan == "stop" or count > MAX_ROLLBACKS:
                 raise
             progress = dataclasses.replace(_restore(plan, run), rollbacks=count)
-            recorder = Recorder(plan, run, progress, signals)
+            recorder = Recorder(plan, run, progress)
             if context.is_chief:
                 text = f"rolled back to {plan.place(progress)} with {ROLLBACK_FACTOR**count:g} of"
                 text += f" the learning rate ({count} of at most {MAX_ROLLBACKS} rollbacks)"

@@ -93,7 +93,6 @@ def test_wrong_usage_is_one_line_and_status_2(argv, words, capsys):
     [
         (UserError("the file x is empty"), 1, "the file x is empty"),
         (UsageError("bad"), 2, "bad"),
-        (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 1, cli.OUT_OF_MEMORY),
         (tf.errors.ResourceExhaustedError(None, None, "OOM when ..."), 1, cli.OUT_OF_MEMORY),
         (PermissionError(13, "Permission denied", "/a/b"), 1, "Permission denied: /a/b"),

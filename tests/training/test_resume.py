@@ -18,9 +18,10 @@ from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import StoppedError, UsageError, UserError
 from keras_cifar.core.files import versions
 from keras_cifar.core.run_directory import Run
+from keras_cifar.core.signals import STOP
 from keras_cifar.models.training_step import TrainingStep
 from keras_cifar.pretrained import weights
-from keras_cifar.training import checkpoint, recorder, signals, trainer, transfer
+from keras_cifar.training import checkpoint, recorder, trainer, transfer
 from keras_cifar.training.plan import prepare
 from tests.conftest import write_folder
 from tests.data.test_crops import write_photos
@@ -58,10 +59,10 @@ def train_to(path, folder, **flags) -> Run:
 
 def fit_to(path, folder, **flags) -> Run:
     """Trains, without the test, the export and the report of `train_to`."""
-    run, asked = Run(path), signals.StopSignals()
+    run = Run(path)
     plan = prepare(config(folder, **flags), is_new=not checkpoint.exists(run.checkpoint))
-    with asked.handled():
-        trainer.fit(plan, run, asked)
+    with STOP.handled():
+        trainer.fit(plan, run)
     return run
 
 
@@ -237,20 +238,6 @@ def test_signal_before_training_ends_at_once(tmp_path, image_folder, monkeypatch
     with pytest.raises(StoppedError, match="stopped by SIGTERM; saved files are intact"):
         train_to(tmp_path / "run", image_folder)
     assert not (tmp_path / "run").exists()
-
-
-def test_second_signal_exits_at_once(monkeypatch):
-    exits, before = [], signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(os, "_exit", exits.append)
-    asked = signals.StopSignals()
-    with pytest.raises(StoppedError), asked.handled(), asked.deferred():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert not exits
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-        assert exits == [130]
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_command_exits_with_the_signals_status_and_one_line(tmp_path, image_folder):
