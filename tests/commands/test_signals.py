@@ -33,8 +33,8 @@ COMMANDS = {
     "train, seeds": ("train", [*TRAIN, "--seeds=2", "--noexport"]),
     "train, photographs": ("train", PHOTOS),
     "evaluate": ("evaluate", ["--run=trained"]),
-    "export": ("export", ["--run=trained", "--output=exported"]),
-    "predict": ("predict", ["--model=trained", "photos"]),
+    "export": ("export", ["--run=trained", "--out=exported"]),
+    "predict": ("predict", ["--model=trained", "photos/test"]),
     "serve": ("serve", ["--model=trained", "--port=0"]),
 }
 
@@ -67,7 +67,9 @@ class Command:
                 except subprocess.TimeoutExpired:
                     process.send_signal(number)
             _, error = process.communicate(timeout=300)
-        return process.returncode, error, time.monotonic() - start
+        # Of images that cannot be read there is a line each.
+        lines = [x for x in error.splitlines(keepends=True) if not x.startswith("skipped ")]
+        return process.returncode, "".join(lines), time.monotonic() - start
 
     def left(self) -> list[str]:
         """What is half-written."""
