@@ -31,6 +31,7 @@ from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.files import TEMPORARY, versions
 from keras_cifar.core.run_directory import Run
 from keras_cifar.training import checkpoint, recorder, trainer
+from tests.data.test_crops import write_photos
 from tests.distributed import strategies
 
 # Two validations, three epochs, checkpoints in the midst and at the ends of epochs.
@@ -51,6 +52,8 @@ CASES = {
     "tiny, 2 replicas": SMALL | {"replicas": 2, "accumulate_steps": 2, "steps_per_execution": 2},
     "tiny, 2 replicas, unfrozen": SMALL
     | {"replicas": 2, "accumulate_steps": 2, "freeze": "stage0_relu", "unfreeze_epoch": 1},
+    "tiny, crops of files": SMALL
+    | {"data": "folder:photos", "batch_size": 8, "augment": "resized_crop|flip|mixup(0.3)"},
     "resnet20": {"model": "resnet20"},
     "resnet20, 2 replicas": {"model": "resnet20", "replicas": 2},
     "vgg_bn_drop": {"model": "vgg_bn_drop"},
@@ -216,8 +219,10 @@ def differences(one: Run, two: Run) -> list[str]:
 
 def main(directory: str, case: str, kills: str, seed: str = "0") -> int:
     strategies.register()
-    root, flags, chance = pathlib.Path(directory), CASES[case], random.Random(int(seed))
+    root, flags, chance = pathlib.Path(directory).resolve(), CASES[case], random.Random(int(seed))
     root.mkdir(parents=True, exist_ok=True)
+    os.chdir(root)
+    write_photos(root / "photos")
     # A fork has no other thread than the one that calls for it.
     assert len(os.listdir("/proc/self/task")) == 1
     whole = Run(root / "whole")
