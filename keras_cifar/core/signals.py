@@ -21,7 +21,7 @@ SOON = 0.01  # where it was swallowed for certain
 class StopSignals:
     """Signals that ask this process to stop; `received` is the one that arrived, or None."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._is_deferred, self._was_raised, self._is_handled = False, False, False
 

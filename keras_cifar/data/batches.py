@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.data import augmentation, balance, crops
 from keras_cifar.data.splits import ImageFiles, Split
-from keras_cifar.distributed.sharding import ReplicaRange, bounds, endless
+from keras_cifar.distributed.sharding import ReplicaRange, bounds, endless, without_autotune
 
 
 def _reader(split: Split, classes: int) -> Callable[[tf.Tensor], augmentation.Batch]:
@@ -128,7 +128,8 @@ def training_batches(
     passes = tf.data.Dataset.range(start_step // steps, tf.int64.max)
     batches = passes.flat_map(one_pass).skip(start_step % steps).enumerate(start_step)
     batches = batches.map(batch, tf.data.AUTOTUNE, deterministic=True)
-    return _prefetched(endless(_split_batches(batches, sizes)))
+    batches = endless(_split_batches(batches, sizes))
+    return without_autotune(batches.prefetch(tf.data.AUTOTUNE))
 
 
 def evaluation_steps(split: Split, batch_size: int) -> int:
@@ -161,7 +162,8 @@ def evaluation_batches(
     if replicas is not None:
         indices = indices.repeat()
     batches = indices.map(batch, tf.data.AUTOTUNE, deterministic=True)
-    return _prefetched(endless(_split_batches(batches, sizes)) if replicas else batches)
+    batches = endless(_split_batches(batches, sizes)) if replicas else batches
+    return without_autotune(batches.prefetch(tf.data.AUTOTUNE))
 
 
 def _positions(
@@ -203,11 +205,3 @@ def _split_batches(batches: tf.data.Dataset, sizes: list[int]) -> tf.data.Datase
 
     # The first is several times as fast, and has static shapes.
     return batches.flat_map(equal if len(set(sizes)) == 1 else unequal)
-
-
-def _prefetched(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    options = tf.data.Options()
-    # The autotune thread sleeps for up to a minute and misses, one time in three, that its iterator
-    # is deleted: the end of an evaluation, and of the process, waits for it. It made nothing faster.
-    options.autotune.enabled = False
-    return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)

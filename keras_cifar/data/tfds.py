@@ -19,6 +19,7 @@ from keras_cifar.core.image_size import STRETCH
 from keras_cifar.data.cache import Cache, in_block
 from keras_cifar.data.images import decode_image, resize_images
 from keras_cifar.data.splits import BadImages, Split, Splits, hold_out
+from keras_cifar.distributed.sharding import without_autotune
 
 CONNECT_TIMEOUT = 10  # seconds; TFDS itself tries again for more than 3 minutes
 ENDS = 2**16  # bytes at the beginning and at the end of a file
@@ -198,4 +199,4 @@ def _batches(builder, split: str, size: tuple[int, int], rule: str) -> tf.data.D
             read_config=tfds.ReadConfig(try_autocache=False),  # It is read once.
         )
     dataset = dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
-    return dataset.batch(in_block((*size, 3))).prefetch(2)
+    return without_autotune(dataset.batch(in_block((*size, 3))).prefetch(2))

@@ -173,7 +173,7 @@ def as_batches(
         dataset = tf.data.Dataset.from_tensor_slices((x, y))
         if shuffle_seed is not None:
             dataset = dataset.shuffle(len(x), shuffle_seed, reshuffle_each_iteration=True)
-        x = dataset.batch(batch_size or 32)
+        x = sharding.without_autotune(dataset.batch(batch_size or 32))
     elif y is not None or batch_size is not None:
         raise ValueError("a tf.data.Dataset has its own labels and batches: y, batch_size")
     spec = x.element_spec

@@ -18,6 +18,7 @@ from keras_cifar.data import (
 )
 from keras_cifar.distributed import sharding
 from keras_cifar.distributed.sharding import ReplicaRange, bounds
+from keras_cifar.models import loop
 
 AUGMENT = "crop(2)|flip|mixup(0.2)"
 
@@ -349,3 +350,14 @@ def test_rows_of_a_split_and_any_strides_give_the_batches_of_a_copy():
     ):
         for split in (whole.take(rows), Split(strided, copy.labels)):
             assert_same_batches(take(build(split), 5), take(build(copy), 5))
+
+
+def test_every_data_set_can_be_freed_at_once():
+    """With autotune, TensorFlow waits for up to a minute when an iterator is deleted."""
+    split, strategy = numbered(8), tf.distribute.get_strategy()
+    made = [
+        training_batches(split, 3, 4, "", 0),
+        evaluation_batches(split, 3, 4),
+        loop.as_batches(strategy, split.images, np.eye(8), 4, None).dataset,
+    ]
+    assert [dataset.options().autotune.enabled for dataset in made] == [False] * 3

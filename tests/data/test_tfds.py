@@ -191,7 +191,9 @@ def decoded(monkeypatch) -> list:
 
     def count(builder, split, *rest):
         splits.append(split)
-        return real(builder, split, *rest)
+        batches = real(builder, split, *rest)
+        assert batches.options().autotune.enabled is False  # see `without_autotune`
+        return batches
 
     monkeypatch.setattr(source, "_batches", count)
     return splits

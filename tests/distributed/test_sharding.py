@@ -104,9 +104,7 @@ def slow(index):
 def numbers(replicas):
     dataset = tf.data.Dataset.range(1_000_000)
     dataset = dataset.map(lambda index: tf.numpy_function(slow, [index], tf.int64))
-    options = tf.data.Options()
-    options.autotune.enabled = False  # as in keras_cifar.data.batches
-    return sharding.endless(dataset).prefetch(tf.data.AUTOTUNE).with_options(options)
+    return sharding.without_autotune(sharding.endless(dataset).prefetch(tf.data.AUTOTUNE))
 
 
 batches = sharding.shard_batches(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), numbers, None)
