@@ -89,11 +89,13 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Locks the directory, so that no other process trains here; the lock ends with the process.
 
-        Removes the temporary files of a killed process.
+        Removes the temporary files of a killed process. A directory that was created here is removed
+        if nothing was written.
 
         Raises:
             UserError: another process trains here, or the directory cannot be written.
         """
+        is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "a+") as file:
             try:
@@ -116,7 +118,9 @@ class Run:
                 yield
             finally:
                 if self.is_empty():  # after a wrong flag or missing data
-                    shutil.rmtree(self.path, ignore_errors=True)
+                    (self.path / LOCK).unlink(missing_ok=True)
+                    if is_new:
+                        shutil.rmtree(self.path, ignore_errors=True)
 
     def is_empty(self) -> bool:
         """Whether the directory has no files but those of a process that was killed at its start."""

@@ -126,3 +126,15 @@ def test_a_folder_that_is_no_run_is_said(tmp_path):
         Run(tmp_path).read_config()
     with pytest.raises(UserError, match="does not exist"):
         Run(tmp_path / "none").read_config()
+
+
+def test_a_start_that_fails_leaves_what_was_there(tmp_path):
+    there, new = Run(tmp_path / "there"), Run(tmp_path / "new")
+    there.path.mkdir(mode=0o750)
+    before = there.path.stat()
+    for run in (there, new):
+        with pytest.raises(RuntimeError), run.locked():
+            raise RuntimeError
+    assert list(tmp_path.iterdir()) == [there.path]
+    assert list(there.path.iterdir()) == []
+    assert (there.path.stat().st_ino, there.path.stat().st_mode) == (before.st_ino, before.st_mode)
