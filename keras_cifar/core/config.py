@@ -33,6 +33,7 @@ REFUSED_STRATEGIES = {
     "tpu": "TPUs were never tried and are not supported; use mirrored or multiworker on GPUs",
 }
 DTYPE_POLICIES = ("auto", "float32", "float64", "mixed_float16", "mixed_bfloat16")
+XLA = ("auto", "on", "off")
 # Images that are classified at a time: the fastest of 64, 128 and 256 on two cores with ResNet-32.
 BATCH_SIZE = 128
 SPLITS = ("train", "val", "test")
@@ -294,6 +295,12 @@ class DevicesConfig(Options):
         "auto: mixed_bfloat16 on GPUs with bfloat16 tensor cores, else float32",
         choices=DTYPE_POLICIES,
         compared=True,
+    )
+    xla: str = _devices(
+        "auto",
+        "whether XLA compiles the training step, on one device; auto is off: it slows CPUs and was not "
+        "measured on GPUs",
+        choices=XLA,
     )
     deterministic: bool = _devices(
         False,

@@ -264,6 +264,7 @@ def prepare(
         )
 
     norm_batch = choose_norm_batch(fit, replicas)
+    xla = environment.use_xla(config.devices.xla, context.spec.name)
 
     keras.utils.set_random_seed(fit.seed)
     deterministic = environment.make_deterministic(config.devices.deterministic)
@@ -277,7 +278,6 @@ def prepare(
     )
     one_pass = data.steps_per_epoch(dataset.train, fit.batch_size)  # there is a whole batch
     steps = fit.steps_per_epoch or one_pass
-    xla = environment.use_xla(context.spec.name)
     options = {"accumulate_steps": fit.accumulate_steps, "jit_compile": xla[0]}
     options["norm_batch"] = norm_batch[0]
     options["steps_per_execution"] = config.devices.steps_per_execution
