@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import typing
 
+from keras_cifar.core import places
 from keras_cifar.core.image_size import RESIZE, SMALL_IMAGE, STRETCH, resize_rule, size_text
 from keras_cifar.core.options import (
     FRACTION,
@@ -387,16 +388,19 @@ class TrainConfig:
         values = self.flags()
         return {f"--{n}": values[n] for n, field in FLAGS.items() if field.metadata["shared"]}
 
-    def differences(self, previous: dict) -> list[str]:
+    def differences(self, previous: dict, paths: dict | None = None) -> list[str]:
         """The flags that decide the result and differ from those of an earlier run, as text.
 
-        With `auto` this machine decides, which may be another one.
+        With `auto` this machine decides, which may be another one. `paths` are those of the earlier
+        run's config.json: a place may be named in another way.
         """
-        mine = canonical(self.flags())
+        mine, previous = canonical(self.flags()), canonical(previous)
+        before, after = (places.recorded(previous) | (paths or {}), places.recorded(mine))
+        same = {name for name, path in after.items() if path == before.get(name)}
         return [
             f"--{name} was {theirs!r}, is {mine[name]!r}"
-            for name, theirs in canonical(previous).items()
-            if name in COMPARED and mine[name] not in (theirs, "auto")
+            for name, theirs in previous.items()
+            if name in COMPARED - same and mine[name] not in (theirs, "auto")
         ]
 
 

@@ -142,6 +142,8 @@ class Run:
     def read_config(self) -> dict:
         """The contents of config.json; flags have their present names, new flags their defaults.
 
+        Where an earlier revision wrote no `paths`, they are relative to the current directory.
+
         Raises:
             UserError: there is no such run, or the file is damaged.
         """
@@ -152,6 +154,7 @@ class Run:
             config = json.loads(read(self.config, MAX_CONFIG).decode("utf-8"))
             _check_config(config)
             config["flags"] = canonical(config["flags"])
+            config["paths"] = places.recorded(config["flags"]) | config.get("paths", {})
         return config
 
 
@@ -215,7 +218,7 @@ def previous_config(config: TrainConfig, run: Run) -> dict | None:
     previous = run.read_config()
     # What `auto` was. Before there was the flag, all runs used the whole batch.
     used = {"norm_batch": previous.get("norm_batch", "whole")}
-    differences = config.differences(previous["flags"] | used)
+    differences = config.differences(previous["flags"] | used, previous["paths"])
     if differences:
         raise UsageError(
             f"{run.path} has a run with other flags: {'; '.join(differences)}; "
@@ -230,6 +233,8 @@ def _check_config(config: dict) -> None:
     TrainConfig.from_json(flags)
     for name in ("data", "data_dir", "image_size", "val_fraction", "seed"):
         flags[name]
+    if any(type(path) is not str for path in dict(config.get("paths", {})).values()):
+        raise TypeError("paths has something other than text")
     names, shape = config["class_names"], config["image_shape"]
     if type(names) is not list or not names or any(type(name) is not str for name in names):
         raise TypeError("class_names is not a list of names")

@@ -99,16 +99,16 @@ def load_data(config: dict, name: str, source: DataSource = RUNS_OWN) -> data.Da
     """
     flags, class_names = config["flags"], tuple(config["class_names"])
     height, width, _ = config["image_shape"]
-    own = source.data is None
+    own, spec = source.data is None, source.data or places.find(config, "data")
     dataset = data.load(
-        source.data or flags["data"],
-        source.data_dir or _existing(flags["data_dir"]),
+        spec,
+        source.data_dir or _existing(config, "data_dir"),
         # The run's own flag, so that the images which the run decoded are found in the cache.
         flags["image_size"] if own else f"{height}x{width}",
         # Other data needs no validation split for an evaluation of train.
         flags["val_fraction"] if own or name == "val" else 0.0,
         flags["seed"],
-        source.cache_dir or _existing(flags["cache_dir"]),
+        source.cache_dir or _existing(config, "cache_dir"),
         # In other data every image counts.
         data.BadImages(own and flags["on_bad_image"] == "skip", flags["max_bad_share"]),
         flags["resize"],
@@ -116,18 +116,19 @@ def load_data(config: dict, name: str, source: DataSource = RUNS_OWN) -> data.Da
     )
     if dataset.class_names != class_names:
         raise UserError(
-            f"--data={source.data or flags['data']} has the classes {', '.join(dataset.class_names)} "
+            f"--data={spec} has the classes {', '.join(dataset.class_names)} "
             f"and the run was trained on {', '.join(class_names)}"
         )
     split = dataset.split(name)
     if own and split.fingerprint != config["splits"].get(name, {}).get("fingerprint"):
         raise UserError(
-            f"the {name} images of --data={flags['data']} have changed since the training; name them "
+            f"the {name} images of --data={spec} have changed since the training; name them "
             "with --data to evaluate them all the same"
         )
     return dataset
 
 
-def _existing(directory: str | None) -> str | None:
+def _existing(config: dict, flag: str) -> str | None:
     """A directory that config.json names, or None where this machine does not have it."""
+    directory = places.find(config, flag)
     return directory if directory and os.path.isdir(os.path.expanduser(directory)) else None

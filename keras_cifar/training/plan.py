@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar import data, models
-from keras_cifar.core import environment
+from keras_cifar.core import environment, places
 from keras_cifar.core.config import BALANCED, FitConfig, TrainConfig, canonical
 from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.data import augmentation
@@ -363,8 +363,10 @@ def estimate(config: TrainConfig) -> str:
 def describe_run(plan: Plan) -> dict:
     """The contents of config.json."""
     network = plan.model.deployable
+    flags = canonical(plan.config.flags())
     return {
-        "flags": canonical(plan.config.flags()),
+        "flags": flags,
+        "paths": places.recorded(flags),
         "class_names": plan.dataset.class_names,
         "image_shape": plan.dataset.image_shape,
         "splits": plan.dataset.describe(),

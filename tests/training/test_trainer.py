@@ -22,12 +22,13 @@ from keras_cifar.core import cli
 from keras_cifar.core.config import FLAGS, TrainConfig
 from keras_cifar.core.errors import StoppedError, UsageError, UserError
 from keras_cifar.core.files import versions
-from keras_cifar.core.run_directory import Run, default_run_dir
+from keras_cifar.core.run_directory import Run, default_run_dir, previous_config
 from keras_cifar.distributed.sharding import ReplicaRange
 from keras_cifar.evaluation import evaluator, plots
 from keras_cifar.models import applications
+from keras_cifar.reporting import gallery, record
 from keras_cifar.training import checkpoint, recorder, trainer
-from keras_cifar.training.plan import prepare
+from keras_cifar.training.plan import describe_run, prepare
 from tests.conftest import write_folder
 from tests.evaluation.test_plots import place
 from tests.training.kills import scalars, trained
@@ -424,6 +425,34 @@ def test_evaluate_on_the_same_images_elsewhere_is_of_the_runs_own(trained_run, t
     assert run_command(evaluate, evaluate.EvaluateOptions, *argv) == 0
     assert run.evaluation("test").read_bytes() == before
     assert run.evaluation("test", spec).exists()
+
+
+@pytest.mark.parametrize("paths", [True, False], ids=["", "earlier revision"])
+def test_a_run_of_a_relative_path_is_read_from_other_directories(
+    trained_run, image_folder, tmp_path, monkeypatch, capsys, paths
+):
+    run, here = Run(shutil.copytree(trained_run.path, tmp_path / "run")), image_folder.parent
+    config = json.loads(run.config.read_text())
+    flags = TrainConfig.from_json(config["flags"]).replace(data=f"folder:{image_folder.name}")
+    monkeypatch.chdir(here)
+    described = describe_run(prepare(flags))
+    config |= {name: described[name] for name in ("flags", "paths")}
+    assert config["flags"]["data"] == f"folder:{image_folder.name}"
+    if not paths:
+        del config["paths"]
+    run.config.write_text(json.dumps(config))
+    for spec in (flags.data.data, f"folder:{image_folder}"):
+        assert previous_config(flags.replace(data=spec), run)
+    monkeypatch.chdir(tmp_path)
+    argv = ["--split=val", f"--run={run.path}"]
+    assert run_command(evaluate, evaluate.EvaluateOptions, *argv) == (0 if paths else 1)
+    if paths:
+        assert previous_config(flags.replace(data=f"folder:{image_folder}"), run)
+        assert run_command(export, export.ExportOptions, f"--run={run.path}") == 0
+        assert gallery.load(run, record.load(run)).missing == ""
+        assert "cannot be loaded" not in capsys.readouterr().err
+    monkeypatch.chdir(here)
+    assert run_command(evaluate, evaluate.EvaluateOptions, *argv) == 0
 
 
 def test_evaluate_refuses_other_classes(trained_run, tmp_path):
