@@ -395,7 +395,7 @@ class TrainConfig:
         run's config.json: a place may be named in another way.
         """
         mine, previous = canonical(self.flags()), canonical(previous)
-        before, after = (places.recorded(previous) | (paths or {}), places.recorded(mine))
+        before, after = (places.recorded(previous, paths), places.recorded(mine))
         same = {name for name, path in after.items() if path == before.get(name)}
         return [
             f"--{name} was {theirs!r}, is {mine[name]!r}"

@@ -11,10 +11,18 @@ def absolute(name: str, value: str) -> str:
     return kind + os.path.abspath(os.path.expanduser(path)) if path else value
 
 
-def recorded(flags: dict) -> dict[str, str]:
-    """The flags in NAMES that have a path, absolute: `paths` of config.json."""
-    given = {name: flags[name] for name in NAMES if flags[name]}
-    return {name: absolute(name, v) for name, v in given.items() if _split(name, v)[1]}
+def recorded(flags: dict, before: dict | None = None) -> dict[str, str]:
+    """The flags in NAMES that have a path, absolute: `paths` of config.json.
+
+    Relative ones have that of `before`, those which config.json has, if there is one.
+    """
+    paths = {name: _split(name, flags[name])[1] for name in NAMES if flags[name]}
+    found = {name: absolute(name, flags[name]) for name, path in paths.items() if path}
+    return found | {
+        name: path
+        for name, path in (before or {}).items()
+        if name in found and not os.path.isabs(paths[name])
+    }
 
 
 def find(config: dict, name: str) -> str | None:
@@ -24,9 +32,8 @@ def find(config: dict, name: str) -> str | None:
     something is where the relative one leads now.
     """
     given, then = config["flags"][name], config["paths"].get(name)
-    if then is None or os.path.isabs(_split(name, given)[1]):
-        return given
-    return given if _exists(name, given) and not _exists(name, then) else then
+    gone = then is None or (not _exists(name, then) and _exists(name, given))
+    return given if gone else then
 
 
 def _exists(name: str, value: str) -> bool:

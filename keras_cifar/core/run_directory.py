@@ -154,7 +154,7 @@ class Run:
             config = json.loads(read(self.config, MAX_CONFIG).decode("utf-8"))
             _check_config(config)
             config["flags"] = canonical(config["flags"])
-            config["paths"] = places.recorded(config["flags"]) | config.get("paths", {})
+            config["paths"] = places.recorded(config["flags"], config.get("paths"))
         return config
 
 

@@ -58,10 +58,17 @@ def test_a_place_is_found_where_it_was_or_else_as_it_was_given(here, monkeypatch
     (here / "elsewhere" / "a").rmdir()
     assert places.find(config, "data") == f"folder:{here / 'a'}"  # for the message
     assert places.find(config, "data_dir") == str(here / "d")
-    config["flags"]["data"] = "folder:/edited"
-    assert places.find(config, "data") == "folder:/edited"
     assert places.find(config, "cache_dir") is None
     assert places.find({"flags": DEFAULTS, "paths": {}}, "data") == "cifar10"
+
+
+def test_what_was_recorded_of_a_relative_path_stays_and_an_absolute_one_is_itself(here):
+    before = {"data": "folder:/then", "init_from": "/x", "later": "y"}
+    flags = DEFAULTS | {"data": "folder:a", "cache_dir": "c"}
+    expected = {"data": "folder:/then", "cache_dir": str(here / "c")}
+    assert places.recorded(flags, before) == expected
+    edited = flags | {"data": "folder:/edited"}
+    assert places.recorded(edited, before) == expected | {"data": "folder:/edited"}
 
 
 @pytest.mark.parametrize("name", ["data", "init_from"])
