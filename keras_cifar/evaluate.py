@@ -54,14 +54,16 @@ def main(options: EvaluateOptions) -> None:
     if options.disturb:
         record = robustness.disturb(run, split, source, options.disturb_seed, options.max_images)
         print(f"{text.disturbance_table(record)}\n\n{split} {text.disturbance_summary(record)}")
-        print(f"metrics     {run.disturbances(split)}\nimages      {run.gallery(split)}")
+        files = split, run.other_data(record)
+        print(f"metrics     {run.disturbances(*files)}\nimages      {run.gallery(*files)}")
         return
     metrics = evaluator.evaluate_run(run, split, source)
     print(f"{text.metrics_table(metrics)}\n\n{split} {text.metrics_summary(metrics)}")
     if "min_probability" in metrics:
         print(f"unknown     {text.threshold_summary(metrics['min_probability'])}")
-    print(f"metrics     {run.evaluation(split)}\npredictions {run.predictions(split)}")
-    print(f"confusion   {run.confusion(split)}")
+    files = split, run.other_data(metrics)
+    print(f"metrics     {run.evaluation(*files)}\npredictions {run.predictions(*files)}")
+    print(f"confusion   {run.confusion(*files)}")
 
 
 if __name__ == "__main__":

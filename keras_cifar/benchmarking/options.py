@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from keras_cifar.core.config import DTYPE_POLICIES
+from keras_cifar.core.config import DTYPE_POLICIES, XLA
 from keras_cifar.core.options import POSITIVE, Options, option
 
 
@@ -15,6 +15,7 @@ class BenchmarkOptions(Options):
     augment: str = option("crop(4)|flip", "as of train", "Work")
     batch_size: int = option(128, "images a step", "Work", limit=POSITIVE)
     dtype_policy: str = option("float32", "of ours; the peers have float32", "Work", DTYPE_POLICIES)
+    xla: str = option("auto", "as of train", "Work", XLA)
     peers: bool = option(False, "compare with plain Keras, PyTorch and PaddlePaddle", "Comparison")
     growth: bool = option(False, "instead: by batch size, depth, number of images", "Comparison")
     distribution: bool = option(False, "instead: the cost of replicas and workers", "Comparison")

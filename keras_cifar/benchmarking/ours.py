@@ -52,7 +52,8 @@ def train_function(settings: dict):
     """A training step, compiled as `fit` compiles it, on the same batch of noise each time."""
     keras.config.set_dtype_policy(environment.dtype_policy(settings["dtype_policy"])[0])
     model = models.build(settings["model"], SHAPE, CLASSES)
-    model.compile(optimizers.Adam(1e-3), jit_compile=environment.use_xla("none")[0])
+    xla, _ = environment.use_xla(settings["xla"], "none")
+    model.compile(optimizers.Adam(1e-3), jit_compile=xla)
     size = settings["batch_size"]
     batch = next(iter(data.training_batches(random_split(size), CLASSES, size, "", 0)))
     batches = iter(tf.data.Dataset.from_tensors(batch).repeat())
@@ -152,7 +153,7 @@ class TakesTurns(keras.callbacks.Callback):
 
 def fit(turns: Turns) -> None:
     """Images a second of training as `train` does it, with all callbacks."""
-    names = ("model", "data", "augment", "batch_size", "dtype_policy")
+    names = ("model", "data", "augment", "batch_size", "dtype_policy", "xla")
     flags = {name: turns.settings[name] for name in names}
     flags |= {"steps_per_epoch": turns.settings["steps"], "epochs": 10**6, "val_fraction": 0.0}
     flags |= turns.settings.get("flags", {})

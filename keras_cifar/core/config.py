@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import typing
 
+from keras_cifar.core import places
 from keras_cifar.core.image_size import RESIZE, SMALL_IMAGE, STRETCH, resize_rule, size_text
 from keras_cifar.core.options import (
     FRACTION,
@@ -33,6 +34,7 @@ REFUSED_STRATEGIES = {
     "tpu": "TPUs were never tried and are not supported; use mirrored or multiworker on GPUs",
 }
 DTYPE_POLICIES = ("auto", "float32", "float64", "mixed_float16", "mixed_bfloat16")
+XLA = ("auto", "on", "off")
 # Images that are classified at a time: the fastest of 64, 128 and 256 on two cores with ResNet-32.
 BATCH_SIZE = 128
 SPLITS = ("train", "val", "test")
@@ -295,6 +297,12 @@ class DevicesConfig(Options):
         choices=DTYPE_POLICIES,
         compared=True,
     )
+    xla: str = _devices(
+        "auto",
+        "whether XLA compiles the training step, on one device; auto is off: it slows CPUs and was not "
+        "measured on GPUs",
+        choices=XLA,
+    )
     deterministic: bool = _devices(
         False,
         "the same bits on GPUs too, which is slower and copies all images into memory; on CPUs the "
@@ -380,16 +388,19 @@ class TrainConfig:
         values = self.flags()
         return {f"--{n}": values[n] for n, field in FLAGS.items() if field.metadata["shared"]}
 
-    def differences(self, previous: dict) -> list[str]:
+    def differences(self, previous: dict, paths: dict | None = None) -> list[str]:
         """The flags that decide the result and differ from those of an earlier run, as text.
 
-        With `auto` this machine decides, which may be another one.
+        With `auto` this machine decides, which may be another one. `paths` are those of the earlier
+        run's config.json: a place may be named in another way.
         """
-        mine = canonical(self.flags())
+        mine, previous = canonical(self.flags()), canonical(previous)
+        before, after = (places.recorded(previous, paths), places.recorded(mine))
+        same = {name for name, path in after.items() if path == before.get(name)}
         return [
             f"--{name} was {theirs!r}, is {mine[name]!r}"
-            for name, theirs in canonical(previous).items()
-            if name in COMPARED and mine[name] not in (theirs, "auto")
+            for name, theirs in previous.items()
+            if name in COMPARED - same and mine[name] not in (theirs, "auto")
         ]
 
 

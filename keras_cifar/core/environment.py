@@ -11,8 +11,8 @@ below the number of cores | TensorFlow counts cores, and threads above the quota
 | `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS`, `CUDA_VISIBLE_DEVICES` of workers that \
 `launch` starts on one machine | equal shares of its CPUs (but two inter-op threads or more) and \
 visible GPUs | each would take all |
-| XLA | on with one GPU, else off | on a CPU it slows convolutions (ResNet-32: 0.4 of the speed), \
-and Keras 3 fails with it under a strategy |
+| XLA, `--xla=auto` | off | on a CPU it slows convolutions (ResNet-32: 0.4 of the speed), it was not \
+measured on a GPU, and Keras 3 fails with it under a strategy, where `--xla=on` is refused |
 | `tf.config.experimental.enable_op_determinism` | off | `--deterministic` turns it on for GPUs; on a \
 CPU the training step has the same bits without it, and with it tf.data copies all images |
 | `--dtype_policy=auto` | mixed_bfloat16 on GPUs with bfloat16 tensor cores, else float32 | twice \
@@ -113,14 +113,24 @@ def visible_gpus() -> list[str]:
     return re.findall(r"^GPU (\d+):", listed.stdout, re.M) if listed.returncode == 0 else []
 
 
-def use_xla(strategy: str) -> tuple[bool, str]:
-    """(whether XLA compiles the training step, why) under the strategy of that name."""
+def use_xla(choice: str, strategy: str) -> tuple[bool, str]:
+    """(whether XLA compiles the training step, why) for `--xla=choice` under the strategy of that name.
+
+    Raises UsageError if the strategy excludes it.
+    """
     import tensorflow as tf
 
+    if choice == "on" and strategy != "none":
+        raise UsageError(
+            f"--xla=on is for one device, as Keras 3 fails with XLA under the strategy {strategy}; "
+            "use --xla=auto"
+        )
+    if choice != "auto":
+        return choice == "on", "by --xla"
     if strategy != "none":
         return False, "several replicas"
     if tf.config.list_physical_devices("GPU"):
-        return True, "one GPU"
+        return False, "not measured on a GPU; --xla=on turns it on"
     return False, "it slows convolutions on a CPU"
 
 

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+READ_BLOCK = 2**16  # bytes, at least, that `read` asks for at a time
+
 
 def open_file(path: str | pathlib.Path) -> BinaryIO:
     """Opens a file for reading, unbuffered, without blocking on a pipe.
@@ -39,9 +41,17 @@ def read(path: str | pathlib.Path, limit: int) -> bytes:
         OSError: as `open_file`, and for a file larger than `limit` bytes.
     """
     with open_file(path) as file:
-        if size_of(file) > limit:
-            raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes", str(path))
-        return file.read(limit)
+        size, length = size_of(file), 0
+        pieces: list[bytes] = []
+        # A raw read allocates all that it is asked for, and may return less, as on a network file
+        # system. It returns nothing at the end, which moves while somebody writes.
+        while max(size, length) <= limit:
+            piece = file.read(max(size - length, READ_BLOCK))
+            if not piece:
+                return b"".join(pieces)
+            pieces.append(piece)
+            length += len(piece)
+    raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes", str(path))
 
 
 def size_of(file: BinaryIO) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import socket
 import time
 from collections.abc import Iterator
 
+from keras_cifar.core import places
 from keras_cifar.core.config import TrainConfig, canonical
 from keras_cifar.core.errors import UsageError, UserError, check_directory, check_utf8, reason
 from keras_cifar.core.files import TEMPORARY, read
@@ -49,15 +51,21 @@ class Run:
         self.report = self.path / "report.html"
         self.seeds = self.path / "seeds.json"
 
-    def read_metrics(self, split: str, data: str) -> dict | None:
-        """The metrics of a split of `data`; None if there are none, or only those of other data."""
+    def read_metrics(self, split: str) -> dict | None:
+        """The metrics of a split of the run's own images; None if there are none."""
         path = self.evaluation(split)
         if not path.exists():
             return None
+        config = self.read_config()
         with _damage(path):
             metrics = json.loads(read(path, MAX_METRICS))
-            float(metrics["accuracy"]), metrics["data"]
-        return metrics if metrics["data"] == data else None
+            float(metrics["accuracy"])
+            return metrics if is_own(config, split, metrics) else None
+
+    def other_data(self, record: dict) -> str | None:
+        """The --data of an evaluation, `record`; None if its images are the run's own."""
+        own = is_own(self.read_config(), record["split"], record)
+        return None if own else record["data"]
 
     def read_history(self) -> list[dict[str, float]]:
         """The rows of history.csv, one for each epoch; empty before the first."""
@@ -74,11 +82,13 @@ class Run:
         """The run of a seed below a directory of several."""
         return Run(self.path / f"seed_{seed}", restart=self.path)
 
-    def _of_split(self, suffix: str, split: str) -> pathlib.Path:
-        return self.path / "eval" / f"{split}{suffix}"
+    def _of_split(self, suffix: str, split: str, data: str | None = None) -> pathlib.Path:
+        other = f"-{_file_name(data)}" if data else ""
+        return self.path / "eval" / f"{split}{other}{suffix}"
 
     # The files of a split: its metrics, its labels and probabilities, the plot of its confusion
-    # matrix, its accuracy under disturbances, and a plot of an image under all of them.
+    # matrix, its accuracy under disturbances, and a plot of an image under all of them. `data` is the
+    # --data of other images than the run's own.
     evaluation = functools.partialmethod(_of_split, ".json")
     predictions = functools.partialmethod(_of_split, ".npz")
     confusion = functools.partialmethod(_of_split, "_confusion.png")
@@ -89,11 +99,13 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Locks the directory, so that no other process trains here; the lock ends with the process.
 
-        Removes the temporary files of a killed process.
+        Removes the temporary files of a killed process. A directory that was created here is removed
+        if nothing was written.
 
         Raises:
             UserError: another process trains here, or the directory cannot be written.
         """
+        is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "a+") as file:
             try:
@@ -116,7 +128,9 @@ class Run:
                 yield
             finally:
                 if self.is_empty():  # after a wrong flag or missing data
-                    shutil.rmtree(self.path, ignore_errors=True)
+                    (self.path / LOCK).unlink(missing_ok=True)
+                    if is_new:
+                        shutil.rmtree(self.path, ignore_errors=True)
 
     def is_empty(self) -> bool:
         """Whether the directory has no files but those of a process that was killed at its start."""
@@ -128,6 +142,8 @@ class Run:
     def read_config(self) -> dict:
         """The contents of config.json; flags have their present names, new flags their defaults.
 
+        Where an earlier revision wrote no `paths`, they are relative to the current directory.
+
         Raises:
             UserError: there is no such run, or the file is damaged.
         """
@@ -138,6 +154,7 @@ class Run:
             config = json.loads(read(self.config, MAX_CONFIG).decode("utf-8"))
             _check_config(config)
             config["flags"] = canonical(config["flags"])
+            config["paths"] = places.recorded(config["flags"], config.get("paths"))
         return config
 
 
@@ -149,10 +166,30 @@ def _damage(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged: {reason(error)}") from None
 
 
+def is_own(config: dict, split: str, record: dict) -> bool:
+    """Whether an evaluation of a split is of the images of the run with this config.json.
+
+    Earlier revisions wrote evaluations of other data to the same file.
+    """
+    own = config["splits"].get(split)
+    return own is not None and record.get("fingerprint") == own["fingerprint"]
+
+
 def default_run_dir(config: TrainConfig) -> str:
     """The name of a new directory below runs/."""
-    data = re.sub(r"\W+", "-", config.data.data.rstrip("/").rpartition("/")[2]).strip("-")
+    data = _short_name(config.data.data)
     return f"runs/{config.model.model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _short_name(data: str) -> str:
+    """The last part of a --data, as a part of a file's name."""
+    return re.sub(r"\W+", "-", data.rstrip("/").rpartition("/")[2]).strip("-")[:40]
+
+
+def _file_name(data: str) -> str:
+    """A part of a file's name for each --data, also where two have the same last part."""
+    data = places.absolute("data", data)
+    return f"{_short_name(data)}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
 
 
 def with_its_rule(config: TrainConfig, run: Run) -> TrainConfig:
@@ -181,7 +218,7 @@ def previous_config(config: TrainConfig, run: Run) -> dict | None:
     previous = run.read_config()
     # What `auto` was. Before there was the flag, all runs used the whole batch.
     used = {"norm_batch": previous.get("norm_batch", "whole")}
-    differences = config.differences(previous["flags"] | used)
+    differences = config.differences(previous["flags"] | used, previous["paths"])
     if differences:
         raise UsageError(
             f"{run.path} has a run with other flags: {'; '.join(differences)}; "
@@ -196,6 +233,8 @@ def _check_config(config: dict) -> None:
     TrainConfig.from_json(flags)
     for name in ("data", "data_dir", "image_size", "val_fraction", "seed"):
         flags[name]
+    if any(type(path) is not str for path in dict(config.get("paths", {})).values()):
+        raise TypeError("paths has something other than text")
     names, shape = config["class_names"], config["image_shape"]
     if type(names) is not list or not names or any(type(name) is not str for name in names):
         raise TypeError("class_names is not a list of names")

@@ -15,6 +15,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 import types
@@ -45,17 +46,24 @@ class Cache:
 
     Args:
         directory: None is `$XDG_CACHE_HOME/keras_cifar` or `~/.cache/keras_cifar`, or a directory
-            for temporary files where that is not writable.
+            for temporary files where that is not writable, if nobody else can write there.
     """
 
     def __init__(self, directory: str | None = None):
         self._given = directory
         self._places = [pathlib.Path(directory).expanduser()] if directory else default_places()
+        # Anybody may have created it, for us to train on their images.
+        self._private = None if directory else temporary_place()
 
     def find(self, cache_key: dict) -> Split | None:
         """The entry with this key; None if it is missing or damaged."""
-        found = (_open(place / _name(cache_key)) for place in self._places)
-        return next((split for split in found if split is not None), None)
+        for place in self._places:
+            with contextlib.suppress(OSError):
+                self._check(place)
+                split = _open(place / _name(cache_key))
+                if split is not None:
+                    return split
+        return None
 
     def make(
         self,
@@ -109,16 +117,22 @@ class Cache:
         errors = []
         for place in self._places:
             try:
-                place.mkdir(parents=True, exist_ok=True)
+                mode = 0o700 if place == self._private else 0o777
+                place.mkdir(mode, parents=True, exist_ok=True)
+                self._check(place)
                 tempfile.TemporaryFile(dir=place).close()
             except OSError as error:
-                errors.append(f"{place} cannot be written ({reason(error)})")
+                errors.append(f"{place} cannot be used ({reason(error)})")
             else:
                 if errors:
                     print(f"cache     {errors[0]}; using {place}", file=sys.stderr, flush=True)
                 return place
         flag = f"--cache_dir={self._given}: " if self._given else ""
-        raise UserError(f"{flag}the cache {errors[0]}; choose another --cache_dir")
+        raise UserError(f"{flag}the cache {' and '.join(errors)}; choose another --cache_dir")
+
+    def _check(self, place: pathlib.Path) -> None:
+        if place == self._private:
+            check_private(place)
 
 
 def in_block(image_shape: tuple[int, int, int]) -> int:
@@ -131,10 +145,24 @@ def default_places() -> list[pathlib.Path]:
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # The standard says to ignore it.
         base = pathlib.Path(os.path.expanduser("~"), ".cache")
-    # One for each user: nobody else may write what is trained on.
-    temporary = pathlib.Path(tempfile.gettempdir(), f"keras_cifar-{os.getuid()}")
     # "~" stays where the user has no home.
-    return [base / "keras_cifar", temporary] if base.is_absolute() else [temporary]
+    return [*([base / "keras_cifar"] if base.is_absolute() else []), temporary_place()]
+
+
+def temporary_place() -> pathlib.Path:
+    """Where entries are if the user's own cache is not writable: a directory for each user."""
+    return pathlib.Path(tempfile.gettempdir(), f"keras_cifar-{os.getuid()}")
+
+
+def check_private(path: pathlib.Path) -> None:
+    """Raises OSError unless `path` is a directory, no link, to which this user alone can write."""
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "it is not a directory", str(path))
+    if found.st_uid != os.getuid():
+        raise PermissionError(errno.EACCES, "it belongs to another user", str(path))
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(errno.EACCES, "other users can write to it", str(path))
 
 
 def _name(cache_key: dict) -> str:

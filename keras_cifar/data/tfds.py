@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import socket
+import sys
 import urllib.parse
 
 import numpy as np
@@ -24,6 +25,8 @@ from keras_cifar.distributed.sharding import without_autotune
 CONNECT_TIMEOUT = 10  # seconds; TFDS itself tries again for more than 3 minutes
 ENDS = 2**16  # bytes at the beginning and at the end of a file
 MAX_FEATURES = 2**24  # bytes of features.json, which has a few hundred
+PEEK = 16  # examples of the test split whose labels are looked at before anything is decoded
+WITHHELD = "its test labels are withheld"
 TEST_FRACTION = 0.1  # held out of train where a data set has neither test nor validation
 
 OTHER_WAYS = (
@@ -60,10 +63,20 @@ def load(
     available = builder.info.splits
     if "train" not in available:
         raise UserError(f"TFDS data set {name} has no split train; it has {', '.join(available)}")
+
+    def say(why):
+        few = f"{TEST_FRACTION:.0%} of each class of train are"
+        used = "validation is" if "validation" in available else few
+        print(f"splits    {name}: {why}; {used} the test split", file=sys.stderr, flush=True)
+
+    is_withheld = "test" in available and _are_withheld(builder, "test")
+    if "test" not in available or is_withheld:
+        say(WITHHELD if is_withheld else "it has no test split")
     train = read("train")
     val = read("validation") if "validation" in available else None
-    test = read("test") if "test" in available else None
-    if test and test.labels.min() < 0:  # ImageNet's test labels are withheld.
+    test = read("test") if "test" in available and not is_withheld else None
+    if test and test.labels.min() < 0:  # not the first of them
+        say(WITHHELD)
         test = None
     if test is None and val is not None:
         val, test = None, val
@@ -177,12 +190,28 @@ def _files(info) -> str:
     return digest.hexdigest()
 
 
+def _are_withheld(builder, split: str) -> bool:
+    """Whether the first labels of a split are negative, as those of ImageNet's test images."""
+    try:
+        labels = [label for _, label in _examples(builder, split).take(PEEK).as_numpy_iterator()]
+    except Exception:  # Reading it will say why.
+        return False
+    return min(labels, default=0) < 0
+
+
 def _batches(builder, split: str, size: tuple[int, int], rule: str) -> tf.data.Dataset:
     """(uint8 [n, H, W, 3], int64 [n]), decoded here, so that training sees what serving will see."""
-    import tensorflow_datasets as tfds
 
     def decode(encoded, label):
         return resize_images(decode_image(encoded), size, rule), label
+
+    dataset = _examples(builder, split).map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.batch(in_block((*size, 3))).prefetch(2)
+
+
+def _examples(builder, split: str) -> tf.data.Dataset:
+    """(an encoded image, its label int64) of each example, in the order of the files."""
+    import tensorflow_datasets as tfds
 
     options = {"split": split, "decoders": {"image": tfds.decode.SkipDecoding()}}
     if builder.info.file_format in tfds.core.file_adapters.FileFormat.with_random_access():
@@ -198,5 +227,4 @@ def _batches(builder, split: str, size: tuple[int, int], rule: str) -> tf.data.D
             shuffle_files=False,
             read_config=tfds.ReadConfig(try_autocache=False),  # It is read once.
         )
-    dataset = dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
-    return without_autotune(dataset.batch(in_block((*size, 3))).prefetch(2))
+    return without_autotune(dataset)

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar import data, models
+from keras_cifar.core import places
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.files import replacing, write_json
 from keras_cifar.core.run_directory import Run
@@ -42,20 +43,22 @@ def evaluate(
     """Evaluates a model on a split and writes its metrics, predictions and confusion matrix.
 
     The files are `RUN/eval/<name>.json`, `.npz` (labels int64 [N], probabilities float32 [N, K]) and
-    `_confusion.png`. Returns what the JSON holds; `spec` is the --data of the split, for the record.
+    `_confusion.png`, or `<name>-<data>-<hash>` of other images than the run's own. Returns what the
+    JSON holds; `spec` is the --data of the split, for the record.
     That of `val` has `min_probability`, see `selective.propose`; a threshold from test would be fitted
     to the images that measure it.
     """
     probabilities = predict(model, split)
-    with replacing(run.predictions(name)) as temporary:
-        np.savez(temporary, labels=split.labels, probabilities=probabilities)
     metrics = summarize(probabilities, split.labels, class_names)
     metrics = {"split": name, "data": spec, "fingerprint": split.fingerprint} | metrics
+    other = run.other_data(metrics)
+    with replacing(run.predictions(name, other)) as temporary:
+        np.savez(temporary, labels=split.labels, probabilities=probabilities)
     if name == "val":
         proposed = selective.propose_for_export(run, probabilities, split.labels)
         metrics["min_probability"] = proposed
-    write_json(run.evaluation(name), metrics)
-    plots.save(plots.confusion(metrics["confusion"], class_names), run.confusion(name))
+    write_json(run.evaluation(name, other), metrics)
+    plots.save(plots.confusion(metrics["confusion"], class_names), run.confusion(name, other))
     return metrics
 
 
@@ -78,13 +81,14 @@ def evaluate_run(run: Run, name: str, source: DataSource = RUNS_OWN) -> dict:
 
 
 def load_run(run: Run, name: str, source: DataSource = RUNS_OWN) -> tuple:
-    """(the run's selected model, the data, its --data).
+    """(the run's selected model, the data, its --data: with an absolute path if it was given).
 
     Raises:
         UserError: the run or the data is missing, damaged, or not what the run was made with.
     """
     config, model = run.read_config(), models.load(run.model)
-    return model, load_data(config, name, source), source.data or config["flags"]["data"]
+    given = places.absolute("data", source.data) if source.data else None
+    return model, load_data(config, name, source), given or config["flags"]["data"]
 
 
 def load_data(config: dict, name: str, source: DataSource = RUNS_OWN) -> data.Dataset:
@@ -95,16 +99,16 @@ def load_data(config: dict, name: str, source: DataSource = RUNS_OWN) -> data.Da
     """
     flags, class_names = config["flags"], tuple(config["class_names"])
     height, width, _ = config["image_shape"]
-    own = source.data is None
+    own, spec = source.data is None, source.data or places.find(config, "data")
     dataset = data.load(
-        source.data or flags["data"],
-        source.data_dir or _existing(flags["data_dir"]),
+        spec,
+        source.data_dir or _existing(config, "data_dir"),
         # The run's own flag, so that the images which the run decoded are found in the cache.
         flags["image_size"] if own else f"{height}x{width}",
         # Other data needs no validation split for an evaluation of train.
         flags["val_fraction"] if own or name == "val" else 0.0,
         flags["seed"],
-        source.cache_dir or _existing(flags["cache_dir"]),
+        source.cache_dir or _existing(config, "cache_dir"),
         # In other data every image counts.
         data.BadImages(own and flags["on_bad_image"] == "skip", flags["max_bad_share"]),
         flags["resize"],
@@ -112,18 +116,19 @@ def load_data(config: dict, name: str, source: DataSource = RUNS_OWN) -> data.Da
     )
     if dataset.class_names != class_names:
         raise UserError(
-            f"--data={source.data or flags['data']} has the classes {', '.join(dataset.class_names)} "
+            f"--data={spec} has the classes {', '.join(dataset.class_names)} "
             f"and the run was trained on {', '.join(class_names)}"
         )
     split = dataset.split(name)
     if own and split.fingerprint != config["splits"].get(name, {}).get("fingerprint"):
         raise UserError(
-            f"the {name} images of --data={flags['data']} have changed since the training; name them "
+            f"the {name} images of --data={spec} have changed since the training; name them "
             "with --data to evaluate them all the same"
         )
     return dataset
 
 
-def _existing(directory: str | None) -> str | None:
+def _existing(config: dict, flag: str) -> str | None:
     """A directory that config.json names, or None where this machine does not have it."""
+    directory = places.find(config, flag)
     return directory if directory and os.path.isdir(os.path.expanduser(directory)) else None

@@ -17,7 +17,8 @@ DISTURBED_BYTES = 2**22  # of the images that are disturbed at a time; each byte
 def disturb(run: Run, name: str, source: DataSource, seed: int, max_images: int | None) -> dict:
     """Evaluates a run's selected model on disturbed images of its split `name`.
 
-    Writes `RUN/eval/<name>_disturbances.json` and `.png`. Errors as `evaluator.load_run`.
+    Writes `RUN/eval/<name>_disturbances.json` and `.png`, with the name of other data as
+    `evaluator.evaluate`. Errors as `evaluator.load_run`.
 
     Args:
         seed: of everything random in the disturbances.
@@ -63,9 +64,10 @@ def disturb(run: Run, name: str, source: DataSource, seed: int, max_images: int 
             for key, row in table.items()
         },
     }
-    write_json(run.disturbances(name), record)
+    other = run.other_data(record)
+    write_json(run.disturbances(name, other), record)
     few = chosen.take(np.arange(min(count, disturbances.NEIGHBOURS))).images
-    plots.save(plots.gallery(disturbances.gallery(few, seed)), run.gallery(name))
+    plots.save(plots.gallery(disturbances.gallery(few, seed)), run.gallery(name, other))
     return record
 
 

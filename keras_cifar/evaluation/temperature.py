@@ -71,8 +71,11 @@ def find_temperature(text: str, run: Run) -> dict:
     except ValueError:
         other = run if text == "auto" else Run(text)
     config = other.read_config()
-    mine, theirs = run.read_config()["flags"], config["flags"]
-    for flag in sorted(COMPARED - {"seed", "val_fraction"}):
+    own = run.read_config()
+    mine, theirs = own["flags"], config["flags"]
+    # Their places may be named in different ways.
+    same = {name for name, path in own["paths"].items() if path == config["paths"].get(name)}
+    for flag in sorted(COMPARED - same - {"seed", "val_fraction"}):
         if mine[flag] != theirs[flag]:
             raise UserError(
                 f"{other.path} was trained with --{flag}={theirs[flag]} and {run.path} with "

@@ -56,8 +56,7 @@ def load(path: str) -> Entry:
     if not runs:
         raise UserError(f"{run.path} is not a run directory: it has neither config.json nor seed_N")
     configs = [each.read_config() for each in runs]
-    pairs = zip(runs, configs, strict=True)
-    metrics = [each.read_metrics("test", config["flags"]["data"]) for each, config in pairs]
+    metrics = [each.read_metrics("test") for each in runs]
     histories = [each.read_history() for each in runs]
     return Entry(path, configs, histories, list(filter(None, metrics)))
 

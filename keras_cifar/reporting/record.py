@@ -16,7 +16,7 @@ from keras_cifar.core.config import DEFAULTS, SPLITS
 from keras_cifar.core.errors import UserError, one_line, reason
 from keras_cifar.core.files import read
 from keras_cifar.core.image_size import resize_rule
-from keras_cifar.core.run_directory import Run
+from keras_cifar.core.run_directory import Run, is_own
 from keras_cifar.evaluation.metrics import PER_CLASS
 
 MAX_FILE = 2**30  # bytes; the predictions of ImageNet's 50,000 images take 200 MB
@@ -37,7 +37,7 @@ class Record:
     name: str  # of its directory
     config: dict  # the contents of config.json
     history: list[dict]  # a dict an epoch; None stands for a value that is not finite
-    evaluations: dict[str, dict]  # the contents of eval/<split>.json, by split
+    evaluations: dict[str, dict]  # of the run's own images: eval/<split>.json, by split
     split: str | None  # shown in full: test, or else another evaluated split
     disturbances: dict | None  # the contents of eval/<split>_disturbances.json
     probabilities: np.ndarray | None  # float32 [N, K], the predictions on that split
@@ -96,7 +96,7 @@ def load(run: Run) -> Record:
     config = run.read_config()
     _read(run.config, _check_config)
     found = {name: _read(run.evaluation(name), _metrics) for name in reversed(SPLITS)}
-    evaluations = {name: metrics for name, metrics in found.items() if metrics is not None}
+    evaluations = {name: m for name, m in found.items() if m and is_own(config, name, m)}
     for name, metrics in evaluations.items():
         if list(metrics["per_class"]) != config["class_names"]:
             raise UserError(f"{run.evaluation(name)} has other classes than the run")
@@ -104,6 +104,8 @@ def load(run: Run) -> Record:
     disturbances = probabilities = None
     if split:
         disturbances = _read(run.disturbances(split), _disturbances)
+        if disturbances and not is_own(config, split, disturbances):
+            disturbances = None
         probabilities = _read(run.predictions(split), _probabilities)
         shape = (evaluations[split]["count"], len(config["class_names"]))
         if probabilities is not None and probabilities.shape != shape:

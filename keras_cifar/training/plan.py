@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cifar import data, models
-from keras_cifar.core import environment
+from keras_cifar.core import environment, places
 from keras_cifar.core.config import BALANCED, FitConfig, TrainConfig, canonical
 from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.data import augmentation
@@ -264,6 +264,7 @@ def prepare(
         )
 
     norm_batch = choose_norm_batch(fit, replicas)
+    xla = environment.use_xla(config.devices.xla, context.spec.name)
 
     keras.utils.set_random_seed(fit.seed)
     deterministic = environment.make_deterministic(config.devices.deterministic)
@@ -277,7 +278,6 @@ def prepare(
     )
     one_pass = data.steps_per_epoch(dataset.train, fit.batch_size)  # there is a whole batch
     steps = fit.steps_per_epoch or one_pass
-    xla = environment.use_xla(context.spec.name)
     options = {"accumulate_steps": fit.accumulate_steps, "jit_compile": xla[0]}
     options["norm_batch"] = norm_batch[0]
     options["steps_per_execution"] = config.devices.steps_per_execution
@@ -363,8 +363,10 @@ def estimate(config: TrainConfig) -> str:
 def describe_run(plan: Plan) -> dict:
     """The contents of config.json."""
     network = plan.model.deployable
+    flags = canonical(plan.config.flags())
     return {
-        "flags": canonical(plan.config.flags()),
+        "flags": flags,
+        "paths": places.recorded(flags),
         "class_names": plan.dataset.class_names,
         "image_shape": plan.dataset.image_shape,
         "splits": plan.dataset.describe(),

@@ -40,7 +40,7 @@ def train(config: TrainConfig, run: Run) -> dict:
         print(f"seed {seed} ({number} of {len(seeds)})", flush=True)
         one = run.of_seed(seed)
         lacks_export = config.output.export and not versions(one.export)
-        metrics = None if lacks_export else one.read_metrics("test", config.data.data)
+        metrics = None if lacks_export else one.read_metrics("test")
         if metrics is None:
             metrics = trainer.train(configs[seed], one)
             # A model and its functions refer to each other: only a collection frees them.

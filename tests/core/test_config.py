@@ -118,7 +118,7 @@ SAME = parsed(
     "run_dir=elsewhere export=false data_dir=elsewhere cache_dir=elsewhere max_bad_share=0.5 "
     "strategy=mirrored replicas=2 workers=a:1 worker_index=0 startup_timeout=5 peer_timeout=5 "
     "steps_per_execution=5 checkpoint_every=5 checkpoint_seconds=5 on_nan=rollback dry_run "
-    "list_models list_recipes recipe=he_resnet20 seeds=3"
+    "list_models list_recipes recipe=he_resnet20 seeds=3 xla=on"
 )
 
 

@@ -2,10 +2,12 @@
 
 import os
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
 from keras_cifar.core import config, environment
+from keras_cifar.core.errors import UsageError
 from keras_cifar.training import plan as planning
 
 
@@ -72,17 +74,45 @@ def test_precision_by_device(monkeypatch, gpus, policy):
     assert environment.dtype_policy("float64")[0] == "float64"
 
 
-def test_xla_is_for_one_gpu_alone(monkeypatch):
+def test_xla_is_off_unless_one_device_is_told_to_use_it(monkeypatch):
     fake_gpus(monkeypatch)
-    assert environment.use_xla("none") == (False, "it slows convolutions on a CPU")
+    assert environment.use_xla("auto", "none") == (False, "it slows convolutions on a CPU")
     fake_gpus(monkeypatch, (8, 0))
-    assert environment.use_xla("none") == (True, "one GPU")
-    assert environment.use_xla("mirrored") == (False, "several replicas")
+    why = "not measured on a GPU; --xla=on turns it on"
+    assert environment.use_xla("auto", "none") == (False, why)
+    assert environment.use_xla("on", "none") == (True, "by --xla")
+    assert environment.use_xla("off", "none") == (False, "by --xla")
+    for strategy in ("mirrored", "multiworker"):
+        assert environment.use_xla("auto", strategy) == (False, "several replicas")
+        assert environment.use_xla("off", strategy) == (False, "by --xla")
+        with pytest.raises(UsageError, match=f"--xla=on is for one device.*strategy {strategy}"):
+            environment.use_xla("on", strategy)
+
+
+def test_xla_on_replicas_is_refused_before_the_data_is_read(tmp_path):
+    flags = config.TrainConfig.from_flags(xla="on", replicas=2, data=f"folder:{tmp_path}/none")
+    with pytest.raises(UsageError, match="--xla=on is for one device"):
+        planning.estimate(flags)
+
+
+@pytest.mark.parametrize("xla", ["auto", "on", "off"])
+def test_xla_compiles_the_training_step_if_it_is_on(image_folder, small_network, xla):
+    flags = {"model": small_network, "data": f"folder:{image_folder}", "batch_size": 16, "xla": xla}
+    plan = planning.prepare(config.TrainConfig.from_flags(**flags))
+    run = plan.model.make_train_function()
+    traced = run.get_concrete_function(iter(plan.batches(0)), tf.constant(1))
+    functions = traced.graph.as_graph_def().library.function
+    assert any(f.attr["_XlaMustCompile"].b for f in functions) == (xla == "on")
+    assert planning.describe_run(plan)["xla"] == (xla == "on")
+    if xla == "on":
+        weights = plan.model.get_weights()
+        plan.model.fit(plan.batches(0), verbose=0)
+        assert not np.array_equal(weights[0], plan.model.get_weights()[0])
 
 
 @pytest.mark.parametrize("xla", [False, True])
 def test_training_asks_for_precision_and_xla(monkeypatch, image_folder, xla):
-    monkeypatch.setattr(environment, "use_xla", lambda strategy: (xla, f"as {strategy}"))
+    monkeypatch.setattr(environment, "use_xla", lambda flag, strategy: (xla, f"{flag} {strategy}"))
     monkeypatch.setattr(environment, "dtype_policy", {"auto": ("mixed_bfloat16", "so")}.get)
     flags = config.TrainConfig.from_flags(
         model="lenet5", data=f"folder:{image_folder}", batch_size=16
@@ -92,7 +122,7 @@ def test_training_asks_for_precision_and_xla(monkeypatch, image_folder, xla):
     assert plan.model.get_layer("logits").compute_dtype == "bfloat16"
     described = planning.describe_run(plan)
     assert (described["dtype_policy"], described["xla"]) == ("mixed_bfloat16", xla)
-    assert f"mixed_bfloat16 (so), XLA {'on' if xla else 'off'} (as none)" in plan.summary()
+    assert f"mixed_bfloat16 (so), XLA {'on' if xla else 'off'} (auto none)" in plan.summary()
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_a_config_with_flags_of_later_versions_is_read(tmp_path):
     del value["flags"]["ema"]
     value["flags"]["learning_rate"] = 1  # as `TrainConfig.from_flags(learning_rate=1)` is written
     write_json(run.config, value)
+    value["paths"] = {}  # cifar10 has none
     value["flags"] |= {"ema": 0.0, "resize": "stretch"}  # its default, what its default means
     assert run.read_config() == value
 
@@ -74,6 +75,7 @@ def test_a_config_with_flags_of_later_versions_is_read(tmp_path):
         *(("class_names", value) for value in ({}, [], "ab", [1], None)),
         *(("image_shape", value) for value in ({}, [32, 32], [32, 32, 1], [0, 32, 3], "abc")),
         *(("image_shape", value) for value in ([True, 32, 3], [10**6, 32, 3], [32.0, 32, 3])),
+        *(("paths", value) for value in ([1], "x", {"data": 1}, {"data": None})),
         *(("splits", value) for value in ([], [1], "x", {"train": 5}, {"train": {"count": 5}})),
         *(("flags/seed", value) for value in ("1", None, True, 1.5, -1, [1])),
         *(("flags/data", value) for value in (1, None, ["digits"], {"a": 1})),
@@ -126,3 +128,15 @@ def test_a_folder_that_is_no_run_is_said(tmp_path):
         Run(tmp_path).read_config()
     with pytest.raises(UserError, match="does not exist"):
         Run(tmp_path / "none").read_config()
+
+
+def test_a_start_that_fails_leaves_what_was_there(tmp_path):
+    there, new = Run(tmp_path / "there"), Run(tmp_path / "new")
+    there.path.mkdir(mode=0o750)
+    before = there.path.stat()
+    for run in (there, new):
+        with pytest.raises(RuntimeError), run.locked():
+            raise RuntimeError
+    assert list(tmp_path.iterdir()) == [there.path]
+    assert list(there.path.iterdir()) == []
+    assert (there.path.stat().st_ino, there.path.stat().st_mode) == (before.st_ino, before.st_mode)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -361,14 +362,42 @@ def test_unwritable_default_is_replaced_by_temporary_files_and_one_line_says_so(
     Cache().make(KEY, SHAPE, "my images", fill)
     (line,) = capsys.readouterr().err.splitlines()
     place = tmp_path / "temporary" / f"keras_cifar-{os.getuid()}"
-    assert f"{home / '.cache' / 'keras_cifar'} cannot be written" in line
+    assert f"{home / '.cache' / 'keras_cifar'} cannot be used" in line
     assert f"using {place}" in line
     assert len(left(place)) == 1
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
     assert_right(Cache().find(KEY))
     shutil.rmtree(tmp_path / "temporary")
     (tmp_path / "temporary").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot be written.*choose another --cache_dir") as caught:
+    with pytest.raises(UserError, match=r"cannot be used.*choose another --cache_dir") as caught:
         Cache().make(KEY, SHAPE, "my images", fill)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda place: place.chmod(0o770), "other users can write to it"),
+        (lambda place: place.chmod(0o707), "other users can write to it"),
+        (lambda place: place.symlink_to(place.rename(f"{place}.d")), "it is not a directory"),
+        (None, "it belongs to another user"),
+    ],
+)
+def test_what_others_can_write_among_temporary_files_is_not_trusted(
+    home, tmp_path, monkeypatch, change, why
+):
+    home.write_text("a file")
+    Cache().make(KEY, SHAPE, "my images", fill)
+    assert_right(Cache().find(KEY))
+    place = cache_module.temporary_place()
+    if change:
+        change(place)
+    else:
+        monkeypatch.setattr(cache_module, "temporary_place", lambda: place)
+        monkeypatch.setattr(os, "getuid", lambda: place.stat().st_uid + 1)
+    assert Cache().find(KEY) is None
+    with pytest.raises(UserError, match=f"{place} cannot be used .{why}.; choose") as caught:
+        Cache().make(KEY, SHAPE, "my images", must_not_fill)
     assert "\n" not in str(caught.value)
 
 
@@ -376,7 +405,7 @@ def test_unwritable_default_is_replaced_by_temporary_files_and_one_line_says_so(
 def test_directory_that_is_given_and_cannot_be_written_is_refused(tmp_path, below, image_folder):
     (tmp_path / "file").write_text("x")
     place = tmp_path / below
-    with pytest.raises(UserError, match=f"--cache_dir={place}: .*cannot be written") as caught:
+    with pytest.raises(UserError, match=f"--cache_dir={place}: .*cannot be used") as caught:
         data.load(f"folder:{image_folder}", cache_dir=str(place))
     assert "\n" not in str(caught.value)
 

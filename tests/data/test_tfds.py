@@ -82,6 +82,13 @@ TinyWithheld = subclass(  # as ImageNet: the labels of test are withheld
     SPLITS=VALIDATION,
     change=staticmethod(lambda split, i, pixels, y: (pixels, -1 if split == "test" else y)),
 )
+TinyPartlyWithheld = subclass(
+    "TinyPartlyWithheld",
+    SPLITS=VALIDATION | {"test": 20},
+    change=staticmethod(
+        lambda split, i, pixels, y: (pixels, -1 if (split, i) == ("test", 19) else y)
+    ),
+)
 TinyMany = subclass(  # more than a block of them
     "TinyMany", SPLITS={"train": 600, "test": 8}, SHAPE=(2, 3, 3), SIDES=(2, 3)
 )
@@ -161,22 +168,38 @@ def test_images_of_different_sizes_need_image_size(data_dir):
         np.testing.assert_array_equal(got, resize_images(pixels, (5, 5)))
 
 
+NO_TEST = "it has no test split; validation is the test split"
+WITHHELD = "its test labels are withheld; validation is the test split"
+
+
 @pytest.mark.parametrize(
-    ("builder", "splits"),
+    ("builder", "splits", "line"),
     [
-        (TinyValidation, ("train", "validation", "test")),
-        (TinyOnlyValidation, ("train", None, "validation")),
-        (TinyWithheld, ("train", None, "validation")),
+        (TinyValidation, ("train", "validation", "test"), None),
+        (TinyOnlyValidation, ("train", None, "validation"), NO_TEST),
+        (TinyWithheld, ("train", None, "validation"), WITHHELD),
+        (TinyPartlyWithheld, ("train", None, "validation"), WITHHELD),
     ],
 )
-def test_validation_is_the_test_split_where_there_is_none(data_dir, builder, splits):
+def test_validation_is_the_test_split_where_there_is_none(data_dir, capsys, builder, splits, line):
     dataset = load(data_dir, builder.name, val_fraction=0)
+    assert capsys.readouterr().err == (f"splits    {builder.name}: {line}\n" if line else "")
     for split, name in zip((dataset.train, dataset.val, dataset.test), splits, strict=True):
         assert split is None if name is None else not assert_is(split, builder, name)
 
 
-def test_data_set_of_train_alone_gets_a_test_split_whatever_the_seed(data_dir):
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_images_whose_labels_are_withheld_are_not_decoded(tmp_path, decoded, file_format):
+    TinyWithheld(data_dir=str(tmp_path)).download_and_prepare(file_format=file_format)
+    load(tmp_path, "tiny_withheld", cache_dir=str(tmp_path / "cache"))
+    assert decoded == ["train", "validation"]
+    assert len(left(tmp_path / "cache")) == 2
+
+
+def test_data_set_of_train_alone_gets_a_test_split_whatever_the_seed(data_dir, capsys):
     first = load(data_dir, "tiny_only_train", val_fraction=0)
+    line = "it has no test split; 10% of each class of train are the test split"
+    assert capsys.readouterr().err == f"splits    tiny_only_train: {line}\n"
     assert np.bincount(first.test.labels).tolist() == [2, 2, 2]
     together = np.concatenate([first.train.images, first.test.images]).reshape(60, -1)
     assert len(np.unique(together, axis=0)) == 60

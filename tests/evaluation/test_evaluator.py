@@ -31,8 +31,9 @@ def loaded(trained_run):
 
 
 @pytest.fixture
-def disturb(loaded, tmp_path, monkeypatch):
+def disturb(loaded, trained_run, tmp_path, monkeypatch):
     """The record of the test split under disturbances; nothing is drawn."""
+    shutil.copy(trained_run.config, tmp_path)
     monkeypatch.setattr(plots, "save", lambda *_: None)
     monkeypatch.setattr(evaluator, "load_run", lambda *_: loaded)
 

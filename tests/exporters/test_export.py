@@ -224,6 +224,8 @@ def test_the_temperature_of_another_run_is_fitted_to_its_images(trained_run, tmp
         ("val_fraction", 0.0, "there is no validation split: the run was made with --val_fraction"),
         ("seed", 1, "the val images of .* have changed"),
         ("recipe", "x", None),
+        ("data", "folder:as/named/elsewhere", None),
+        ("data", "folder:/elsewhere", "was trained with --data=folder:/elsewhere"),
     ],
 )
 def test_the_temperature_of_a_run_of_other_flags_is_refused(

@@ -62,7 +62,8 @@ def disturb(run: Run, names=("rotation", "jpeg"), accuracy=0.7) -> None:
     """The file of an evaluation under disturbances."""
     rows = {name: {"strengths": [1, 2, 3, 4, 5], "unit": "degrees",
                    "accuracy": [accuracy - 0.1 * i for i in range(5)]} for name in names}  # fmt: skip
-    found = {"split": "test", "data": "digits", "fingerprint": "b", "count": 20, "seed": 0,
+    own = run.read_config()["splits"]["test"]["fingerprint"]
+    found = {"split": "test", "data": "digits", "fingerprint": own, "count": 20, "seed": 0,
              "clean_accuracy": 0.9, "mean_accuracy": accuracy - 0.2, "disturbances": rows}  # fmt: skip
     write_json(run.disturbances("test"), found)
 

@@ -27,7 +27,7 @@ def write(path, epochs=SLOW, accuracy=0.5, interval=None, validated=True, **flag
     text = "\n".join([header, *rows]) + "\n"
     run.history.write_text(text if validated else text.replace("val_accuracy", "other"))
     if accuracy is not None:
-        metrics = {"accuracy": accuracy, "data": flags.get("data", "digits")}
+        metrics = {"accuracy": accuracy, "data": flags.get("data", "digits"), "fingerprint": "b"}
         metrics |= {"intervals": {"accuracy": interval}} if interval else {}
         write_json(run.evaluation("test"), metrics)
     return str(path)
@@ -77,7 +77,9 @@ def test_flags_that_decide_and_differ_are_shown(tmp_path, command):
 
 def test_metrics_of_other_images_are_left_out(tmp_path, command):
     path = Run(write(tmp_path / "a")).evaluation("test")
-    path.write_text(path.read_text().replace("digits", "folder:elsewhere"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "folder:moved"}))
+    assert "not tested" not in command(tmp_path / "a")[1][1]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "another"}))
     assert "not tested" in command(tmp_path / "a")[1][1]
 
 

@@ -318,6 +318,17 @@ def test_mistakes_are_shown_under_grad_cam(evaluated_run, capsys):
     assert written.read_bytes() == first
 
 
+def test_evaluations_of_other_images_are_left_out(run):
+    """Earlier revisions wrote them to the same files."""
+    for path, name in (
+        (run.disturbances("test"), "disturbances"),
+        (run.evaluation("test"), "split"),
+    ):
+        assert getattr(record.load(run), name)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "another"}))
+        assert getattr(record.load(run), name) is None
+
+
 def test_without_the_data_the_report_says_so(evaluated_run, capsys):
     data = evaluated_run.read_config()["flags"]["data"]
     for path in (evaluated_run.config, evaluated_run.evaluation("test")):

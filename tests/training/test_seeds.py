@@ -43,8 +43,7 @@ def test_a_seed_is_to_the_bit_the_run_that_it_is_alone(done, tmp_path):
 def test_mean_and_deviation_are_written_and_printed(done, capsys):
     flags, several = done
     train.main(flags)
-    spec = flags.data.data
-    values = [several.of_seed(seed).read_metrics("test", spec)["accuracy"] for seed in (1, 2)]
+    values = [several.of_seed(seed).read_metrics("test")["accuracy"] for seed in (1, 2)]
     mean, std = statistics.mean(values), statistics.stdev(values)
     assert json.loads(several.seeds.read_text()) == {
         "seeds": {"1": values[0], "2": values[1]},
@@ -71,7 +70,7 @@ def test_finished_seeds_are_not_trained_again(done, monkeypatch):
     assert several.seeds.read_bytes() == before
     # Metrics of other images do not count.
     mine = path.read_text()
-    path.write_text(json.dumps(json.loads(mine) | {"data": "folder:elsewhere"}))
+    path.write_text(json.dumps(json.loads(mine) | {"fingerprint": "another"}))
     assert seeds.train(flags, several)["seeds"]["2"] == 0.5
     path.write_text(mine)
     assert called == [(2, several.of_seed(2).path)]

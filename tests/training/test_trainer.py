@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -21,12 +22,13 @@ from keras_cifar.core import cli
 from keras_cifar.core.config import FLAGS, TrainConfig
 from keras_cifar.core.errors import StoppedError, UsageError, UserError
 from keras_cifar.core.files import versions
-from keras_cifar.core.run_directory import Run, default_run_dir
+from keras_cifar.core.run_directory import Run, default_run_dir, previous_config
 from keras_cifar.distributed.sharding import ReplicaRange
 from keras_cifar.evaluation import evaluator, plots
 from keras_cifar.models import applications
+from keras_cifar.reporting import gallery, record
 from keras_cifar.training import checkpoint, recorder, trainer
-from keras_cifar.training.plan import prepare
+from keras_cifar.training.plan import describe_run, prepare
 from tests.conftest import write_folder
 from tests.evaluation.test_plots import place
 from tests.training.kills import scalars, trained
@@ -378,18 +380,79 @@ def test_default_run_directories_are_below_runs():
         assert path.startswith(f"runs/resnet32-{name}-")
 
 
-def test_evaluate_on_other_data_of_the_same_classes(trained_run, tmp_path):
-    write_folder(tmp_path / "other", {"train": 9, "test": 6}, side=20)
-    spec = f"folder:{tmp_path / 'other'}"
-    argv = (f"--run={trained_run.path}", f"--data={spec}")
-    files = (trained_run.evaluation("test"), trained_run.predictions("test"))
-    before = [path.read_bytes() for path in files]
+def files_of(run, *data) -> list:
+    kinds = (run.evaluation, run.predictions, run.confusion, run.disturbances, run.gallery)
+    return [kind("test", *data) for kind in kinds]
+
+
+def test_evaluate_on_other_data_keeps_the_files_of_the_runs_own(
+    trained_run, tmp_path, monkeypatch, capsys
+):
+    run = Run(shutil.copytree(trained_run.path, tmp_path / "run"))
+    run.disturbances("test").write_text("{}")
+    run.gallery("test").touch()
+    before = [path.read_bytes() for path in files_of(run)]
+    write_folder(tmp_path / "other one", {"train": 9, "test": 6}, side=20)
+    monkeypatch.chdir(tmp_path)
+    argv = f"--run={run.path}", "--data=folder:other one"
     assert run_command(evaluate, evaluate.EvaluateOptions, *argv) == 0
-    metrics = json.loads(trained_run.evaluation("test").read_text())
-    for path, contents in zip(files, before, strict=True):
-        path.write_bytes(contents)
-    assert metrics["count"] == 6
-    assert metrics["data"] == spec
+    assert run_command(evaluate, evaluate.EvaluateOptions, *argv, "--disturb") == 0
+    assert [path.read_bytes() for path in files_of(run)] == before
+    spec, output = f"folder:{tmp_path / 'other one'}", capsys.readouterr().out
+    for path in files_of(run, spec):
+        assert re.fullmatch(r"test-other-one-[0-9a-f]{8}[a-z_]*\.(json|npz|png)", path.name)
+        assert path.exists()
+        assert f" {path}\n" in output
+    for path in (run.evaluation("test", spec), run.disturbances("test", spec)):
+        found = json.loads(path.read_text())
+        assert (found["count"], found["data"]) == (6, spec)
+    assert run.read_metrics("test") == json.loads(before[0])
+    assert run.evaluation("test", "folder:other one") == run.evaluation("test", spec)
+    assert run.evaluation("test", "folder:else/other one") != run.evaluation("test", spec)
+
+
+def test_evaluate_on_the_same_images_elsewhere_is_of_the_runs_own(trained_run, tmp_path):
+    run = Run(shutil.copytree(trained_run.path, tmp_path / "run"))
+    own = pathlib.Path(run.read_config()["flags"]["data"].partition(":")[2])
+    spec = f"folder:{shutil.copytree(own, tmp_path / 'moved')}"
+    run.evaluation("test").unlink()
+    argv = f"--run={run.path}", f"--data={spec}"
+    assert run_command(evaluate, evaluate.EvaluateOptions, *argv) == 0
+    assert run.read_metrics("test")["data"] == spec
+    # Changed images are others, also at the run's own place.
+    next((tmp_path / "moved/test/class_0").iterdir()).unlink()
+    before = run.evaluation("test").read_bytes()
+    assert run_command(evaluate, evaluate.EvaluateOptions, *argv) == 0
+    assert run.evaluation("test").read_bytes() == before
+    assert run.evaluation("test", spec).exists()
+
+
+@pytest.mark.parametrize("paths", [True, False], ids=["", "earlier revision"])
+def test_a_run_of_a_relative_path_is_read_from_other_directories(
+    trained_run, image_folder, tmp_path, monkeypatch, capsys, paths
+):
+    run, here = Run(shutil.copytree(trained_run.path, tmp_path / "run")), image_folder.parent
+    config = json.loads(run.config.read_text())
+    flags = TrainConfig.from_json(config["flags"]).replace(data=f"folder:{image_folder.name}")
+    monkeypatch.chdir(here)
+    described = describe_run(prepare(flags))
+    config |= {name: described[name] for name in ("flags", "paths")}
+    assert config["flags"]["data"] == f"folder:{image_folder.name}"
+    if not paths:
+        del config["paths"]
+    run.config.write_text(json.dumps(config))
+    for spec in (flags.data.data, f"folder:{image_folder}"):
+        assert previous_config(flags.replace(data=spec), run)
+    monkeypatch.chdir(tmp_path)
+    argv = ["--split=val", f"--run={run.path}"]
+    assert run_command(evaluate, evaluate.EvaluateOptions, *argv) == (0 if paths else 1)
+    if paths:
+        assert previous_config(flags.replace(data=f"folder:{image_folder}"), run)
+        assert run_command(export, export.ExportOptions, f"--run={run.path}") == 0
+        assert gallery.load(run, record.load(run)).missing == ""
+        assert "cannot be loaded" not in capsys.readouterr().err
+    monkeypatch.chdir(here)
+    assert run_command(evaluate, evaluate.EvaluateOptions, *argv) == 0
 
 
 def test_evaluate_refuses_other_classes(trained_run, tmp_path):
