@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from keras_cifar import data, models
-from keras_cifar.benchmarking.contest import package_environment, show
+from keras_cifar.benchmarking.contest import show
 from keras_cifar.benchmarking.options import BenchmarkOptions
+from keras_cifar.core.environment import package_environment
 from keras_cifar.exporters import saved_model
 
 CLIENTS = (1, 4, 16)  # each sends a request as soon as it has the answer to the last one

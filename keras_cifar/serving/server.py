@@ -1,5 +1,7 @@
 """Runs the HTTP server: a listening socket, the loaded model, and uvicorn until a signal comes."""
 
+import asyncio
+import functools
 import signal
 import socket
 
@@ -8,7 +10,9 @@ import uvicorn
 from keras_cifar.core.errors import StoppedError, UserError, reason
 from keras_cifar.serving.app import App
 from keras_cifar.serving.batching import Batcher
+from keras_cifar.serving.protocol import Protocol
 from keras_cifar.serving.servable import Versions
+from keras_cifar.serving.service import Service
 
 # Seconds that requests in flight have after the signal to stop: below the 30 s that Kubernetes and
 # more than the 10 s that Docker waits before it kills.
@@ -35,27 +39,46 @@ def run(
     """
     with _listen(host, port) as listener:
         versions, batcher = Versions(model, max_batch_size), Batcher(max_batch_size, batch_wait)
-        max_request = int(max_request_mb * 2**20)
-        app = App(name, versions, batcher, max_request=max_request, timeout=timeout, poll=poll)
-        config = uvicorn.Config(
-            app.asgi,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=GRACE,
-        )
+        service = Service(name, versions, batcher, int(max_request_mb * 2**20), timeout)
+        asyncio.run(_serve(service, listener, poll))
+    raise UserError("the server ended by itself")
+
+
+async def _serve(service: Service, listener: socket.socket, poll: float) -> None:
+    config = uvicorn.Config(
+        App(service).asgi,
+        http=functools.partial(Protocol, head_timeout=service.timeout),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="off",
+        timeout_graceful_shutdown=GRACE,
+    )
+    async with service.running(poll):
         listener.listen(config.backlog)  # Whoever reads the printed address can connect at once.
         host, port = listener.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        print(f"serving   {versions.current.path} (version {versions.current.version})")
-        print(f"address   {address}/v1/models/{name}")
+        current = service.versions.current
+        print(f"serving   {current.path} (version {current.version})")
+        print(f"address   {address}/v1/models/{service.name}")
         print(f"try it    {address}", flush=True)
         # uvicorn takes over the signals, answers what is in flight, and raises them again then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
-        uvicorn.Server(config).run(sockets=[listener])
-    raise UserError("the server ended by itself")
+        await _Server(config, service).serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Says that it is not ready as soon as it shuts down."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        self._service.stopping = True
+        super().handle_exit(sig, frame)
 
 
 def _listen(host: str, port: int) -> socket.socket:
