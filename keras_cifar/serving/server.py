@@ -1,4 +1,4 @@
-"""Runs the HTTP server: a listening socket, the loaded model, and uvicorn until a signal comes."""
+"""Runs the servers: a listening socket, the loaded model, uvicorn and gRPC until a signal comes."""
 
 import asyncio
 import functools
@@ -24,6 +24,7 @@ def run(
     name: str,
     host: str,
     port: int,
+    grpc_port: int | None,
     *,
     poll: float,
     max_request_mb: float,
@@ -40,11 +41,13 @@ def run(
     with _listen(host, port) as listener:
         versions, batcher = Versions(model, max_batch_size), Batcher(max_batch_size, batch_wait)
         service = Service(name, versions, batcher, int(max_request_mb * 2**20), timeout)
-        asyncio.run(_serve(service, listener, poll))
+        asyncio.run(_serve(service, listener, grpc_port, poll))
     raise UserError("the server ended by itself")
 
 
-async def _serve(service: Service, listener: socket.socket, poll: float) -> None:
+async def _serve(
+    service: Service, listener: socket.socket, grpc_port: int | None, poll: float
+) -> None:
     config = uvicorn.Config(
         App(service).asgi,
         http=functools.partial(Protocol, head_timeout=service.timeout),
@@ -55,30 +58,61 @@ async def _serve(service: Service, listener: socket.socket, poll: float) -> None
         lifespan="off",
         timeout_graceful_shutdown=GRACE,
     )
+    server = _Server(config, service)
     async with service.running(poll):
         listener.listen(config.backlog)  # Whoever reads the printed address can connect at once.
         host, port = listener.getsockname()[:2]
-        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         current = service.versions.current
         print(f"serving   {current.path} (version {current.version})")
-        print(f"address   {address}/v1/models/{service.name}")
-        print(f"try it    {address}", flush=True)
+        print(f"address   http://{_joined(host, port)}/v1/models/{service.name}")
+        if grpc_port is not None:
+            address = await server.start_grpc(host, grpc_port)
+            print(f"grpc      grpc://{address}/{service.name}")
+        print(f"try it    http://{_joined(host, port)}", flush=True)
         # uvicorn takes over the signals, answers what is in flight, and raises them again then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
-        await _Server(config, service).serve(sockets=[listener])
+        await server.serve(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """Says that it is not ready as soon as it shuts down."""
+    """uvicorn, with readiness that ends at the signal, and perhaps with gRPC beside it."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self._service = service
+        self._grpc = None
+
+    async def start_grpc(self, host: str, port: int) -> str:
+        """Starts the gRPC server, and returns its address."""
+        from keras_cifar.serving.rpc import GrpcServer  # only for those who have its packages
+
+        with _listen(host, port) as free:  # for its message if the port is taken
+            address = _joined(host, free.getsockname()[1])
+        try:
+            self._grpc = GrpcServer(self._service, address)
+        except RuntimeError as error:
+            raise UserError(f"cannot listen at {address}: {reason(error)}") from None
+        await self._grpc.start()
+        return address
 
     def handle_exit(self, sig: int, frame: object) -> None:
         self._service.stopping = True
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops both servers at the same time; a second signal ends the waiting."""
+        if self._grpc is None:
+            await super().shutdown(sockets)
+            return
+        stopping = asyncio.create_task(self._grpc.stop(GRACE))
+        await super().shutdown(sockets)
+        while not (stopping.done() or self.force_exit):
+            await asyncio.wait([stopping], timeout=0.1)
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

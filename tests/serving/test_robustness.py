@@ -182,7 +182,8 @@ def test_a_head_that_takes_too_long_is_cut_off(server, before, data):
     with socket.create_connection((server.host, server.port), 5) as connection:
         if before:
             connection.sendall(before)
-            assert b"live" in connection.recv(1000)
+            while b"live" not in connection.recv(1000):
+                pass
         found = trickle(connection, data)
     assert found.startswith(b"HTTP/1.1 408 ") or (data == b"G" and b" 400 " in found)
 
@@ -224,7 +225,7 @@ def test_the_work_of_animations_scans_and_other_files():
         assert decoding_work(file.getvalue()) == expected
     jpeg = encoded(np.zeros((20, 30, 3), np.uint8), "JPEG")
     assert decoding_work(jpeg + b"\xff\xda" * 39) == 2 * 600
-    assert decoding_work(png_header(10_000, 10_000)) == 10**8
+    assert decoding_work(png_header(9_000, 9_000)) == 81 * 10**6
     for file in (b"", b"no image", png_header(20_000, 20_000), b"\x89PNG", b"RIFF"):
         assert decoding_work(file) > MAX_PIXELS
 
