@@ -1,6 +1,7 @@
 """Runs the servers: a listening socket, the loaded model, uvicorn and gRPC until a signal comes."""
 
 import asyncio
+import contextlib
 import functools
 import signal
 import socket
@@ -38,15 +39,17 @@ def run(
         StoppedError: SIGTERM or SIGINT came; requests in flight were answered.
         UserError: the address is taken, or there is no valid model.
     """
-    with _listen(host, port) as listener:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listen(host, port))
+        grpc = None if grpc_port is None else stack.enter_context(_listen(host, grpc_port))
         versions, batcher = Versions(model, max_batch_size), Batcher(max_batch_size, batch_wait)
         service = Service(name, versions, batcher, int(max_request_mb * 2**20), timeout)
-        asyncio.run(_serve(service, listener, grpc_port, poll))
+        asyncio.run(_serve(service, listener, grpc, poll))
     raise UserError("the server ended by itself")
 
 
 async def _serve(
-    service: Service, listener: socket.socket, grpc_port: int | None, poll: float
+    service: Service, listener: socket.socket, grpc: socket.socket | None, poll: float
 ) -> None:
     config = uvicorn.Config(
         App(service).asgi,
@@ -61,14 +64,12 @@ async def _serve(
     server = _Server(config, service)
     async with service.running(poll):
         listener.listen(config.backlog)  # Whoever reads the printed address can connect at once.
-        host, port = listener.getsockname()[:2]
         current = service.versions.current
         print(f"serving   {current.path} (version {current.version})")
-        print(f"address   http://{_joined(host, port)}/v1/models/{service.name}")
-        if grpc_port is not None:
-            address = await server.start_grpc(host, grpc_port)
-            print(f"grpc      grpc://{address}/{service.name}")
-        print(f"try it    http://{_joined(host, port)}", flush=True)
+        print(f"address   http://{_address(listener)}/v1/models/{service.name}")
+        if grpc is not None:
+            print(f"grpc      grpc://{await server.start_grpc(grpc)}/{service.name}")
+        print(f"try it    http://{_address(listener)}", flush=True)
         # uvicorn takes over the signals, answers what is in flight, and raises them again then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
@@ -83,12 +84,12 @@ class _Server(uvicorn.Server):
         self._service = service
         self._grpc = None
 
-    async def start_grpc(self, host: str, port: int) -> str:
-        """Starts the gRPC server, and returns its address."""
-        from keras_cifar.serving.rpc import GrpcServer  # only for those who have its packages
+    async def start_grpc(self, reserved: socket.socket) -> str:
+        """Starts the gRPC server where a socket is bound, and returns its address."""
+        from keras_cifar.serving.rpc import GrpcServer  # only for those who want it
 
-        with _listen(host, port) as free:  # for its message if the port is taken
-            address = _joined(host, free.getsockname()[1])
+        address = _address(reserved)
+        reserved.close()  # gRPC takes no socket, only an address.
         try:
             self._grpc = GrpcServer(self._service, address)
         except RuntimeError as error:
@@ -111,7 +112,8 @@ class _Server(uvicorn.Server):
             await asyncio.wait([stopping], timeout=0.1)
 
 
-def _joined(host: str, port: int) -> str:
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

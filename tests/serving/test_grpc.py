@@ -1,7 +1,9 @@
 """gRPC: TensorFlow Serving's own stubs, beside the responses over HTTP; errors, health, signals."""
 
+import asyncio
 import base64
 import concurrent.futures
+import contextlib
 import io
 import json
 import pathlib
@@ -11,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 
 import grpc
 import numpy as np
@@ -30,11 +33,16 @@ from tensorflow_serving.apis import (
 
 from tests.conftest import colour_images
 from tests.serving.server import Server, serving
+from tests.serving.test_robustness import service
 
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 pytest.importorskip("grpc_health", reason="the extra `serve` is not installed")
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from keras_cifar.serving.rest import Input
+from keras_cifar.serving.rpc import GrpcServer
+from keras_cifar.serving.service import MAX_REQUESTS
 
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
 MAX_REQUEST = 2**20  # bytes
@@ -238,6 +246,48 @@ def test_both_protocols_share_batches(server, stub, images):
     assert 'code="NOT_FOUND",kind="grpc_Predict"' in text
 
 
+def test_a_connection_without_a_request_is_cut_off(server):
+    host, port = address(server).split(":")
+    with socket.create_connection((host, int(port)), 10) as connection:
+        while connection.recv(1000):  # the server's settings, and then the end
+            pass
+
+
+def test_without_batches_or_places_calls_are_unavailable():
+    message = request(ONE).SerializeToString()
+
+    async def main():
+        one = service(types.SimpleNamespace(inputs={}))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            where = f"127.0.0.1:{free.getsockname()[1]}"
+        server = GrpcServer(one, where)
+        await server.start()
+        async with grpc.aio.insecure_channel(where) as channel:
+            predict, health = channel.unary_unary(PREDICT), health_pb2_grpc.HealthStub(channel)
+            async with one.running(poll=60):
+                assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1
+                with contextlib.ExitStack() as stack:
+                    for _ in range(MAX_REQUESTS):
+                        stack.enter_context(one.place())
+                    with pytest.raises(grpc.RpcError, match="too many") as caught:
+                        await predict(message)
+                    assert caught.value.code() is Code.UNAVAILABLE
+                with pytest.raises(grpc.RpcError) as caught:
+                    await predict(message)
+                assert caught.value.code() is Code.FAILED_PRECONDITION  # no signatures
+            assert (await health.Check(health_pb2.HealthCheckRequest())).status == 2
+            one.versions.current.inputs["serving_default"] = Input(
+                "images", (None, 16, 16, 3), False
+            )
+            one.versions.current.run = {"serving_default": None}
+            with pytest.raises(grpc.RpcError, match="must be restarted") as caught:
+                await predict(message)
+            assert caught.value.code() is Code.UNAVAILABLE
+        await server.stop(0)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 # ---- Metadata, status, health, signals
 
 
@@ -300,11 +350,3 @@ def test_calls_in_flight_are_answered_after_a_signal(trained_run, images):
             _, error = server.process.communicate(timeout=10)
         assert server.process.returncode == 143
         assert error == "serve: error: stopped by SIGTERM; requests in flight were answered\n"
-
-
-def test_a_port_that_is_taken_is_one_line(trained_run):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(AssertionError, match=r"127\.0\.0\.1 port .*in use") as caught:
-            Server(trained_run.path, f"--grpc_port={port}")
-    assert str(caught.value).count("\n") == 1
