@@ -31,6 +31,8 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
+from keras_cifar import serve
+from keras_cifar.core import cli
 from tests.conftest import colour_images
 from tests.serving.server import Server, serving
 from tests.serving.test_robustness import service
@@ -350,3 +352,22 @@ def test_calls_in_flight_are_answered_after_a_signal(trained_run, images):
             _, error = server.process.communicate(timeout=10)
         assert server.process.returncode == 143
         assert error == "serve: error: stopped by SIGTERM; requests in flight were answered\n"
+
+
+def test_a_port_that_is_taken_is_one_line(trained_run, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        flags = [f"--model={trained_run.path}", "--port=0", f"--grpc_port={port}"]
+        assert cli._execute("serve", serve.main, serve.ServeOptions, "", flags) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"127.0.0.1 port {port}: Address already in use" in line
+
+
+def test_without_the_package_the_error_names_it(trained_run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grpc_health.v1", None)
+    monkeypatch.delitem(sys.modules, "keras_cifar.serving.rpc")
+    monkeypatch.delattr("keras_cifar.serving.rpc")
+    flags = [f"--model={trained_run.path}", "--grpc_port=0"]
+    assert cli._execute("serve", serve.main, serve.ServeOptions, "", flags) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'keras_cifar[serve]'" in line

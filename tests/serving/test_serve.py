@@ -359,7 +359,6 @@ def test_a_failure_to_start_is_one_line(failure, trained_run, tmp_path):
             (tmp_path / "none", ["--port=0"], "does not exist"),
             (tmp_path, ["--port=0"], "holds no SavedModel"),
             (trained_run.path, [f"--port={port}"], "Address already in use"),
-            (trained_run.path, ["--port=0", f"--grpc_port={port}"], "Address already in use"),
             (trained_run.path, ["--port=0", "--host=no.invalid"], "cannot listen at no.invalid"),
         ):
             status, line = failure(f"--model={model}", *flags)
