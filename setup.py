@@ -40,6 +40,7 @@ SERVE = [
     "starlette>=1,<2",
     "uvicorn>=0.30.6,<1",
     "httptools>=0.6.3,<1",  # uvicorn parses HTTP in C with it
+    "grpcio-health-checking>=1.80,<2",  # grpcio itself comes with TensorFlow
     "prometheus-client>=0.20,<1",
 ]
 

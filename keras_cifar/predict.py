@@ -2,6 +2,7 @@
 
 python -m keras_cifar.predict --model RUN_or_EXPORT dog.png holiday/ 'more/*.jpg'
 python -m keras_cifar.predict --model http://HOST:PORT/v1/models/NAME dog.png
+python -m keras_cifar.predict --model grpc://HOST:PORT/NAME dog.png
 python -m keras_cifar.predict --model pretrained:NAME dog.png
 python -m keras_cifar.predict --model imagenet:NETWORK dog.png
 """
@@ -36,7 +37,7 @@ class PredictOptions(Options):
     def __post_init__(self):
         super().__post_init__()
         check(self.model or self.list_pretrained, "--model=RUN_or_EXPORT_or_URL is needed")
-        remote = self.model.startswith(("http://", "https://"))
+        remote = self.model.startswith(("http://", "https://", "grpc://"))
         check(not (self.explain and remote), "--explain needs a run; a server gives no gradients")
 
 

@@ -1,4 +1,4 @@
-"""Serves an exported model over HTTP, in TensorFlow Serving's REST format.
+"""Serves an exported model over HTTP and gRPC, as TensorFlow Serving does.
 
 python -m keras_cifar.serve --model RUN_or_EXPORT
 
@@ -27,6 +27,7 @@ class ServeOptions(Options):
     poll: float = option(1.0, "seconds between looks for a new version", "Model", limit=POSITIVE)
     host: str = option("127.0.0.1", "the address to listen at; 0.0.0.0 is all", "Server")
     port: int = option(8501, "0 is any that is free", "Server")
+    grpc_port: int | None = option(None, "also serve gRPC there; 0 is any that is free", "Server")
     max_request_mb: float = option(32.0, "the largest request, in MiB", "Server", limit=POSITIVE)
     timeout: float = option(30.0, "seconds for a request to arrive", "Server", limit=POSITIVE)
     max_batch_size: int = option(BATCH_SIZE, "images computed together", "Batches", limit=POSITIVE)
@@ -42,13 +43,19 @@ class ServeOptions(Options):
         check(self.model, "--model=RUN_or_EXPORT is needed")
         valid = re.fullmatch(r"[A-Za-z0-9_.-]+", self.name)
         check(valid, f"--name={self.name} may have only letters, digits and _.-")
-        check(0 <= self.port < 2**16, f"--port={self.port} must be from 0 to 65535")
+        for name in ("port", "grpc_port"):
+            number = getattr(self, name)
+            valid = number is None or 0 <= number < 2**16
+            check(valid, f"--{name}={number} must be from 0 to 65535")
 
 
 def main(options: ServeOptions) -> None:
     """Runs the command until SIGTERM or SIGINT comes."""
     try:
         from keras_cifar.serving import server
+
+        if options.grpc_port is not None:
+            from keras_cifar.serving import rpc  # noqa: F401  only its packages are wanted here
     except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name} is not installed; pip install 'keras_cifar[serve]' installs it"

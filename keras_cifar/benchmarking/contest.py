@@ -36,7 +36,8 @@ class Worker:
         further process, which works together with the first.
         """
         if script == "ours":
-            env, command = package_environment(), ["-m", "keras_cifar.benchmarking.ours"]
+            env = environment.package_environment()
+            command = ["-m", "keras_cifar.benchmarking.ours"]
         else:
             env = {k: v for k, v in os.environ.items() if k not in environment.changed}
             command = [str(WORKERS / f"{script}.py")]
@@ -126,16 +127,11 @@ class Contest(contextlib.ExitStack):
         return {name: w.measurements() for name, w in self.workers.items() if not w.error}
 
 
-def package_environment() -> dict[str, str]:
-    """The environment in which `-m keras_cifar...` finds this very package."""
-    paths = [str(WORKERS.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-
-
 def run_python(*arguments: str) -> None:
     """Runs Python in a new process; raises RuntimeError with its stderr if that fails."""
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=package_environment(), capture_output=True, text=True)
+    env = environment.package_environment()
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip())
 

@@ -19,7 +19,7 @@ class BenchmarkOptions(Options):
     peers: bool = option(False, "compare with plain Keras, PyTorch and PaddlePaddle", "Comparison")
     growth: bool = option(False, "instead: by batch size, depth, number of images", "Comparison")
     distribution: bool = option(False, "instead: the cost of replicas and workers", "Comparison")
-    serving: bool = option(False, "instead: serve beside FastAPI with Model.predict", "Comparison")
+    serving: bool = option(False, "instead: serve over REST and gRPC, beside FastAPI", "Comparison")
     photos: bool = option(False, "instead: crops of JPEG files beside torchvision", "Comparison")
     steps: int = option(20, "of an epoch, with --distribution", "Comparison", limit=POSITIVE)
     rounds: int = option(5, "turns of each contender", "Comparison", limit=POSITIVE)

@@ -70,6 +70,13 @@ def cpu_quota() -> int | None:
         return None
 
 
+def package_environment() -> dict[str, str]:
+    """The environment in which `-m keras_cifar...` finds this very package."""
+    root = pathlib.Path(__file__).parents[2]
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def shares(count: int) -> list[dict[str, str]]:
     """The environment of each of `count` workers on this machine: equal shares of CPUs and GPUs.
 

@@ -40,6 +40,7 @@ FORMATS = {
     "AVIF": (".avif",),
     "JPEG2000": (".jp2",),
 }
+GRAPH_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")  # that TensorFlow knows
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 # Pillow refuses more before it decodes any, also in images inside of others (ICO). The largest camera
@@ -153,6 +154,23 @@ def stored_size(path: str | pathlib.Path) -> tuple[int, int]:
             return image.height, image.width
     except Exception as error:  # as in `load_image`
         raise ImageError(reason(error)) from None
+
+
+def decoding_work(encoded: bytes) -> int:
+    """The pixels that `decode_image` computes for a file, by its header, as `_work` counts them.
+
+    More than MAX_PIXELS for a file that it must not get: one that Pillow does not know either.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded), formats=GRAPH_FORMATS) as image:
+            area, kind = image.width * image.height, image.format
+    except Exception:  # as in `load_image`
+        return MAX_PIXELS + 1
+    if kind == "WEBP" and encoded[15] == ord("X") and encoded[20] & 2:  # animated
+        return MAX_PIXELS + 1
+    if kind == "GIF":
+        return area * max(encoded.count(b"\0,"), 1)
+    return max(area, area * encoded.count(b"\xff\xda") // MAX_PASSES) if kind == "JPEG" else area
 
 
 def resize_each(images: list[np.ndarray], size: tuple[int, int], rule: str = STRETCH) -> np.ndarray:

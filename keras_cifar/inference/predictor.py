@@ -25,7 +25,7 @@ def find(path: str) -> pathlib.Path:
     """
     root = pathlib.Path(path).expanduser()
     if "://" in path:
-        raise UserError(f"--model={path}: only directories and http:// URLs can be read")
+        raise UserError(f"--model={path}: only directories, http:// and grpc:// URLs can be read")
     if not root.exists():
         raise UserError(f"--model={path} does not exist")
     for base in (root, root / "export"):

@@ -10,6 +10,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 
+class BatcherStoppedError(Exception):
+    """The task that computes batches has ended."""
+
+    def __init__(self):
+        super().__init__("the task that computes batches has ended")
+
+
 @dataclasses.dataclass
 class _Item:
     """A waiting request."""
@@ -25,6 +32,9 @@ class Batcher:
     A batch starts when the previous one is done and no request is arriving, and at the latest `wait`
     seconds after its first request could have started. A single client never waits for others, and
     many clients fill a batch while another is computed. `observe` gets the rows of each batch.
+
+    Attributes:
+        stopped: whether `work` has ended; a request then fails with BatcherStoppedError.
     """
 
     def __init__(self, size: int, wait: float):
@@ -35,6 +45,7 @@ class Batcher:
         self._changed = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "compute")
         self._arriving = 0
+        self.stopped = False
 
     @contextlib.contextmanager
     def expected(self) -> Iterator[None]:
@@ -53,23 +64,37 @@ class Batcher:
 
     def submit(self, run: Callable, inputs: np.ndarray) -> asyncio.Future:
         """A future of `run(inputs)`, {name: [N, ...]}, which may be computed in a larger batch."""
+        if self.stopped:
+            raise BatcherStoppedError
         item = _Item(run, inputs, asyncio.get_running_loop().create_future())
         self._items.append(item)
         self._changed.set()
         return item.outputs
 
     async def work(self) -> None:
-        """Computes batches until it is cancelled."""
-        while True:
-            while not self._items:
-                self._changed.clear()
-                await self._changed.wait()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._wait):
-                    while self._arriving and self.waiting < self._size:
-                        self._changed.clear()
-                        await self._changed.wait()
-            await self._compute(self._take())
+        """Computes batches until it is cancelled; requests that are left then fail."""
+        taken: list[_Item] = []
+        try:
+            while True:
+                await self._wait_for_batch()
+                taken = self._take()
+                await self._compute(taken)
+        finally:
+            self.stopped = True
+            for item in (*taken, *self._items):
+                if not item.outputs.done():
+                    item.outputs.set_exception(BatcherStoppedError())
+            self._items.clear()
+
+    async def _wait_for_batch(self) -> None:
+        while not self._items:
+            self._changed.clear()
+            await self._changed.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._wait):
+                while self._arriving and self.waiting < self._size:
+                    self._changed.clear()
+                    await self._changed.wait()
 
     def _take(self) -> list[_Item]:
         """The first request and later ones for the same function; the others keep their order."""
@@ -86,20 +111,20 @@ class Batcher:
         return taken
 
     async def _compute(self, items: list[_Item]) -> None:
-        inputs = np.concatenate([item.inputs for item in items])
-        self.observe(len(inputs))
-        loop = asyncio.get_running_loop()
+        """Computes a batch. Whatever fails, memory for the batch included, fails its requests alone."""
         try:
+            inputs = np.concatenate([item.inputs for item in items])
+            self.observe(len(inputs))
+            loop = asyncio.get_running_loop()
             outputs = await loop.run_in_executor(self._thread, items[0].run, inputs)
+            start = 0
+            for item in items:
+                rows = slice(start, start := start + len(item.inputs))
+                if not item.outputs.done():
+                    item.outputs.set_result({name: v[rows] for name, v in outputs.items()})
         except Exception as error:
             if len(items) > 1:  # One bad request must not fail the others.
                 for item in items:
                     await self._compute([item])
             elif not items[0].outputs.done():
                 items[0].outputs.set_exception(error)
-            return
-        start = 0
-        for item in items:
-            rows = slice(start, start := start + len(item.inputs))
-            if not item.outputs.done():
-                item.outputs.set_result({name: values[rows] for name, values in outputs.items()})

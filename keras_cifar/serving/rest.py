@@ -7,6 +7,7 @@ See https://www.tensorflow.org/tfx/serving/api_rest. The row format (`instances`
 import base64
 import dataclasses
 import json
+import typing
 
 import numpy as np
 
@@ -23,13 +24,39 @@ class RequestError(Exception):
         self.status = status
 
 
+class Input(typing.NamedTuple):
+    """The single input of a signature."""
+
+    name: str
+    shape: tuple  # with None for the rows
+    is_string: bool  # or uint8
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A request to predict."""
 
     signature: str
     by_rows: bool  # whether request and response are in row format
-    values: object  # the JSON of the input
+    values: object = None  # the JSON of the input
+
+
+def decode(body: bytes, inputs: dict[str, Input]) -> tuple[Call, np.ndarray]:
+    """(a request's call without its values, its input as `tensor` returns it).
+
+    `inputs` has the input of each signature. Raises RequestError if the request fits none.
+    """
+    call = parse(body)
+    array = tensor(call, *input_of(inputs, call.signature))
+    return dataclasses.replace(call, values=None), array
+
+
+def input_of(inputs: dict[str, Input], signature: str, status: int = 400) -> Input:
+    """The input of a signature; raises RequestError with a status if there is no such signature."""
+    if signature not in inputs:
+        names = ", ".join(sorted(inputs))
+        raise RequestError(f"there is no signature {signature!r}; the model has: {names}", status)
+    return inputs[signature]
 
 
 def parse(body: bytes) -> Call:
@@ -112,18 +139,24 @@ def response(call: Call, outputs: dict[str, np.ndarray]) -> bytes:
     """The body of the response to a call; NaN is the token NaN, as TensorFlow Serving writes it."""
     columns = {name: _listed(name, values) for name, values in outputs.items()}
     if len(columns) == 1:
-        (result,) = columns.values()
+        result = _list(*columns.values())
     elif call.by_rows:
         rows = zip(*columns.values(), strict=True)
-        result = [dict(zip(columns, row, strict=True)) for row in rows]
+        result = _list(dict(zip(columns, row, strict=True)) for row in rows)
     else:
-        result = columns
-    return json.dumps({"predictions" if call.by_rows else "outputs": result}).encode()
+        lists = (f"{json.dumps(name)}: {_list(values)}" for name, values in columns.items())
+        result = f"{{{', '.join(lists)}}}"
+    return f'{{"{"predictions" if call.by_rows else "outputs"}": {result}}}'.encode()
 
 
 def _listed(name: str, values: np.ndarray) -> list:
     if values.dtype != object:
-        return values.tolist()
+        return [value.tolist() for value in values]
     if name.endswith("_bytes"):
         return [{"b64": base64.b64encode(value).decode()} for value in values.tolist()]
     return [value.decode(errors="replace") for value in values.tolist()]
+
+
+def _list(values: typing.Iterable) -> str:
+    """A JSON list. No call holds Python's lock longer than one of the values takes."""
+    return f"[{', '.join(map(json.dumps, values))}]"

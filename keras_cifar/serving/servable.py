@@ -5,15 +5,17 @@ import gc
 import io
 import pathlib
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
-from google.protobuf import json_format
 from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis.get_model_metadata_pb2 import SignatureDefMap
 
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import versions
+from keras_cifar.data.images import MAX_PIXELS, decoding_work
 from keras_cifar.inference.predictor import Predictor, find
 from keras_cifar.serving import rest
 
@@ -21,7 +23,15 @@ RETRY = 60  # seconds until a failed version is tried again, as TensorFlow Servi
 
 
 class Servable:
-    """A loaded version, with its number, its directory and its class names."""
+    """A loaded version of a model. Its directory is not read again.
+
+    Attributes:
+        version, path, class_names: its number, its directory, and the names of its classes.
+        inputs: the input of each signature.
+        run: the function of each signature, array [N, ...] -> {output: [N, ...]}; always the same
+            objects, since the batcher compares them.
+        signature_defs: a SignatureDefMap.
+    """
 
     def __init__(self, path: pathlib.Path, batch_size: int):
         """Loads the version and runs each signature once, so that no request waits for that.
@@ -33,58 +43,58 @@ class Servable:
         self._batch_size = batch_size
         self.version = int(path.name) if path.name.isdecimal() else 1
         self.path, self.class_names = path, predictor.class_names
-        self._signatures = {
-            name: _Signature(name, signature) for name, signature in predictor.signatures.items()
-        }
-        # One object per signature, since the batcher compares them.
-        self._run = {n: functools.partial(self._compute, s) for n, s in self._signatures.items()}
+        self.inputs = {name: _input(name, f) for name, f in predictor.signatures.items()}
+        self.run = {name: functools.partial(self._compute, name) for name in self.inputs}
         black = np.zeros((1, *predictor.size, 3), np.uint8)
         file = io.BytesIO()
         Image.fromarray(black[0]).save(file, "PNG")
         encoded = np.array([file.getvalue()], object)
         try:
-            for name, signature in self._signatures.items():
-                self._run[name](encoded if signature.is_string else black)
+            graph = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
+            signatures = graph.meta_graphs[0].signature_def
+            self.signature_defs = SignatureDefMap(signature_def=signatures)
+            for name, spec in self.inputs.items():
+                self.run[name](encoded if spec.is_string else black)
         except Exception as error:  # TensorFlow reports a missing kernel at the first call.
             raise UserError(f"{path} is not a valid model: {reason(error)}") from None
 
-    def prepare(self, call: rest.Call) -> tuple:
-        """The arguments of `Batcher.submit` for a call; raises RequestError if it fits no signature."""
-        signature = self._signatures.get(call.signature)
-        if signature is None:
-            names = ", ".join(sorted(self._signatures))
-            message = f"there is no signature {call.signature!r}; the model has: {names}"
-            raise rest.RequestError(message)
-        inputs = rest.tensor(call, signature.input, signature.shape, signature.is_string)
-        return self._run[call.signature], inputs
-
-    def _compute(self, signature: "_Signature", inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def _compute(self, signature: str, inputs: np.ndarray) -> dict[str, np.ndarray]:
+        spec, function = self.inputs[signature], self._predictor.signatures[signature]
         batches = []
-        for start in range(0, len(inputs), self._batch_size):
-            batch = tf.constant(inputs[start : start + self._batch_size], signature.dtype)
-            outputs = signature.function(**{signature.input: batch})
+        for batch in _split(inputs, self._batch_size, spec.name == "image_bytes"):
+            outputs = function(**{spec.name: tf.constant(batch)})
             batches.append({name: value.numpy() for name, value in outputs.items()})
         return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
 
-    @functools.cached_property
-    def signature_def(self) -> dict:
-        """The signatures in the JSON of TensorFlow Serving's metadata."""
-        model = saved_model_pb2.SavedModel.FromString((self.path / "saved_model.pb").read_bytes())
-        style = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
-        signatures = model.meta_graphs[0].signature_def
-        return {name: json_format.MessageToDict(s, **style) for name, s in signatures.items()}
+
+def _input(name: str, function) -> rest.Input:
+    inputs = function.structured_input_signature[1]
+    if len(inputs) != 1:
+        raise UserError(f"its signature {name} takes {len(inputs)} inputs instead of one")
+    ((name, spec),) = inputs.items()
+    return rest.Input(name, tuple(spec.shape), spec.dtype == tf.string)
 
 
-class _Signature:
-    """A function of a SavedModel and its single input."""
+def _split(inputs: np.ndarray, size: int, encoded: bool) -> Iterator[np.ndarray]:
+    """The inputs in batches of up to `size`.
 
-    def __init__(self, name: str, function):
-        inputs = function.structured_input_signature[1]
-        if len(inputs) != 1:
-            raise UserError(f"its signature {name} takes {len(inputs)} inputs instead of one")
-        ((self.input, spec),) = inputs.items()
-        self.function, self.dtype = function, spec.dtype
-        self.shape, self.is_string = tuple(spec.shape), spec.dtype == tf.string
+    A signature decodes the images of a batch at the same time, on all cores. So a batch of encoded
+    images has no more than MAX_PIXELS in sum; an image of more is replaced by an empty file. This holds
+    for exports whose graph has no such limit, too.
+    """
+    if not encoded:
+        yield from (inputs[start : start + size] for start in range(0, len(inputs), size))
+        return
+    start, total, inputs = 0, 0, inputs.copy()
+    for row, image in enumerate(inputs):
+        pixels = decoding_work(image)
+        if pixels > MAX_PIXELS:
+            inputs[row], pixels = b"", 0
+        if row - start == size or total + pixels > MAX_PIXELS:
+            yield inputs[start:row]
+            start, total = row, 0
+        total += pixels
+    yield inputs[start:]
 
 
 class Versions:

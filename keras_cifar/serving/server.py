@@ -1,5 +1,8 @@
-"""Runs the HTTP server: a listening socket, the loaded model, and uvicorn until a signal comes."""
+"""Runs the servers: a listening socket, the loaded model, uvicorn and gRPC until a signal comes."""
 
+import asyncio
+import contextlib
+import functools
 import signal
 import socket
 
@@ -8,7 +11,9 @@ import uvicorn
 from keras_cifar.core.errors import StoppedError, UserError, reason
 from keras_cifar.serving.app import App
 from keras_cifar.serving.batching import Batcher
+from keras_cifar.serving.protocol import Protocol
 from keras_cifar.serving.servable import Versions
+from keras_cifar.serving.service import Service
 
 # Seconds that requests in flight have after the signal to stop: below the 30 s that Kubernetes and
 # more than the 10 s that Docker waits before it kills.
@@ -20,6 +25,7 @@ def run(
     name: str,
     host: str,
     port: int,
+    grpc_port: int | None,
     *,
     poll: float,
     max_request_mb: float,
@@ -33,29 +39,82 @@ def run(
         StoppedError: SIGTERM or SIGINT came; requests in flight were answered.
         UserError: the address is taken, or there is no valid model.
     """
-    with _listen(host, port) as listener:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listen(host, port))
+        grpc = None if grpc_port is None else stack.enter_context(_listen(host, grpc_port))
         versions, batcher = Versions(model, max_batch_size), Batcher(max_batch_size, batch_wait)
-        max_request = int(max_request_mb * 2**20)
-        app = App(name, versions, batcher, max_request=max_request, timeout=timeout, poll=poll)
-        config = uvicorn.Config(
-            app.asgi,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=GRACE,
-        )
+        service = Service(name, versions, batcher, int(max_request_mb * 2**20), timeout)
+        asyncio.run(_serve(service, listener, grpc, poll))
+    raise UserError("the server ended by itself")
+
+
+async def _serve(
+    service: Service, listener: socket.socket, grpc: socket.socket | None, poll: float
+) -> None:
+    config = uvicorn.Config(
+        App(service).asgi,
+        http=functools.partial(Protocol, head_timeout=service.timeout),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="off",
+        timeout_graceful_shutdown=GRACE,
+    )
+    server = _Server(config, service)
+    async with service.running(poll):
         listener.listen(config.backlog)  # Whoever reads the printed address can connect at once.
-        host, port = listener.getsockname()[:2]
-        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        print(f"serving   {versions.current.path} (version {versions.current.version})")
-        print(f"address   {address}/v1/models/{name}")
-        print(f"try it    {address}", flush=True)
+        current = service.versions.current
+        print(f"serving   {current.path} (version {current.version})")
+        print(f"address   http://{_address(listener)}/v1/models/{service.name}")
+        if grpc is not None:
+            print(f"grpc      grpc://{await server.start_grpc(grpc)}/{service.name}")
+        print(f"try it    http://{_address(listener)}", flush=True)
         # uvicorn takes over the signals, answers what is in flight, and raises them again then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
-        uvicorn.Server(config).run(sockets=[listener])
-    raise UserError("the server ended by itself")
+        await server.serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with readiness that ends at the signal, and perhaps with gRPC beside it."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+        self._grpc = None
+
+    async def start_grpc(self, reserved: socket.socket) -> str:
+        """Starts the gRPC server where a socket is bound, and returns its address."""
+        from keras_cifar.serving.rpc import GrpcServer  # only for those who want it
+
+        address = _address(reserved)
+        reserved.close()  # gRPC takes no socket, only an address.
+        try:
+            self._grpc = GrpcServer(self._service, address)
+        except RuntimeError as error:
+            raise UserError(f"cannot listen at {address}: {reason(error)}") from None
+        await self._grpc.start()
+        return address
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        self._service.stopping = True
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops both servers at the same time; a second signal ends the waiting."""
+        if self._grpc is None:
+            await super().shutdown(sockets)
+            return
+        stopping = asyncio.create_task(self._grpc.stop(GRACE))
+        await super().shutdown(sockets)
+        while not (stopping.done() or self.force_exit):
+            await asyncio.wait([stopping], timeout=0.1)
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -316,13 +316,16 @@ def test_wrong_usage():
 
 @pytest.mark.slow
 def test_serving_is_measured_for_each_number_of_clients(tmp_path):
-    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    for package in ("uvicorn", "grpc_health"):
+        pytest.importorskip(package, reason="the extra `serve` is not installed")
     _, result = command(tmp_path / "measurements.json", "--serving", "--seconds=0.3")
-    servers = result["serving"]
-    assert "serve" in servers
-    for rows in servers.values():
-        assert list(rows) == ["1", "4", "16"]
+    contenders, batches = result["serving"]["clients"], result["serving"]["batches"]
+    assert {"REST images", "REST files", "gRPC tensors", "gRPC files"} <= contenders.keys()
+    for name, rows in contenders.items():
+        assert list(rows) == ["1", "4", "16", "64"]
         for clients, row in rows.items():
+            what = "images" if name in ("REST images", "gRPC tensors") else "files"
+            assert row["share"] == pytest.approx(row["rate"] / batches[what])
             assert 0 < row["p50"] <= row["p99"]
             # Each client has one request at a time.
             assert row["rate"] * row["p50"] < 2 * int(clients)

@@ -16,7 +16,7 @@ class Server:
 
     Attributes:
         process: the server's.
-        url: the model's.
+        url, grpc_url: the model's; the second is None without --grpc_port.
         host, port: where it listens.
     """
 
@@ -25,10 +25,14 @@ class Server:
         self.process = subprocess.Popen(
             [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        lines = [self.process.stdout.readline() for _ in range(3)]
-        if not lines[-1]:
-            raise AssertionError(self.process.communicate()[1])
+        lines = []
+        while not lines or not lines[-1].startswith("try it"):
+            lines.append(self.process.stdout.readline())
+            if not lines[-1]:
+                raise AssertionError(self.process.communicate()[1])
         self.url = re.search(r"http\S+", lines[1])[0]
+        grpc = re.search(r"grpc://\S+", "".join(lines))
+        self.grpc_url = grpc and grpc[0]
         parts = urllib.parse.urlsplit(self.url)
         self.host, self.port = parts.hostname, parts.port
 

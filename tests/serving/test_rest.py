@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keras_cifar.serving import rest
-from keras_cifar.serving.batching import Batcher
+from keras_cifar.serving.batching import Batcher, BatcherStoppedError
 
 SHAPE = (None, 2, 2, 3)
 IMAGE = [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 255]]]
@@ -200,6 +200,56 @@ def test_one_bad_or_cancelled_request_does_not_fail_the_others(cancelled):
     first, second, third = with_batcher(body)
     assert (first["y"].tolist(), third["y"].tolist()) == ([2], [4])
     assert str(second) == ("" if cancelled else "minus one")
+
+
+def raising(*args):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fault", ["concatenate", "observe", "outputs"])
+def test_batches_are_computed_after_any_failure(fault):
+    double = Doubler()
+
+    async def body(batcher):
+        inputs = [np.array([1]), np.array([[2]] if fault == "concatenate" else [2])]
+        if fault == "observe":
+            batcher.observe = raising
+        run = (lambda inputs: None) if fault == "outputs" else double
+        futures = [batcher.submit(run, each) for each in inputs]
+        failed = await asyncio.gather(*futures, return_exceptions=True)
+        batcher.observe = lambda rows: None
+        return failed, (await batcher.submit(double, np.array([3])))["y"].tolist()
+
+    failed, last = with_batcher(body)
+    assert last == [6]
+    if fault == "concatenate":  # each by itself is valid
+        assert [row["y"].tolist() for row in failed] == [[2], [[4]]]
+    else:
+        kind = MemoryError if fault == "observe" else AttributeError
+        assert [type(error) for error in failed] == [kind, kind]
+
+
+def test_without_the_task_requests_fail_at_once():
+    double = Doubler()
+
+    async def main():
+        batcher = Batcher(4, 0)
+        task = asyncio.create_task(batcher.work())
+        double.go.clear()
+        futures = [batcher.submit(double, np.array([0]))]
+        while batcher.waiting:
+            await asyncio.sleep(0.001)
+        futures.append(batcher.submit(double, np.array([1])))
+        assert not batcher.stopped
+        task.cancel()
+        failed = await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), 5)
+        assert [type(error) for error in failed] == [BatcherStoppedError] * 2
+        assert batcher.stopped
+        with pytest.raises(BatcherStoppedError):
+            batcher.submit(double, np.array([2]))
+        double.go.set()
+
+    asyncio.run(main())
 
 
 def test_a_batch_waits_for_arriving_requests_up_to_its_limit():

@@ -341,7 +341,7 @@ def failure(capsys):
     return run
 
 
-WRONG = "port=70000 port=-1 name=a/b name= poll=0 poll=nan timeout=inf model="
+WRONG = "grpc_port=-1 port=70000 port=-1 name=a/b name= poll=0 poll=nan timeout=inf model="
 WRONG += " max_request_mb=-1 max_batch_size=0 batch_wait=-1"
 
 
