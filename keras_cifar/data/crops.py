@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_cifar.core.image_size import SMALL_IMAGE
 from keras_cifar.data import exif
 from keras_cifar.data.exif import JPEG
-from keras_cifar.data.images import MAX_PIXELS, map_each
+from keras_cifar.data.images import MAX_PIXELS, map_each, resize_images
 
 RATIO = (3 / 4, 4 / 3)  # of width to height
 TRIES = 10  # until a part fits into the image
@@ -141,12 +142,15 @@ def _part_of_jpeg(path, sides, place, size: tuple[int, int]) -> tf.Tensor:
 
 
 def resized(pixels: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """uint8 [*size, 3] of uint8 [height, width, 3]: the means of areas, or bilinear if it enlarges.
+    """uint8 [*size, 3] of uint8 [height, width, 3], bilinear.
 
-    TensorFlow's antialiased kernel takes three times as long.
+    Antialiased, as validation is, up to SMALL_IMAGE pixels: ResNet-20 has 0.752 so with 16 pixels, and
+    0.734 with means of areas. Above, what becomes smaller is means of areas: three times as fast.
     """
-    shrinks = tf.reduce_all(tf.shape(pixels)[:2] >= size)
+    if min(size) <= SMALL_IMAGE:
+        return resize_images(pixels, size)
     images = pixels[None]
+    shrinks = tf.reduce_all(tf.shape(pixels)[:2] >= size)
     sized = tf.cond(
         shrinks,
         lambda: tf.raw_ops.ResizeArea(images=images, size=size),

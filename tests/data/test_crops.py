@@ -131,6 +131,29 @@ def test_large_jpeg_files_are_decoded_smaller_and_look_the_same(tmp_path, monkey
     assert np.abs(small.astype(int) - whole).mean() < 5
 
 
+@pytest.mark.parametrize(
+    ("side", "shape", "kernel"),
+    [
+        (16, (30, 25), "antialiased"),
+        (64, (100, 70), "antialiased"),
+        (64, (50, 100), "antialiased"),
+        (72, (100, 80), "areas"),
+        (72, (60, 80), "bilinear"),
+    ],
+)
+def test_small_images_are_resized_as_validation_is(side, shape, kernel):
+    pixels, size = tf.constant(photo(*shape)), (side, side)
+    kernels = {
+        "antialiased": tf.image.resize(pixels, size, antialias=True),
+        "areas": tf.raw_ops.ResizeArea(images=pixels[None], size=size)[0],
+        "bilinear": tf.image.resize(pixels, size),
+    }
+    found = crops.resized(pixels, size).numpy()
+    gaps = {name: np.abs(found - value.numpy()).max() for name, value in kernels.items()}
+    assert min(gaps, key=gaps.get) == kernel
+    assert gaps[kernel] <= 0.51
+
+
 def test_other_formats_and_colours_are_read_by_python(tmp_path):
     image = Image.fromarray(photo(40, 50))
     names = {
