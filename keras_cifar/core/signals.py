@@ -35,7 +35,7 @@ class StopSignals:
         if self._is_handled or threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.received, self._was_raised, self._is_handled = None, False, True
+        self._was_raised, self._is_handled = False, True
         hook = sys.unraisablehook
         handlers = dict.fromkeys(SIGNALS, self._handle) | {signal.SIGALRM: self._raise}
         before = {number: signal.signal(number, handle) for number, handle in handlers.items()}
@@ -50,8 +50,10 @@ class StopSignals:
             for number, handler in before.items():
                 signal.signal(number, handler)
             sys.unraisablehook, self._is_handled = hook, False
-        if self._was_raised:
-            raise self._error()
+            error = self._error() if self._was_raised else None
+            self.received = None  # A later body starts without it.
+        if error:
+            raise error
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

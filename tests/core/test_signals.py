@@ -112,10 +112,15 @@ def test_a_body_in_a_body_changes_nothing(stop):
         with stop.handled():
             pass
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)) == handlers
+
+
+def test_nothing_is_left_for_a_later_body(stop):
     with pytest.raises(StoppedError), stop.handled():
         send()
-    with stop.handled():
-        assert stop.received is None
+    assert stop.received is None
+    with pytest.raises(StoppedError), stop.handled(), stop.deferred():
+        send()
+    assert stop.received is None
 
 
 def test_second_signal_exits_at_once(stop, monkeypatch):
