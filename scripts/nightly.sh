@@ -5,5 +5,5 @@ set -euo pipefail
 scripts=$(dirname "${BASH_SOURCE[0]}")
 status=0
 "$scripts/test.sh" || status=1
-"$scripts/test.sh" -rs -o faulthandler_timeout=7200 -m "slow${CIFAR10_FOLDER:+ or cifar}" || status=1
+"$scripts/test.sh" -rs -m "slow${CIFAR10_FOLDER:+ or cifar}" || status=1
 exit $status
