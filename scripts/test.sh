@@ -15,7 +15,7 @@ ruff format --check --quiet . || { echo "run 'ruff format .'" >&2; exit 1; }
 lint-imports --no-cache --no-logo
 mypy
 # -rs says which tests were skipped and why, such as those of pages where there is no Chromium.
-# A test that hangs for 10 minutes ends its process, with the stacks of all threads, and fails.
+# A test that hangs for 10 minutes ends its process, with the stacks of all threads, and the run fails.
 [ $# -gt 0 ] || set -- -n 2 --dist loadfile -rs \
-  -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
+  --max-worker-restart 0 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 exec python -m pytest -q "$@"
