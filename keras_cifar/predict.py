@@ -12,7 +12,7 @@ import os
 import sys
 
 from keras_cifar import pretrained
-from keras_cifar.core import cli, environment
+from keras_cifar.core import cli, config, environment
 from keras_cifar.core.options import FRACTION, POSITIVE, Options, check, option
 
 PREDICTION, WITH_URL = "Prediction", "With a URL"
@@ -37,7 +37,7 @@ class PredictOptions(Options):
     def __post_init__(self):
         super().__post_init__()
         check(self.model or self.list_pretrained, "--model=RUN_or_EXPORT_or_URL is needed")
-        remote = self.model.startswith(("http://", "https://", "grpc://"))
+        remote = self.model.startswith(config.URLS)
         check(not (self.explain and remote), "--explain needs a run; a server gives no gradients")
 
 

@@ -1,6 +1,7 @@
 """What tests share. TensorFlow starts with two virtual CPU devices, so that replicas can be tested."""
 
 import contextlib
+import io
 import os
 import pathlib
 import resource
@@ -49,6 +50,14 @@ def colour_images(count: int, side: int, classes: int, seed: int = 0) -> tuple:
     grey = 30 + labels * 200 // max(classes - 1, 1)
     noise = random.integers(-20, 21, (count, side, side, 3))
     return np.clip(grey[:, None, None, None] + noise, 0, 255).astype(np.uint8), labels
+
+
+def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
+    """An image file's contents."""
+    file = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def write_folder(

@@ -212,9 +212,8 @@ def _grpc(address: str) -> Iterator[Callable[[bytes], None]]:
     # Channels of one process share a connection otherwise.
     options = [("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(address, options) as channel:
-        call = channel.unary_unary(
-            PREDICT
-        )  # of bytes: clients share the processors with the server
+        # Of bytes, since clients share the processors with the server.
+        call = channel.unary_unary(PREDICT)
         yield lambda body: call(body, timeout=60)
 
 

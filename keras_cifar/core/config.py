@@ -37,6 +37,7 @@ DTYPE_POLICIES = ("auto", "float32", "float64", "mixed_float16", "mixed_bfloat16
 XLA = ("auto", "on", "off")
 # Images that are classified at a time: the fastest of 64, 128 and 256 on two cores with ResNet-32.
 BATCH_SIZE = 128
+URLS = ("http://", "https://", "grpc://")  # of servers that predict
 SPLITS = ("train", "val", "test")
 BALANCED = "balanced"  # of --class_weight and --sampling
 
@@ -395,8 +396,7 @@ class TrainConfig:
         run's config.json: a place may be named in another way.
         """
         mine, previous = canonical(self.flags()), canonical(previous)
-        before, after = (places.recorded(previous, paths), places.recorded(mine))
-        same = {name for name, path in after.items() if path == before.get(name)}
+        same = places.same(places.recorded(mine), places.recorded(previous, paths))
         return [
             f"--{name} was {theirs!r}, is {mine[name]!r}"
             for name, theirs in previous.items()

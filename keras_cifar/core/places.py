@@ -25,6 +25,11 @@ def recorded(flags: dict, before: dict | None = None) -> dict[str, str]:
     }
 
 
+def same(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    """The flags whose paths, of `recorded`, are equal, however they were given."""
+    return {name for name, path in one.items() if path == other.get(name)}
+
+
 def find(config: dict, name: str) -> str | None:
     """The value of a flag of the run with this config.json, to read from.
 

@@ -10,6 +10,7 @@ import scipy.optimize
 import scipy.special
 
 from keras_cifar import models
+from keras_cifar.core import places
 from keras_cifar.core.config import COMPARED
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
@@ -73,8 +74,7 @@ def find_temperature(text: str, run: Run) -> dict:
     config = other.read_config()
     own = run.read_config()
     mine, theirs = own["flags"], config["flags"]
-    # Their places may be named in different ways.
-    same = {name for name, path in own["paths"].items() if path == config["paths"].get(name)}
+    same = places.same(own["paths"], config["paths"])
     for flag in sorted(COMPARED - same - {"seed", "val_fraction"}):
         if mine[flag] != theirs[flag]:
             raise UserError(

@@ -21,7 +21,6 @@ from keras_cifar.core.files import read
 from keras_cifar.core.image_size import CROP
 from keras_cifar.inference.predictor import CROPPED, MAX_LABELS, rule_of
 
-URLS = ("http://", "https://", "grpc://")
 DELAYS = (0.25, 1.0, 3.0)  # seconds between tries of a request: a server restarts within them
 RETRIED = (408, 429, 502, 503, 504)  # statuses of a server or a proxy that is busy or restarting
 HOST = r"(\[[\da-fA-F:.]+\]|[^\s/:\[\]]+)"

@@ -7,10 +7,11 @@ import sys
 import typing
 
 from keras_cifar import pretrained
+from keras_cifar.core.config import URLS
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
 from keras_cifar.inference.predictor import Predictor
-from keras_cifar.inference.remote import URLS, RemotePredictor
+from keras_cifar.inference.remote import RemotePredictor
 from keras_cifar.pretrained import imagenet
 
 if typing.TYPE_CHECKING:

@@ -44,9 +44,7 @@ _REFUSED = {
     MODELS: ("HandleReloadConfigRequest",),
 }
 
-IDLE = (
-    300  # seconds until a connection without requests is closed; clients open another when needed
-)
+IDLE = 300  # seconds until a connection without requests is closed; clients open another
 TOLD = 0.1  # seconds for those who watch the health to be told that the server stops
 
 
@@ -219,7 +217,7 @@ class _Health(health.aio.HealthServicer):
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
 
     async def stop(self) -> None:
-        """Tells those who watch, and ends their calls, which would last for ever."""
+        """Tells those who watch, and ends their calls, which would never end."""
         await self.enter_graceful_shutdown()
         await asyncio.sleep(TOLD)
         for watch in self._watches:

@@ -13,6 +13,8 @@ import time
 import pytest
 
 from keras_cifar.core.files import TEMPORARY
+from keras_cifar.core.run_directory import Run
+from tests.data.test_crops import write_photos
 from tests.training.kills import differences
 
 INSTANTS = int(os.environ.get("INSTANTS", "20"))
@@ -88,8 +90,6 @@ def catches(process: int) -> bool:
 
 @pytest.fixture
 def directory(tmp_path, trained_run) -> pathlib.Path:
-    from tests.data.test_crops import write_photos
-
     shutil.copytree(trained_run.path, tmp_path / "trained")
     write_photos(tmp_path / "photos")
     (tmp_path / "photos" / "train" / "a" / "bad.png").write_bytes(b"no image")
@@ -129,7 +129,5 @@ def test_a_signal_at_any_instant_is_one_line_and_the_command_can_be_given_again(
     status, error, _ = command.run()
     assert (status, error) == (0, "")
     if (directory / "run" / "model.keras").exists():
-        from keras_cifar.core.run_directory import Run
-
         one, two = Run(directory / "whole"), Run(directory / "run")
         assert differences(one, two) == []

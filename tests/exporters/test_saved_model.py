@@ -1,7 +1,6 @@
 """The exported SavedModel: its signatures and files, and the runtimes that load it."""
 
 import functools
-import io
 import json
 import pathlib
 import subprocess
@@ -16,15 +15,13 @@ from tensorflow.core.protobuf import saved_model_pb2
 from keras_cifar import models
 from keras_cifar.core.files import versions
 from keras_cifar.exporters import saved_model
+from tests.conftest import encoded
 
 NAMES = ("cat", "dog", "frog")
 
 
 def png(pixels: np.ndarray, mode: str | None = None, format: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image = Image.fromarray(pixels)
-    (image.convert(mode) if mode else image).save(file, format)
-    return file.getvalue()
+    return encoded(Image.fromarray(pixels).convert(mode), format)
 
 
 @functools.cache

@@ -55,30 +55,21 @@ def test_the_output_is_that_of_local_prediction(served_run, trained_run, files, 
     assert found[0] == found[1] == found[2]
 
 
-def test_the_features_are_those_of_local_prediction(
-    served_run, trained_run, image_folder, tmp_path
-):
+def check_features(models, images, directory) -> None:
+    """Checks that all of --model give the same features of a folder of images."""
     found = []
-    for number, model in enumerate((trained_run.path, served_run.url)):
-        out = tmp_path / f"{number}.npz"
-        assert command(f"--model={model}", f"--features={out}", image_folder / "train") == 0
+    for number, model in enumerate(models):
+        out = directory / f"{number}.npz"
+        assert command(f"--model={model}", f"--features={out}", images) == 0
         found.append(np.load(out))
     for name in ("files", "labels", "features"):
         np.testing.assert_array_equal(found[0][name], found[1][name])
 
 
-@pytest.fixture
-def failure(capsys):
-    """Runs the command, which must fail before any output: the line on stderr."""
-
-    def run(*argv, status=1) -> str:
-        assert command(*argv) == status
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        (line,) = captured.err.splitlines()
-        return line
-
-    return run
+def test_the_features_are_those_of_local_prediction(
+    served_run, trained_run, image_folder, tmp_path
+):
+    check_features((trained_run.path, served_run.url), image_folder / "train", tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["x", "/versions/99"])
@@ -158,13 +149,6 @@ def fake(monkeypatch):
     yield fake
     fake.server.shutdown()
     fake.server.server_close()
-
-
-@pytest.fixture
-def labels(tmp_path):
-    path = tmp_path / "labels.txt"
-    path.write_text("class_0\nclass_1\nclass_2\n")
-    return path
 
 
 @pytest.fixture

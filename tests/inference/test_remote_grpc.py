@@ -19,6 +19,7 @@ from tensorflow_serving.apis import (
 from keras_cifar.inference import remote
 from tests.conftest import colour_images
 from tests.inference.test_predict import command
+from tests.inference.test_remote import check_features
 from tests.serving.server import serving
 
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
@@ -47,28 +48,14 @@ def test_the_output_is_that_of_local_prediction(server, trained_run, image_folde
 
 
 def test_the_features_are_those_of_local_prediction(server, trained_run, image_folder, tmp_path):
-    found = []
-    for number, model in enumerate((trained_run.path, server.grpc_url)):
-        out = tmp_path / f"{number}.npz"
-        assert command(f"--model={model}", f"--features={out}", image_folder / "train") == 0
-        found.append(np.load(out))
-    for name in ("files", "labels", "features"):
-        np.testing.assert_array_equal(found[0][name], found[1][name])
+    check_features((trained_run.path, server.grpc_url), image_folder / "train", tmp_path)
 
 
 @pytest.fixture
-def failure(capsys, image_folder, monkeypatch):
-    """Runs the command, which must fail before any output: the line on stderr."""
+def failure(failure, image_folder, monkeypatch):
+    """The same for a folder of ten images, without waiting between tries."""
     monkeypatch.setattr(remote, "DELAYS", (0.0, 0.0))
-
-    def run(*argv, status=1) -> str:
-        assert command(*argv, image_folder / "test" / "class_0") == status
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        (line,) = captured.err.splitlines()
-        return line
-
-    return run
+    return lambda *argv, **status: failure(*argv, image_folder / "test" / "class_0", **status)
 
 
 @pytest.mark.parametrize("suffix", ["x", "/versions/99"])
@@ -135,13 +122,6 @@ def fake():
     yield fake
     server.stop(0).wait()
     pool.shutdown()
-
-
-@pytest.fixture
-def labels(tmp_path):
-    path = tmp_path / "labels.txt"
-    path.write_text("class_0\nclass_1\nclass_2\n")
-    return path
 
 
 IMAGES = colour_images(2, 16, 3)[0]

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
-import io
 import json
 import pathlib
 import shutil
@@ -20,7 +19,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from google.protobuf import json_format, struct_pb2
-from PIL import Image
 from tensorflow.core.framework import tensor_pb2, types_pb2
 from tensorflow_serving.apis import (
     classification_pb2,
@@ -33,7 +31,7 @@ from tensorflow_serving.apis import (
 
 from keras_cifar import serve
 from keras_cifar.core import cli
-from tests.conftest import colour_images
+from tests.conftest import colour_images, encoded
 from tests.serving.server import Server, serving
 from tests.serving.test_robustness import service
 
@@ -80,12 +78,6 @@ def images() -> np.ndarray:
     return colour_images(6, 16, 3, seed=9)[0]
 
 
-def png(image) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
-
-
 def request(values, signature="", name="images", model="model", version=None, outputs=()):
     message = predict_pb2.PredictRequest(output_filter=outputs)
     message.model_spec.name, message.model_spec.signature_name = model, signature
@@ -100,7 +92,7 @@ def request(values, signature="", name="images", model="model", version=None, ou
 def test_responses_are_those_over_http(server, stub, images, signature):
     values, listed, name = images, images.tolist(), "images"
     if signature == "serving_bytes":
-        values, name = [*map(png, images), b"no image"], "image_bytes"
+        values, name = [*map(encoded, images), b"no image"], "image_bytes"
         listed = [{"b64": base64.b64encode(value).decode()} for value in values]
     response = stub.Predict(request(values, signature, name), timeout=30)
     assert response.model_spec.name == "model"
@@ -136,7 +128,7 @@ def test_only_wanted_outputs_are_sent(stub, images):
 
 
 def test_a_client_that_does_not_know_this_package(server, images, tmp_path):
-    (tmp_path / "x.png").write_bytes(png(images[0]))
+    (tmp_path / "x.png").write_bytes(encoded(images[0]))
     script = shutil.copy(pathlib.Path(__file__).parent / "foreign_client.py", tmp_path)
     command = [sys.executable, script, address(server), server.url, tmp_path / "x.png"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)

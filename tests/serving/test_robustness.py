@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from keras_cifar.data.images import MAX_PIXELS, decoding_work
-from tests.conftest import colour_images
+from tests.conftest import colour_images, encoded
 
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 
@@ -206,12 +206,6 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT"
 
 
-def encoded(image: np.ndarray, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, kind, **options)
-    return file.getvalue()
-
-
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
 def test_the_work_of_an_image_is_its_number_of_pixels(kind):
     assert decoding_work(encoded(np.zeros((20, 30, 3), np.uint8), kind)) == 600
@@ -232,7 +226,7 @@ def test_the_work_of_animations_scans_and_other_files():
 
 def test_images_that_are_decoded_at_once_are_below_the_limit(trained_run, monkeypatch):
     served = Servable(trained_run.path / "export" / "1", 4)
-    small = [encoded(image, "PNG") for image in colour_images(5, 16, 3)[0]]
+    small = [encoded(image) for image in colour_images(5, 16, 3)[0]]
     files = np.array([*small, png_header(20_000, 20_000), b"no", small[0]], object)
     sizes = [len(batch) for batch in servable._split(files, 4, True)]
     assert sizes == [4, 4]

@@ -3,7 +3,6 @@
 import base64
 import concurrent.futures
 import contextlib
-import io
 import os
 import pathlib
 import shutil
@@ -15,7 +14,6 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
 
 from keras_cifar import serve
 from keras_cifar.core import cli
@@ -23,7 +21,7 @@ from keras_cifar.core.errors import UserError
 from keras_cifar.inference.predictor import Predictor
 from keras_cifar.serving.servable import Servable
 from keras_cifar.serving.server import _listen
-from tests.conftest import colour_images
+from tests.conftest import colour_images, encoded
 from tests.serving import tensorflow_serving as tfs
 from tests.serving.server import serving
 
@@ -61,9 +59,7 @@ def images() -> np.ndarray:
 
 def png(image) -> dict:
     """An image as its bytes in JSON."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return {"b64": base64.b64encode(file.getvalue()).decode()}
+    return {"b64": base64.b64encode(encoded(image)).decode()}
 
 
 # ---- TensorFlow Serving's documentation

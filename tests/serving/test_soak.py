@@ -7,7 +7,6 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -28,7 +27,7 @@ from PIL import Image
 from tensorflow_serving.apis import prediction_service_pb2_grpc
 
 from keras_cifar.inference.predictor import Predictor
-from tests.conftest import colour_images
+from tests.conftest import colour_images, encoded
 from tests.serving.server import serving
 from tests.serving.test_grpc import address, request
 from tests.serving.test_robustness import READY, png_header, trickle
@@ -106,12 +105,6 @@ def dropped(server) -> None:
         connection = connect(server, len(body))
         connection.sendall(sent)
         connection.close()
-
-
-def encoded(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 class Client:
