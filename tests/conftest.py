@@ -13,6 +13,9 @@ from PIL import Image
 
 from keras_cifar.core import environment
 
+# On any machine, tests have a CPU without bfloat16 instructions, where `auto` is float32. The processes
+# that they start inherit it.
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"
 environment.import_tensorflow()
 
 import keras

@@ -294,7 +294,8 @@ class DevicesConfig(Options):
     )
     dtype_policy: str = _devices(
         "auto",
-        "auto: mixed_bfloat16 on GPUs with bfloat16 tensor cores, else float32",
+        "auto: mixed_bfloat16 on GPUs with bfloat16 tensor cores and CPUs that are faster with it, "
+        "else float32; a run that is resumed keeps its own",
         choices=DTYPE_POLICIES,
         compared=True,
     )

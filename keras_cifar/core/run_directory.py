@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 
 from keras_cifar.core import places
-from keras_cifar.core.config import TrainConfig, canonical
+from keras_cifar.core.config import DTYPE_POLICIES, TrainConfig, canonical
 from keras_cifar.core.errors import UsageError, UserError, check_directory, check_utf8, reason
 from keras_cifar.core.files import TEMPORARY, read
 
@@ -235,6 +235,8 @@ def _check_config(config: dict) -> None:
         flags[name]
     if any(type(path) is not str for path in dict(config.get("paths", {})).values()):
         raise TypeError("paths has something other than text")
+    if config.get("dtype_policy", "float32") not in DTYPE_POLICIES:
+        raise TypeError("dtype_policy is none of Keras's")
     names, shape = config["class_names"], config["image_shape"]
     if type(names) is not list or not names or any(type(name) is not str for name in names):
         raise TypeError("class_names is not a list of names")

@@ -147,7 +147,7 @@ class DistributedContext:
         """
         if self._rendezvous is None or self.spec.cluster is None:
             return
-        everyone = self._rendezvous.all_gather(dict(facts))
+        everyone = self.all_gather(dict(facts))
         for index, theirs in enumerate(everyone):
             differences = [
                 f"{name} is {theirs.get(name)!r} there and {value!r} at worker 0"
@@ -157,6 +157,10 @@ class DistributedContext:
             if differences:
                 name = self.spec.cluster.name(index)
                 raise UserError(f"{name} differs: {'; '.join(differences)}")
+
+    def all_gather(self, value) -> list:
+        """The JSON values that all workers give, the chief's first; waits for them."""
+        return self._rendezvous.all_gather(value) if self._rendezvous else [value]
 
     def broadcast(self, data: bytes) -> bytes:
         """Returns the chief's `data` in every worker."""

@@ -125,6 +125,12 @@ def weighted(model: keras.Model) -> dict[str, keras.Layer]:
     return {layer.name: layer for layer in model.layers if layer.weights}
 
 
+def has_depthwise(model: keras.Model) -> bool:
+    """Whether the model has depthwise convolutions."""
+    kinds = keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D
+    return any(isinstance(layer, kinds) for layer in model.layers)
+
+
 def count_parameters(model: keras.Model) -> int:
     """Trainable parameters."""
     return sum(int(np.prod(v.shape)) for v in model.trainable_variables)

@@ -43,16 +43,18 @@ def airbench(
     name: str = "airbench94",
 ) -> classifier.Classifier:
     """Builds the network; `widths` are the numbers of filters in each group."""
+    # Whitening amplifies the rounding of pixels.
+    precise = {"dtype": layers.variable_dtype()}
     images, x = classifier.image_input(input_shape)
-    x = layers.AddMirrored(name="mirrored")(x)
-    x = layers.Whitening(2, name="whitening")(x)
-    x = layers.SigmoidGelu(name="whitening_gelu")(x)
+    x = layers.AddMirrored(name="mirrored", **precise)(x)
+    x = layers.Whitening(2, name="whitening", **precise)(x)
+    x = layers.SigmoidGelu(name="whitening_gelu", **precise)(x)
     for index, filters in enumerate(widths):
         x = group(x, filters, f"group{index}")
     x = keras.layers.GlobalMaxPooling2D(name="pool")(x)
-    x = keras.layers.Rescaling(LOGIT_SCALE, name="small")(x)
-    x = layers.MeanOfMirrored(name="features")(x)
-    logits = keras.layers.Dense(num_classes, use_bias=False, name="logits")(x)
+    x = keras.layers.Rescaling(LOGIT_SCALE, name="small", **precise)(x)
+    x = layers.MeanOfMirrored(name="features", **precise)(x)
+    logits = layers.logits(x, num_classes, use_bias=False)
     return classifier.Classifier.build_from(images, logits, name)
 
 

@@ -57,7 +57,7 @@ def alexnet(
     x = layers.dense_relu(x, 4096, name="dense1", dropout=DROPOUT)
     x = layers.dense_relu(x, 4096, name="features")
     x = layers.Dropout(DROPOUT, name="features_drop")(x)
-    logits = keras.layers.Dense(num_classes, name="logits")(x)
+    logits = layers.logits(x, num_classes)
     return classifier.Classifier.build_from(images, logits, name)
 
 

@@ -66,8 +66,7 @@ def application(
     head = _weighted(theirs)[-1]
     x = _rebuild(keras.Model(theirs.input, head.input), images, x)
     x = keras.layers.Flatten(name="features")(x)
-    initializer = head.kernel_initializer
-    logits = keras.layers.Dense(num_classes, kernel_initializer=initializer, name="logits")(x)
+    logits = layers.logits(x, num_classes, kernel_initializer=head.kernel_initializer)
     return classifier.Classifier.build_from(images, logits, name)
 
 

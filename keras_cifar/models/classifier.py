@@ -43,7 +43,7 @@ class Classifier(keras.Model):
         the model's output nor `deployable` has them.
         """
         # Probabilities have the type of the variables: float32 under a mixed policy.
-        dtype = keras.config.dtype_policy().variable_dtype
+        dtype = layers.variable_dtype()
         output = keras.layers.Activation("softmax", dtype=dtype, name="probabilities")(logits)
         model = cls(images, output, name=name)
         # The loss is computed from logits: exact where a probability rounds to 0 or 1.
@@ -280,7 +280,9 @@ def image_input(input_shape: Shape, scale=1 / 127.5, offset=-1.0) -> tuple:
     Both are numbers or lists of one for each channel. By default the result is in [-1, 1].
     """
     images = keras.Input(input_shape, dtype="uint8", name="images")
-    return images, keras.layers.Rescaling(scale, offset, name="scale")(images)
+    # In bfloat16, pixels above 127 would lose a bit before the offset is added.
+    rescaling = keras.layers.Rescaling(scale, offset, dtype=layers.variable_dtype(), name="scale")
+    return images, rescaling(images)
 
 
 def get_scaling(model: keras.Model) -> Scaling | None:

@@ -103,7 +103,7 @@ def efficientnet_lite(
     x = _conv_norm(x, HEAD, 1, 1, "head")
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     x = layers.Dropout(dropout, name="features_drop")(x)
-    logits = keras.layers.Dense(num_classes, name="logits")(x)
+    logits = layers.logits(x, num_classes)
     return classifier.Classifier.build_from(images, logits, name)
 
 

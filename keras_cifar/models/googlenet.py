@@ -61,7 +61,7 @@ def auxiliary_classifier(x, num_classes: int, conv, name: str):
     x = conv(x, 128, 1, name=f"{name}_1x1")
     x = keras.layers.Flatten(name=f"{name}_flatten")(x)
     x = layers.dense_relu(x, 1024, name=f"{name}_dense", dropout=AUXILIARY_DROPOUT)
-    return keras.layers.Dense(num_classes, name=f"{name}_logits")(x)
+    return layers.logits(x, num_classes, name=f"{name}_logits")
 
 
 def googlenet(
@@ -99,7 +99,7 @@ def googlenet(
             )
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     x = layers.Dropout(DROPOUT, name="features_drop")(x)
-    logits = keras.layers.Dense(num_classes, name="logits")(x)
+    logits = layers.logits(x, num_classes)
     return classifier.Classifier.build_from(images, logits, name, auxiliary)
 
 

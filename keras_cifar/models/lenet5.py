@@ -14,7 +14,7 @@ the output is a softmax. It takes images from 16 pixels on; the first dense laye
 
 import keras
 
-from keras_cifar.models import Variant, classifier
+from keras_cifar.models import Variant, classifier, layers
 
 
 def lenet5(
@@ -23,12 +23,12 @@ def lenet5(
     """Builds the network."""
     images, x = classifier.image_input(input_shape)
     for index, filters in enumerate((6, 16), start=1):
-        x = keras.layers.Conv2D(filters, 5, activation="tanh", name=f"conv{index}")(x)
+        x = layers.ConvWithBias(filters, 5, activation="tanh", name=f"conv{index}")(x)
         x = keras.layers.AveragePooling2D(2, name=f"conv{index}_pool")(x)
     x = keras.layers.Flatten(name="flatten")(x)  # The paper's C5: 5 x 5 on 5 x 5 is dense.
     x = keras.layers.Dense(120, "tanh", name="dense1")(x)
     x = keras.layers.Dense(84, "tanh", name="features")(x)
-    logits = keras.layers.Dense(num_classes, name="logits")(x)
+    logits = layers.logits(x, num_classes)
     return classifier.Classifier.build_from(images, logits, name)
 
 

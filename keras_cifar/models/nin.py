@@ -41,7 +41,8 @@ def nin(
     x = mlpconv(x, 3, (192, 192), "block3")
     x = keras.layers.Identity(name="features")(x)
     x = mlpconv(x, 1, (num_classes,), "classes")
-    logits = keras.layers.GlobalAveragePooling2D(name="logits")(x)
+    precise = {"dtype": layers.variable_dtype()}
+    logits = keras.layers.GlobalAveragePooling2D(name="logits", **precise)(x)
     return classifier.Classifier.build_from(images, logits, name)
 
 

@@ -45,7 +45,7 @@ def residual_network(images, x, block, blocks, widths, num_classes: int, name: s
             stride = 2 if stage > 0 and index == 0 else 1
             x = block(x, filters, stride, f"stage{stage}_block{index}")
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
-    logits = keras.layers.Dense(num_classes, name="logits")(x)
+    logits = layers.logits(x, num_classes)
     return classifier.Classifier.build_from(images, logits, name)
 
 

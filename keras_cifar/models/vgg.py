@@ -64,7 +64,7 @@ def vgg(
     x = layers.dense_relu(x, 4096, name="dense1", dropout=HEAD_DROPOUT)
     x = layers.dense_relu(x, 4096, name="features")
     x = layers.Dropout(HEAD_DROPOUT, name="features_drop")(x)
-    logits = keras.layers.Dense(num_classes, name="logits")(x)
+    logits = layers.logits(x, num_classes)
     return classifier.Classifier.build_from(images, logits, name)
 
 
@@ -83,7 +83,7 @@ def vgg_bn_drop(
     x = keras.layers.ReLU(name="dense1_relu")(x)
     x = layers.Dropout(HEAD_DROPOUT, name="dense1_drop")(x)
     x = keras.layers.Dense(512, name="features")(x)
-    logits = keras.layers.Dense(num_classes, name="logits")(x)
+    logits = layers.logits(x, num_classes)
     return classifier.Classifier.build_from(images, logits, name)
 
 

@@ -47,11 +47,13 @@ def train(config: TrainConfig, run: Run) -> dict | None:
     config = with_its_rule(config, run)
     with contextlib.ExitStack() as stack, STOP.handled():
         with DistributedContext(spec, config.devices, facts) as context:
+            previous = None
             if context.is_chief:
-                previous_config(config, run)  # before anything is written
+                previous = previous_config(config, run)  # before anything is written
                 stack.enter_context(run.locked())
             is_new = context.is_chief and not checkpoint.exists(run.checkpoint)
-            plan = prepare(config, context, is_new)
+            began_with = previous.get("dtype_policy", "float32") if previous else None
+            plan = prepare(config, context, is_new, began_with)
             if context.is_chief:
                 _write_config(plan, run)
                 print(f"run       {run.path}\n{plan.summary()}", flush=True)

@@ -1,14 +1,22 @@
 """The switches are what the table in environment.py says."""
 
+import json
 import os
+import pathlib
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from keras_cifar.core import config, environment
-from keras_cifar.core.errors import UsageError
+from keras_cifar.core.errors import UsageError, UserError
+from keras_cifar.core.run_directory import Run
+from keras_cifar.distributed.strategy import DistributedContext
 from keras_cifar.training import plan as planning
+from keras_cifar.training import trainer
 
 
 def set_quota(monkeypatch, tmp_path, text: str, cores: int = 4) -> None:
@@ -58,20 +66,109 @@ def fake_gpus(monkeypatch, *capabilities: tuple) -> None:
     )
 
 
+def set_gain(monkeypatch, gain: float) -> None:
+    """Makes the CPU so many times as fast in bfloat16."""
+    monkeypatch.setattr(environment, "bfloat16_gain", lambda: gain)
+
+
 @pytest.mark.parametrize(
-    ("gpus", "policy"),
+    ("gpus", "gain", "policy"),
     [
-        ([], "float32"),
-        ([(8, 0)], "mixed_bfloat16"),
-        ([(9, 0), (9, 0)], "mixed_bfloat16"),
-        ([(7, 5)], "float32"),
-        ([(9, 0), (7, 0)], "float32"),
+        ([], 0.0, "float32"),
+        ([], 1.1, "float32"),
+        ([], 1.6, "mixed_bfloat16"),
+        ([(8, 0)], 0.3, "mixed_bfloat16"),
+        ([(9, 0), (9, 0)], 0.3, "mixed_bfloat16"),
+        ([(7, 5)], 1.6, "float32"),
+        ([(9, 0), (7, 0)], 1.6, "float32"),
     ],
 )
-def test_precision_by_device(monkeypatch, gpus, policy):
+def test_precision_by_device(monkeypatch, gpus, gain, policy):
     fake_gpus(monkeypatch, *gpus)
+    set_gain(monkeypatch, gain)
     assert environment.dtype_policy("auto")[0] == policy
-    assert environment.dtype_policy("float64")[0] == "float64"
+    for name in ("float32", "float64"):
+        assert environment.dtype_policy(name) == (name, "by --dtype_policy")
+        assert environment.dtype_policy("auto", name) == (name, "as the run began")
+
+
+@pytest.mark.parametrize(
+    ("name", "began_with"), [("mixed_bfloat16", None), ("auto", "mixed_bfloat16")]
+)
+def test_bfloat16_where_it_is_slow_or_impossible(monkeypatch, name, began_with):
+    set_gain(monkeypatch, 0.3)
+    policy, why = environment.dtype_policy(name, began_with)
+    assert policy == "mixed_bfloat16"
+    assert why.endswith(", 0.3 of float32's speed on this CPU")
+    set_gain(monkeypatch, 0.0)
+    with pytest.raises(UsageError, match="this CPU has no kernels for mixed_bfloat16"):
+        environment.dtype_policy(name, began_with)
+
+
+def test_bfloat16_is_measured_and_not_looked_up():
+    """The tests' processes may not use the instructions; a process of its own may."""
+    assert environment.bfloat16_gain() < environment.MIN_BFLOAT16_GAIN
+    code = """if True:
+        from keras_cifar.core import environment
+        environment.configure()
+        environment.import_tensorflow()
+        print(environment.bfloat16_gain())
+    """
+    variables = {k: v for k, v in os.environ.items() if k != "ONEDNN_MAX_CPU_ISA"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
+    )
+    flags = pathlib.Path("/proc/cpuinfo").read_text()
+    has_instructions = "avx512_bf16" in flags or "amx_bf16" in flags
+    assert (float(done.stdout) >= environment.MIN_BFLOAT16_GAIN) == has_instructions
+
+
+def test_workers_agree_on_the_slowest_cpus_precision(monkeypatch, image_folder, small_network):
+    flags = {"model": small_network, "data": f"folder:{image_folder}", "batch_size": 16}
+    settings = config.TrainConfig.from_flags(**flags)
+    set_gain(monkeypatch, 1.6)
+    assert planning.prepare(settings).dtype_policy[0] == "mixed_bfloat16"
+    one_is_slow = lambda self, own: [own, ["float32", "slow"]] if own else [own, own]  # noqa: E731
+    monkeypatch.setattr(DistributedContext, "all_gather", one_is_slow)
+    assert planning.prepare(settings).dtype_policy == ("float32", "slow")
+    the_run_began = lambda self, own: ["float64", None] if own is None else [own]  # noqa: E731
+    monkeypatch.setattr(DistributedContext, "all_gather", the_run_began)
+    assert planning.prepare(settings).dtype_policy == ("float64", "as the run began")
+
+
+def test_a_resumed_run_keeps_its_precision(monkeypatch, image_folder, tmp_path, capsys):
+    flags = {"model": "lenet5", "data": f"folder:{image_folder}", "batch_size": 16}
+    flags |= {"run_dir": str(tmp_path / "run"), "epochs": 2, "export": False}
+    run = Run(flags["run_dir"])
+    for gain, why in (
+        (1.6, "1.6 times as fast"),
+        (0.3, "as the run began, 0.3 of float32's speed"),
+    ):
+        set_gain(monkeypatch, gain)
+        trainer.train(config.TrainConfig.from_flags(**flags), run)
+        assert re.search(f"mixed_bfloat16 .*{why}", capsys.readouterr().out)
+    assert run.read_config()["dtype_policy"] == "mixed_bfloat16"
+    damaged = run.read_config() | {"dtype_policy": "bfloat17"}
+    run.config.write_text(json.dumps(damaged))
+    with pytest.raises(
+        UserError, match=r"config\.json is damaged: dtype_policy is none of Keras's"
+    ):
+        run.read_config()
+
+
+def test_depthwise_networks_stay_in_float32_on_cpus(monkeypatch, image_folder):
+    set_gain(monkeypatch, 1.6)
+    flags = {"model": "efficientnet_lite0", "data": f"folder:{image_folder}", "image_size": 32}
+    flags["batch_size"] = 16
+    plans = [
+        planning.prepare(config.TrainConfig.from_flags(**flags, dtype_policy=policy))
+        for policy in ("auto", "float32", "mixed_bfloat16")
+    ]
+    reasons = ["its depthwise convolutions are slower in bfloat16"] + 2 * ["by --dtype_policy"]
+    policies = "float32", "float32", "mixed_bfloat16"
+    assert [plan.dtype_policy for plan in plans] == list(zip(policies, reasons, strict=True))
+    chosen, given = (plan.model.get_weights() for plan in plans[:2])
+    assert all(np.array_equal(*pair) for pair in zip(chosen, given, strict=True))
 
 
 def test_xla_is_off_unless_one_device_is_told_to_use_it(monkeypatch):
@@ -119,7 +216,7 @@ def test_training_asks_for_precision_and_xla(monkeypatch, image_folder, xla):
     )
     plan = planning.prepare(flags)
     assert plan.model.jit_compile is xla
-    assert plan.model.get_layer("logits").compute_dtype == "bfloat16"
+    assert plan.model.get_layer("features").compute_dtype == "bfloat16"
     described = planning.describe_run(plan)
     assert (described["dtype_policy"], described["xla"]) == ("mixed_bfloat16", xla)
     assert f"mixed_bfloat16 (so), XLA {'on' if xla else 'off'} (auto none)" in plan.summary()

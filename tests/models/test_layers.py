@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cifar.models import classifier, layers
+from keras_cifar import models
+from keras_cifar.models import classifier, layers, training_step
 from tests.models.small import examples, kernels
 
 # ---- Dropout
@@ -132,17 +133,18 @@ def test_dropout_compiled_by_xla_drops_the_same_elements():
     np.testing.assert_array_equal(*masks)
 
 
-# ---- The convolution before normalization
+# ---- Convolutions with a bias, the ends of networks
 
 
 @pytest.mark.parametrize(
     ("policy", "tolerance"), [("float32", 1e-5), ("float64", 1e-12), ("mixed_float16", 4e-3)]
 )
 @pytest.mark.parametrize("arguments", [{}, {"strides": 2, "activation": "tanh"}])
-def test_convolution_before_norm_computes_what_conv2d_does(policy, tolerance, arguments, random):
+@pytest.mark.parametrize("kind", [layers.ConvBeforeNorm, layers.ConvWithBias])
+def test_convolution_computes_what_conv2d_does(policy, tolerance, arguments, kind, random):
     keras.config.set_dtype_policy(policy)
     x = random.normal(0, 1, (2, 8, 8, 3)).astype("float32")
-    kinds = (layers.ConvBeforeNorm, keras.layers.Conv2D)
+    kinds = (kind, keras.layers.Conv2D)
     ours, theirs = (kind(4, 3, name="conv", **arguments) for kind in kinds)
     for layer in (ours, theirs):
         layer.build(x.shape)
@@ -153,6 +155,50 @@ def test_convolution_before_norm_computes_what_conv2d_does(policy, tolerance, ar
     np.testing.assert_allclose(
         *(np.array(v, np.float64) for v in (mine, other)), tolerance, tolerance
     )
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_gradient_of_a_bias_is_right_in_half_precision(policy, random):
+    """Keras's Conv2D has BiasAddGrad, whose sums in bfloat16 stop growing on a CPU."""
+    keras.config.set_dtype_policy(policy)
+    x = random.normal(0, 1, (32, 32, 32, 3)).astype("float32")
+    upstream = tf.random.stateless_normal((32, 32, 32, 4), (0, 0), 0.1)
+    images = keras.Input((32, 32, 3))
+    model = keras.Model(images, layers.conv(images, 4, 3, name="conv"))
+    with tf.GradientTape() as tape:
+        outputs = model(x)
+        total = tf.reduce_sum(tf.cast(outputs, tf.float32) * upstream)
+    bias = model.get_layer("conv").bias.value
+    exact = tf.reduce_sum(tf.cast(tf.cast(upstream, outputs.dtype), tf.float32), (0, 1, 2))
+    np.testing.assert_allclose(tape.gradient(total, bias), exact, rtol=2**-7)
+
+
+@pytest.mark.parametrize(
+    "name", ["airbench94", "alexnet", "googlenet", "lenet5", "nin", "resnet20"]
+)
+def test_the_ends_of_a_network_are_not_in_half_precision(name):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = models.build(name, (32, 32, 3), 10)
+    compute = {layer.name: layer.compute_dtype for layer in model.layers}
+    assert compute["scale"] == compute["logits"] == compute.get("whitening", "float32") == "float32"
+    assert "bfloat16" in compute.values()
+    outputs = training_step.compute_logits(
+        model.logits_model, np.zeros((2, 32, 32, 3), np.uint8), training=True
+    )
+    assert {x.dtype for x in outputs} == {tf.float32}
+
+
+@pytest.mark.parametrize("policy", ["float32", "float64", "mixed_bfloat16"])
+def test_gelu_is_the_formula_of_the_paper(policy, random):
+    keras.config.set_dtype_policy(policy)
+    layer = layers.SigmoidGelu()
+    x = tf.cast(random.normal(0, 2, (2, 3, 3, 4)), layer.compute_dtype)
+    exact = np.array(x, np.float64)
+    exact /= 1 + np.exp(-1.702 * exact)
+    got = layer(x)
+    assert got.dtype == layer.compute_dtype
+    tolerance = {"float32": 1e-6, "float64": 1e-12}.get(policy, 2**-8)
+    np.testing.assert_allclose(np.array(got, np.float64), exact, tolerance, 1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
@@ -184,15 +230,17 @@ def test_convolution_with_a_stride_pads_both_sides_alike():
     np.testing.assert_array_equal(sums, [[4, 6, 6, 6], *[[6, 9, 9, 9]] * 3])
 
 
-@pytest.mark.parametrize("policy", ["float32", "float64"])
+@pytest.mark.parametrize("policy", ["float32", "float64", "bfloat16"])
 def test_local_response_normalization_is_the_formula_of_the_paper(policy, random):
     keras.config.set_dtype_policy(policy)
     activity = random.normal(0, 30, (2, 3, 3, 9))
     squares = np.pad(activity**2, ((0, 0), (0, 0), (0, 0), (2, 2)))
     around = sum(squares[..., i : i + 9] for i in range(5))
-    got = layers.LocalResponseNormalization()(activity.astype(policy))
+    got = layers.LocalResponseNormalization()(tf.cast(activity, policy))
     assert got.dtype == policy
-    np.testing.assert_allclose(got, activity / (2 + 1e-4 * around) ** 0.75, rtol=1e-5)
+    tolerance = 2**-7 if policy == "bfloat16" else 1e-5
+    got, exact = np.array(got, np.float64), activity / (2 + 1e-4 * around) ** 0.75
+    np.testing.assert_allclose(got, exact, rtol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +249,7 @@ def test_local_response_normalization_is_the_formula_of_the_paper(policy, random
         layers.BatchNormalization(0.8, 1e-2),
         layers.Dropout(0.3, seed=1),
         layers.ConvBeforeNorm(4, 3, 2),
+        layers.ConvWithBias(4, 3, 2),
         layers.LocalResponseNormalization(3, 1.0, 1e-3, 0.5),
         layers.Whitening(3),
         layers.SigmoidGelu(),
