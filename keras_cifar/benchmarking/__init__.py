@@ -3,6 +3,7 @@ process of its own.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 
 from keras_cifar.benchmarking.options import BenchmarkOptions
@@ -20,6 +21,8 @@ def measure(options: BenchmarkOptions) -> dict:
     from keras_cifar.data import augmentation
 
     augmentation.parse(options.augment)
+    policy = environment.dtype_policy(options.dtype_policy)[0]
+    options = dataclasses.replace(options, dtype_policy=policy)
     network = models.build(options.model).deployable
     machine = [environment.machine()]
     for name in ("tensorflow", "keras", "torch", "torchvision", "paddlepaddle"):

@@ -63,14 +63,21 @@ def _add_ours(contest: Contest, export: pathlib.Path) -> None:
 
 
 def _add_peers(contest: Contest) -> None:
-    contest.add(PLAIN, "plain_keras", what="step")
+    float32 = {"dtype_policy": "float32"}
     without = {"TF_ENABLE_ONEDNN_OPTS": "0"}
-    contest.add("plain Keras without oneDNN", "plain_keras", without, what="step")
-    for kind, compile in (("PyTorch eager", False), ("torch.compile", True)):
-        contest.add(kind, "pytorch", compile=compile, channels_last=False)
-        contest.add(f"{kind}, channels last", "pytorch", compile=compile, channels_last=True)
-    contest.add("PaddlePaddle", "paddlepaddle")
-    contest.add(PLAIN_PREDICT, "plain_keras", what="predict", warm_up=1, count=PREDICTED)
+    contest.add("plain Keras without oneDNN", "plain_keras", without, what="step", **float32)
+    contest.add("PaddlePaddle", "paddlepaddle", **float32)
+    predict = {"what": "predict", "warm_up": 1, "count": PREDICTED}
+    contest.add(PLAIN_PREDICT, "plain_keras", **predict, **float32)
+    precisions = {"": float32}
+    if contest.options.dtype_policy == "mixed_bfloat16":
+        precisions[", bfloat16"] = {}
+    for suffix, precision in precisions.items():
+        contest.add(PLAIN + suffix, "plain_keras", what="step", **precision)
+        for kind, compile in (("PyTorch eager", False), ("torch.compile", True)):
+            for layout in ("", ", channels last"):
+                memory = {"compile": compile, "channels_last": bool(layout)}
+                contest.add(kind + layout + suffix, "pytorch", **memory, **precision)
 
 
 def cold_start(rounds: int, export: pathlib.Path) -> dict:
@@ -122,9 +129,9 @@ def bound(measured: dict, fraction: float, shares: dict) -> str:
 def _print(options: BenchmarkOptions, measured: dict, cold: dict) -> None:
     print(f"{options.model}, batches of {options.batch_size}", end=", ")
     print(f"{options.dtype_policy}, {options.data}", end="\n\n")
-    print_table("images a second", "median", 34, measured)
+    print_table("images a second", "median", 40, measured)
     for name, title in (("predict", "predict one image, s"), ("import", "import tensorflow, s")):
-        print(f"{title:<34}{columns(cold[name], 2)}")
+        print(f"{title:<40}{columns(cold[name], 2)}")
     print("\nratios of medians")
     ours = (STEP, FIT, PIPELINE, PREDICT, GEMM)
     pairs = [(FIT, STEP), (PIPELINE, STEP)]

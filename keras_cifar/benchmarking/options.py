@@ -14,7 +14,9 @@ class BenchmarkOptions(Options):
     data: str = option("digits", "as of train", "Work")
     augment: str = option("crop(4)|flip", "as of train", "Work")
     batch_size: int = option(128, "images a step", "Work", limit=POSITIVE)
-    dtype_policy: str = option("float32", "of ours; the peers have float32", "Work", DTYPE_POLICIES)
+    dtype_policy: str = option(
+        "auto", "as of train; peers have float32 too", "Work", DTYPE_POLICIES
+    )
     xla: str = option("auto", "as of train", "Work", XLA)
     peers: bool = option(False, "compare with plain Keras, PyTorch and PaddlePaddle", "Comparison")
     growth: bool = option(False, "instead: by batch size, depth, number of images", "Comparison")

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+keras.config.set_dtype_policy(settings["dtype_policy"])
 L = keras.layers
 
 

@@ -9,6 +9,7 @@ settings = turns.settings
 import torch
 from torch import nn
 
+bfloat16 = settings["dtype_policy"] == "mixed_bfloat16"
 batch_size = settings["batch_size"] // settings.get("processes", 1)
 torch.manual_seed(0)
 model = build_modules(turns, nn, nn.Module, "d", "bias")
@@ -28,7 +29,9 @@ if processes := settings.get("processes"):
 
 def step():
     optimizer.zero_grad(set_to_none=True)
-    nn.functional.cross_entropy(forward(images), labels).backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        loss = nn.functional.cross_entropy(forward(images), labels)
+    loss.backward()
     optimizer.step()
 
 

@@ -156,7 +156,9 @@ def check_comparison(printed, result, out):
     assert 0.1 < result["shares"]["convolutions"] < 0.95
 
 
-def test_each_kind_of_work_is_measured(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("gain", [0.3, 1.6])
+def test_each_kind_of_work_is_measured(gain, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(environment, "bfloat16_gain", lambda: gain)
     cold = {"predict": contest.spread([3.0]), "import": contest.spread([2.0])}
     monkeypatch.setattr(contest, "Worker", InProcess)
     monkeypatch.setattr(comparison, "PREDICTED", 100)
@@ -168,7 +170,38 @@ def test_each_kind_of_work_is_measured(monkeypatch, tmp_path, capsys):
     check_comparison(printed, result, out)
     rate = result["figures"][STEP]["median"]
     assert f"{rate / 2:>8.2f}  training step / PaddlePaddle" in printed
+    half = {f"{peer}, bfloat16" for peer in ("plain Keras", "PyTorch eager", "torch.compile")}
+    assert half <= result["figures"].keys() if gain > 1 else not half & result["figures"].keys()
+    policy = "mixed_bfloat16" if gain > 1 else "float32"
+    assert f"batches of 32, {policy}, digits" in printed
     assert "1.00  s more than the import" in printed
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_rows_have_the_precision_that_they_name(policy, scripts):
+    for name in ("plain_keras", "pytorch", "paddlepaddle"):
+        scripts(name, COUNTER)
+    with Contest(BenchmarkOptions(dtype_policy=policy)) as contest:
+        comparison._add_peers(contest)
+        for name, worker in contest.workers.items():
+            settings = worker.turn()["settings"]
+            assert settings["dtype_policy"] == ("float32" if "bfloat16" not in name else policy)
+    assert len(contest.workers) == (8 if policy == "float32" else 13)
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtype"), [("float32", "float32"), ("mixed_bfloat16", "<dtype: 'bfloat16'>")]
+)
+def test_matrices_have_the_precision_of_the_step(policy, dtype):
+    code = (
+        "import sys, turns\n"
+        "turns.Turns.repeat = lambda self, once, amount: sys.stderr.write(f'{once().dtype!s}')\n"
+        "import gemm"
+    )
+    argv = [sys.executable, "-c", code, json.dumps({"dtype_policy": policy})]
+    env = os.environ | {"PYTHONPATH": str(contest.WORKERS)}
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, env=env)
+    assert done.stderr.endswith(dtype)
 
 
 def test_crops_of_photographs_are_measured_beside_torchvision(monkeypatch, capsys):
