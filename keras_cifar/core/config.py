@@ -23,7 +23,7 @@ from keras_cifar.core.options import (
     option,
 )
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
 STRATEGIES = ("auto", "none", "mirrored", "multiworker")
 _NO_SERVERS = (
     "Keras 3 does not support parameter servers; use multiworker, where all workers compute"
@@ -214,7 +214,7 @@ class OptimizerConfig(Options):
     optimizer: str = _optimizer("adam", "update rule", choices=OPTIMIZERS)
     learning_rate: float = _optimizer(1e-3, "the peak of the schedule", limit=POSITIVE)
     momentum: float = _optimizer(0.9, "of sgd", limit=FRACTION)
-    nesterov: bool = _optimizer(False, "Nesterov momentum, of sgd")
+    nesterov: bool = _optimizer(False, "Nesterov momentum, of sgd and muon")
     bias_rate: float = _optimizer(
         1.0, "factor of the learning rate of biases and normalization, of sgd"
     )

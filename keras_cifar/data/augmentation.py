@@ -189,17 +189,42 @@ def crop(images, labels, random, padding: float):
 
     He et al. 2015, arXiv:1512.03385, section 4.2, with 4 pixels on CIFAR-10.
     """
+    rows, columns = _shifts(images, random, padding)
+    around = [int(padding)] * 2
+    padded = tf.pad(images, [[0, 0], around, around, [0, 0]])
+    return _gather(padded, rows + around[0], columns + around[0]), labels
+
+
+def reflect_crop(images, labels, random, padding: float):
+    """`crop` with the image mirrored at its edges in place of black.
+
+    Jordan 2024, arXiv:2404.00498, with 2 pixels on CIFAR-10.
+    """
+    _, height, width = sizes(images)
+    rows, columns = _shifts(images, random, padding)
+    return _gather(images, _reflect(rows, height), _reflect(columns, width)), labels
+
+
+def _shifts(images, random, padding: float) -> tuple:
+    """(rows, columns), int32 [n, H] and [n, W]: an image's own, all moved by up to `padding`."""
     _require(
         1 <= padding <= MAX_PADDING and padding == int(padding),
         f"the padding must be a whole number of pixels, at most {MAX_PADDING}",
     )
-    padding = int(padding)
     _, height, width = sizes(images)
-    padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
-    top, left = tf.unstack(random.uniform((2, 1), 0, 2 * padding + 1, tf.int32), axis=1)
+    drawn = random.uniform((2, 1), 0, 2 * int(padding) + 1, tf.int32) - int(padding)
+    top, left = tf.unstack(drawn, axis=1)
+    return top + tf.range(height), left + tf.range(width)
+
+
+def _reflect(index, size):
+    """Indices mirrored at 0 and at size - 1."""
+    return tf.clip_by_value(size - 1 - tf.abs(size - 1 - tf.abs(index)), 0, size - 1)
+
+
+def _gather(images, rows, columns):
     # Rows first: they are contiguous, and then only the columns that stay are moved.
-    rows = tf.gather(padded, top + tf.range(height), axis=1, batch_dims=1)
-    return tf.gather(rows, left + tf.range(width), axis=2, batch_dims=1), labels
+    return tf.gather(tf.gather(images, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
 def resized_crop(images, labels, random, smallest: float = 0.08, largest: float = 1.0):

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_cifar.core.config import OptimizerConfig
 from keras_cifar.core.errors import UsageError, unknown
 from keras_cifar.models import weighted
+from keras_cifar.models.batch_norm import norms
 from keras_cifar.models.classifier import HEAD, Classifier
 from keras_cifar.models.training_step import is_kernel
 
@@ -21,6 +22,10 @@ ONECYCLE_START = 1 / 25
 STEP_FACTOR = 0.1  # at each milestone; He et al. 2015 at half and three quarters of the run
 
 DECAY_GROUPS = 12  # of layers, from one to the next of which --layer_decay applies
+
+# Of the quintic iteration that takes singular values to about 1, and how often: Jordan et al. 2024,
+# "Muon", kellerjordan.github.io/posts/muon, and airbench94_muon.
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 3
 
 SCHEDULES = ("constant", "linear", "cosine", "step", "onecycle")
 
@@ -156,6 +161,42 @@ class SGD(_Replicated, keras.optimizers.SGD):
         return super().get_config() | {"bias_rate": self.bias_rate}
 
 
+@keras.saving.register_keras_serializable("keras_cifar")
+class Muon(SGD):
+    """SGD with orthogonal updates of filters: Muon (Jordan et al. 2024), as airbench94_muon has it.
+
+    A filter [H, W, C, F] is a matrix [H W C, F]. Its momentum, with singular values of about 1, is the
+    update. Before that the filter gets the norm sqrt(F), which the normalization after it undoes. All
+    other variables, also filters of depthwise convolutions, have SGD's update.
+    """
+
+    def update_step(self, gradient, variable, learning_rate):
+        filters = variable.shape[-1]
+        if len(variable.shape) != 4 or filters == 1:
+            return super().update_step(gradient, variable, learning_rate)
+        dtype, rate = variable.dtype, self.rate_of(variable, learning_rate)
+        update = gradient = tf.cast(gradient, dtype)
+        if self.momentum:
+            momentum = self.momentums[self._get_variable_index(variable)].value
+            update = momentum.assign(self.momentum * momentum + gradient)
+            update = gradient + self.momentum * update if self.nesterov else update
+        update = tf.reshape(orthogonal(tf.reshape(update, (-1, filters))), variable.shape)
+        value = variable * (math.sqrt(filters) / tf.norm(variable))
+        variable.assign(value - tf.cast(rate, dtype) * update)
+
+
+def orthogonal(matrix: tf.Tensor) -> tf.Tensor:
+    """The matrix with singular values of about 1, between 0.7 and 1.2 but for those near 0."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = tf.transpose(matrix) if tall else matrix
+    x = x / (tf.norm(x) + 1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        square = tf.matmul(x, x, transpose_b=True)
+        x = a * x + tf.matmul(b * square + c * tf.matmul(square, square), x)
+    return tf.transpose(x) if tall else x
+
+
 def parse_schedule(text: str) -> tuple[str, tuple[float, ...]]:
     """(kind, milestones) of --lr_schedule, such as `step(0.5,0.75)`.
 
@@ -205,13 +246,22 @@ def compile_model(
     Args:
         late: layers that are frozen for the first `start` iterations.
         **kwargs: of `Classifier.compile`.
+
+    Raises:
+        UsageError: Muon without normalization.
     """
+    if config.optimizer == "muon" and next(norms(model), None) is None:
+        raise UsageError(
+            f"--optimizer=muon sets the norm of filters, so that batch normalization must follow them, "
+            f"and {model.name} has none; use adam, adamw or sgd"
+        )
     l2, clipping = config.weight_decay, {"global_clipnorm": config.global_clipnorm or None}
     if config.optimizer == "adam":
         optimizer = Adam(rate, **clipping)
-    elif config.optimizer == "sgd":
+    elif config.optimizer in ("sgd", "muon"):
         clipping["bias_rate"] = config.bias_rate
-        optimizer = SGD(rate, config.momentum, config.nesterov, **clipping)
+        kind = SGD if config.optimizer == "sgd" else Muon
+        optimizer = kind(rate, config.momentum, config.nesterov, **clipping)
     else:
         optimizer, l2 = AdamW(rate, config.weight_decay, **clipping), 0.0
         others = [v for v in model.trainable_variables if not is_kernel(v)]

@@ -224,6 +224,11 @@ def check_names(config: TrainConfig) -> None:
         raise UsageError(
             "--norm_batch=fixed keeps the averages of trained weights: it needs --init_from"
         )
+    if config.fit.norm_batch == "fixed" and config.optimizer.optimizer == "muon":
+        raise UsageError(
+            "--optimizer=muon sets the norm of filters, for which the averages of --norm_batch=fixed "
+            "are wrong; use another optimizer or normalization"
+        )
     freeze, frozen_epochs = config.model.freeze, config.model.unfreeze_epoch
     if frozen_epochs and not freeze:
         raise UsageError(

@@ -10,7 +10,7 @@ from keras_cifar.data import augmentation
 
 EACH = (
     "altflip", "color(0.4)", "crop(4)", "cutmix(1.0)", "cutout(6)", "erasing(0.8)", "flip",
-    "mixup(0.2)", "randaugment(2,9)", "resized_crop", "rotate(20)", "vflip",
+    "mixup(0.2)", "randaugment(2,9)", "reflect_crop(2)", "resized_crop", "rotate(20)", "vflip",
 )  # fmt: skip
 CHAINS = (
     "mixup(0.2)|crop(4)",
@@ -146,10 +146,10 @@ def test_each_draw_of_an_augmentation_is_another():
 # ---- Crop and flip
 
 
-def offsets(images: np.ndarray, original: np.ndarray, padding: int) -> list:
+def offsets(images: np.ndarray, original: np.ndarray, padding: int, mode: str) -> list:
     """The corner, in the padded original, of the window that each image is."""
     height, width, _ = original.shape
-    padded = np.pad(original, ((padding, padding), (padding, padding), (0, 0)))
+    padded = np.pad(original, ((padding, padding), (padding, padding), (0, 0)), mode)
     corners = [(y, x) for y in range(2 * padding + 1) for x in range(2 * padding + 1)]
     windows = {padded[y : y + height, x : x + width].tobytes(): (y, x) for y, x in corners}
     assert len(windows) == len(corners)
@@ -157,11 +157,12 @@ def offsets(images: np.ndarray, original: np.ndarray, padding: int) -> list:
 
 
 @pytest.mark.parametrize("padding", [1, 2, 4])
-def test_crop_takes_each_window_of_the_padded_image_about_as_often(padding):
+@pytest.mark.parametrize(("name", "mode"), [("crop", "constant"), ("reflect_crop", "reflect")])
+def test_crop_takes_each_window_of_the_padded_image_about_as_often(padding, name, mode):
     original = noise(1, 10, 7)[0]
     count = 40 * (2 * padding + 1) ** 2
     images = np.broadcast_to(original, (count, *original.shape)).copy()
-    got = offsets(augment(f"crop({padding})", images)[0], original, padding)
+    got = offsets(augment(f"{name}({padding})", images)[0], original, padding, mode)
     _, times = np.unique(got, axis=0, return_counts=True)
     assert len(times) == (2 * padding + 1) ** 2
     assert times.min() >= 15

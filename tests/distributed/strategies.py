@@ -102,6 +102,7 @@ RUNS |= {
     # 48 or 49 images.
     "each replica by itself": SGD | {"batch_size": 97, "norm_batch": "auto"},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+    "muon": SGD | {"optimizer": "muon", "nesterov": True, "bias_rate": 2.0},
     "dropout": {"model": "tiny_drop"},
     "resnet20 adam": {"model": "resnet20", "steps_per_epoch": 10, "learning_rate": 1e-3},
 }

@@ -134,11 +134,13 @@ def move(network, gradient: float, steps: int = 1) -> dict[str, tuple]:
     return {v.path: (old, v.numpy()) for v, old in zip(variables, before, strict=True)}
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Muon"])
 def test_flags_choose_the_optimizer_and_its_rate(name):
     network = model(optimizer=name.lower(), learning_rate=0.02)
     assert type(network.optimizer) is getattr(optimizers, name)
     for path, (before, after) in move(network, gradient=1.0).items():
+        if name == "Muon" and before.ndim == 4:
+            continue
         np.testing.assert_allclose(before - after, 0.02, atol=1e-6, err_msg=path)
 
 
@@ -165,6 +167,57 @@ def test_bias_rate_is_of_biases_and_normalization_alone():
     for before, after in move(network, gradient=1.0).values():
         factor = 1 if before.ndim > 1 else 8
         np.testing.assert_allclose(before - after, 0.01 * factor, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(27, 16), (16, 27), (9, 9)])
+def test_orthogonal_keeps_the_directions_and_evens_out_the_singular_values(shape, random):
+    matrix = random.normal(0, 1, shape)
+    left, _, right = np.linalg.svd(matrix, full_matrices=False)
+    inside = left.T @ optimizers.orthogonal(tf.constant(matrix)).numpy() @ right.T
+    values = np.diag(inside)
+    np.testing.assert_allclose(inside, np.diag(values), atol=1e-9)
+    assert values.max() < 1.25
+    assert np.sort(values)[1] > 0.4  # the smallest of a square matrix may be near 0
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_muon_steps_along_an_orthogonal_matrix_from_filters_of_norm_1(nesterov, random):
+    flags = {
+        "momentum": 0.5,
+        "nesterov": nesterov,
+        "layer_decay": 0.5**0.25,
+    }  # 1/8 in the first layer
+    network = model(optimizer="muon", learning_rate=0.8, **flags)
+    kernel = network.get_layer("conv_conv").kernel  # 3 x 3 x 3 x 4
+    value, momentum = kernel.numpy().astype(np.float64), 0.0
+    for _ in range(3):
+        gradient = random.normal(0, 1, kernel.shape)
+        momentum = 0.5 * momentum + gradient
+        update = gradient + 0.5 * momentum if nesterov else momentum
+        step = optimizers.orthogonal(tf.constant(update.reshape(27, 4))).numpy()
+        value = 2 * value / np.linalg.norm(value) - 0.1 * step.reshape(value.shape)
+        gradients = [
+            tf.constant(gradient, tf.float32) if v is kernel else tf.zeros(v.shape)
+            for v in network.trainable_variables
+        ]
+        network.optimizer.apply(gradients, network.trainable_variables)
+        np.testing.assert_allclose(kernel.numpy(), value, atol=1e-5)
+
+
+def test_muon_leaves_depthwise_filters_to_sgd():
+    kernel = keras.Variable(np.ones((3, 3, 4, 1)), name="kernel")
+    for kind in (optimizers.SGD, optimizers.Muon):
+        kernel.assign(np.ones((3, 3, 4, 1)))
+        optimizer = kind(0.1, 0.9)
+        optimizer.apply([tf.fill(kernel.shape, 0.5)], [kernel])
+        np.testing.assert_allclose(kernel.numpy(), 0.95, rtol=1e-6)
+
+
+def test_muon_needs_normalization():
+    lenet5 = models.build("lenet5", (32, 32, 3), 10)
+    config = OptimizerConfig(optimizer="muon")
+    with pytest.raises(UsageError, match=r"^--optimizer=muon .* lenet5 has none; use adam, adamw"):
+        optimizers.compile_model(lenet5, config, optimizers.schedule(config, 1, 10))
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])

@@ -163,3 +163,9 @@ def test_fixed_averages_need_weights_that_have_some():
     with pytest.raises(UsageError, match=r"^--norm_batch=fixed .* needs --init_from$"):
         check_names(TrainConfig.from_flags(norm_batch="fixed"))
     check_names(TrainConfig.from_flags(norm_batch="fixed", init_from="imagenet"))
+    with pytest.raises(
+        UsageError, match=r"^--optimizer=muon .* the averages of --norm_batch=fixed"
+    ):
+        check_names(
+            TrainConfig.from_flags(norm_batch="fixed", init_from="imagenet", optimizer="muon")
+        )
