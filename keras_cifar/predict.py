@@ -1,10 +1,9 @@
 """Classifies images with an exported model; needs only the SavedModel, or its server.
 
-python -m keras_cifar.predict --model RUN_or_EXPORT dog.png holiday/ 'more/*.jpg'
-python -m keras_cifar.predict --model http://HOST:PORT/v1/models/NAME dog.png
-python -m keras_cifar.predict --model grpc://HOST:PORT/NAME dog.png
-python -m keras_cifar.predict --model pretrained:NAME dog.png
-python -m keras_cifar.predict --model imagenet:NETWORK dog.png
+python -m keras_cifar.predict --model MODEL dog.png holiday/ 'more/*.jpg'
+
+MODEL is a run, an export, pretrained:NAME, imagenet:NETWORK, http://HOST:PORT/v1/models/NAME or
+grpc://HOST:PORT/NAME.
 """
 
 import dataclasses
@@ -31,6 +30,7 @@ class PredictOptions(Options):
     explain: str | None = option(
         None, "also write Grad-CAM overlays into this folder; not of an export or URL", PREDICTION
     )
+    dtype_policy: str = option("float32", "auto: bfloat16 if faster", PREDICTION, config.PRECISIONS)
     timeout: float = option(60.0, "seconds that a server has for a batch", WITH_URL, limit=POSITIVE)
     labels: str | None = option(None, "a file, a class name a line, if a server has none", WITH_URL)
 
@@ -51,7 +51,8 @@ def main(options: PredictOptions, arguments: list[str]) -> int:
     from keras_cifar.inference import predictions
     from keras_cifar.pretrained.predictor import load_network, load_predictor
 
-    predictor, overlays = load_predictor(options.model, options.timeout, options.labels), None
+    where = options.timeout, options.labels, options.dtype_policy
+    predictor, overlays = load_predictor(options.model, *where), None
     if options.explain:
         from keras_cifar.evaluation.overlays import OverlayWriter
 

@@ -12,7 +12,7 @@ import os
 import re
 
 from keras_cifar.core import cli
-from keras_cifar.core.config import BATCH_SIZE
+from keras_cifar.core.config import BATCH_SIZE, PRECISIONS
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.options import NOT_NEGATIVE, POSITIVE, Options, check, option
 
@@ -24,6 +24,7 @@ class ServeOptions(Options):
     model: str = option("", "a run, an export or its version", "Model")
     # The name in TensorFlow Serving's own image.
     name: str = option("model", "its name in the addresses, /v1/models/NAME", "Model")
+    dtype_policy: str = option("float32", "auto: bfloat16 if faster", "Model", PRECISIONS)
     poll: float = option(1.0, "seconds between looks for a new version", "Model", limit=POSITIVE)
     host: str = option("127.0.0.1", "the address to listen at; 0.0.0.0 is all", "Server")
     port: int = option(8501, "0 is any that is free", "Server")

@@ -163,13 +163,15 @@ def fit(turns: Turns) -> None:
 
 
 def predict(turns: Turns) -> None:
-    """Images a second of an exported model, on images in memory."""
+    """Images a second of an exported model, which is float32, on images in memory."""
     settings = turns.settings
     keras.config.set_dtype_policy(environment.dtype_policy(settings["dtype_policy"])[0])
     model = models.build(settings["model"], SHAPE, CLASSES).deployable
     names = tuple(str(number) for number in range(CLASSES))
     path = saved_model.export(model, pathlib.Path(settings["export"]), names)
     predictor = Predictor(str(path))
+    half = settings["dtype_policy"] == "mixed_bfloat16"
+    predictor.choose_precision("auto" if half else "float32")
     images = random_split(settings["count"]).images
     turns.repeat(lambda: predictor.classify(images), len(images))
 

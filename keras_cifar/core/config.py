@@ -34,6 +34,7 @@ REFUSED_STRATEGIES = {
     "tpu": "TPUs were never tried and are not supported; use mirrored or multiworker on GPUs",
 }
 DTYPE_POLICIES = ("auto", "float32", "float64", "mixed_float16", "mixed_bfloat16")
+PRECISIONS = DTYPE_POLICIES[:2]  # of exports, which are in float32
 XLA = ("auto", "on", "off")
 # Images that are classified at a time: the fastest of 64, 128 and 256 on two cores with ResNet-32.
 BATCH_SIZE = 128

@@ -6,6 +6,7 @@ from collections.abc import Collection
 import numpy as np
 import tensorflow as tf
 
+from keras_cifar.core import environment
 from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import read, versions
@@ -76,6 +77,24 @@ class Predictor:
     def _use(self, signatures: dict) -> None:
         self.signatures, self.rule = signatures, rule_of(signatures)
         self._classify, self._features = signatures["serving_default"], signatures["features"]
+
+    def choose_precision(self, choice: str) -> tuple[str, str]:
+        """(in what the functions are computed, why) for `--dtype_policy=choice` of config.PRECISIONS.
+
+        With "auto" TensorFlow rewrites them to bfloat16 on a CPU that is faster with it, here as in all
+        of this process: call it for the process's only model, before that computes anything.
+        """
+        if choice == "float32":
+            return "float32", "by --dtype_policy"
+        policy, why = environment.dtype_policy("auto")
+        graph = self._classify.graph.as_graph_def()
+        if policy == "float32" or tf.config.list_physical_devices("GPU"):
+            return "float32", why
+        if b"DepthwiseConv2d" in graph.SerializeToString():
+            return "float32", "its depthwise convolutions are slower in bfloat16"
+        rewriting = {"auto_mixed_precision_onednn_bfloat16": True}
+        tf.config.optimizer.set_experimental_options(rewriting)
+        return "bfloat16", why
 
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Probabilities float32 [N, K] of uint8 [N, H, W, 3], N of any size."""

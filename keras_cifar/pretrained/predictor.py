@@ -33,14 +33,17 @@ class NetworkPredictor(Predictor):
 
 
 def load_predictor(
-    model: str, timeout: float, labels: str | None = None
+    model: str, timeout: float, labels: str | None = None, dtype_policy: str = "float32"
 ) -> Predictor | RemotePredictor:
     """Loads the predictor of what --model names, or raises UserError."""
-    if model.startswith(PREFIXES):
-        return NetworkPredictor(*_load(model), model)
     if model.startswith(URLS):
         return RemotePredictor(model, timeout, labels)
-    return Predictor(model)
+    if model.startswith(PREFIXES):
+        predictor = NetworkPredictor(*_load(model), model)
+    else:
+        predictor = Predictor(model)
+    predictor.choose_precision(dtype_policy)
+    return predictor
 
 
 def _load(model: str) -> tuple["keras.Model", tuple[str, ...], str]:

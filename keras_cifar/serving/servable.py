@@ -27,19 +27,21 @@ class Servable:
 
     Attributes:
         version, path, class_names: its number, its directory, and the names of its classes.
+        precision: (the type in which it is computed, why).
         inputs: the input of each signature.
         run: the function of each signature, array [N, ...] -> {output: [N, ...]}; always the same
             objects, since the batcher compares them.
         signature_defs: a SignatureDefMap.
     """
 
-    def __init__(self, path: pathlib.Path, batch_size: int):
+    def __init__(self, path: pathlib.Path, batch_size: int, dtype_policy: str = "float32"):
         """Loads the version and runs each signature once, so that no request waits for that.
 
         Raises:
             UserError: the version is damaged, or cannot be computed here.
         """
         self._predictor = predictor = Predictor(str(path))  # kept, since it owns the variables
+        self.precision = predictor.choose_precision(dtype_policy)
         self._batch_size = batch_size
         self.version = int(path.name) if path.name.isdecimal() else 1
         self.path, self.class_names = path, predictor.class_names
@@ -100,13 +102,14 @@ def _split(inputs: np.ndarray, size: int, encoded: bool) -> Iterator[np.ndarray]
 class Versions:
     """The versions of a model: `current` answers, one may be being loaded, some have failed."""
 
-    def __init__(self, model: str, batch_size: int):
+    def __init__(self, model: str, batch_size: int, dtype_policy: str = "float32"):
         """Loads the newest version.
 
         Args:
             model: a run, a base path or a version's directory, as `predictor.find` takes them; new
                 versions are loaded except for the last.
             batch_size: rows computed at a time.
+            dtype_policy: see `Predictor.choose_precision`.
 
         Raises:
             UserError: there is none, or it is invalid.
@@ -117,7 +120,8 @@ class Versions:
         self._batch_size = batch_size
         self._loading: int | None = None
         self._failed: dict[int, tuple[float, str]] = {}  # version -> (when, why)
-        self.current = Servable(path, batch_size)
+        self._load = functools.partial(Servable, batch_size=batch_size, dtype_policy=dtype_policy)
+        self.current = self._load(path)
 
     def refresh(self) -> str | None:
         """Loads the newest version on disk unless it is being served; `current` answers meanwhile.
@@ -133,7 +137,7 @@ class Versions:
             return None
         self._loading = version
         try:
-            loaded = Servable(self._base / str(version), self._batch_size)
+            loaded = self._load(self._base / str(version))
         except UserError as error:
             self._failed[version] = (time.monotonic(), str(error))
             return (

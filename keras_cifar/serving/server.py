@@ -27,6 +27,7 @@ def run(
     port: int,
     grpc_port: int | None,
     *,
+    dtype_policy: str,
     poll: float,
     max_request_mb: float,
     timeout: float,
@@ -42,7 +43,8 @@ def run(
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(host, port))
         grpc = None if grpc_port is None else stack.enter_context(_listen(host, grpc_port))
-        versions, batcher = Versions(model, max_batch_size), Batcher(max_batch_size, batch_wait)
+        versions = Versions(model, max_batch_size, dtype_policy)
+        batcher = Batcher(max_batch_size, batch_wait)
         service = Service(name, versions, batcher, int(max_request_mb * 2**20), timeout)
         asyncio.run(_serve(service, listener, grpc, poll))
     raise UserError("the server ended by itself")
@@ -69,6 +71,7 @@ async def _serve(
         print(f"address   http://{_address(listener)}/v1/models/{service.name}")
         if grpc is not None:
             print(f"grpc      grpc://{await server.start_grpc(grpc)}/{service.name}")
+        print("precision {} ({})".format(*current.precision))
         print(f"try it    http://{_address(listener)}", flush=True)
         # uvicorn takes over the signals, answers what is in flight, and raises them again then.
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -9,16 +9,18 @@ import shutil
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
 from keras_cifar import predict
-from keras_cifar.core import cli
+from keras_cifar.core import cli, environment
 from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.data.images import load_image
 from keras_cifar.inference.predictor import Predictor
+from keras_cifar.pretrained.predictor import NetworkPredictor
 from tests.conftest import colour_images
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -291,6 +293,59 @@ def test_any_number_of_images_is_computed_in_batches(trained_run, monkeypatch):
         assert (found.shape, found.dtype) == ((len(pixels), width), np.float32)
         np.testing.assert_allclose(found[-5:], function(pixels[-5:]), atol=1e-6)
         assert function(pixels[:0]).shape == (0, width)
+
+
+@pytest.fixture
+def rewriting(monkeypatch):
+    """A CPU that is faster in bfloat16, and the list of what TensorFlow is told to rewrite."""
+    told = []
+    monkeypatch.setattr(tf.config.optimizer, "set_experimental_options", told.append)
+    monkeypatch.setattr(environment, "bfloat16_gain", lambda: 1.6)
+    return told
+
+
+@pytest.mark.parametrize("policy", ["float32", "auto"])
+def test_bfloat16_is_computed_where_it_is_wanted_and_faster(
+    rows, images, rewriting, monkeypatch, policy
+):
+    rows(*images, f"--dtype_policy={policy}")
+    expected = [{"auto_mixed_precision_onednn_bfloat16": True}] if policy == "auto" else []
+    assert rewriting == expected
+    monkeypatch.setattr(environment, "bfloat16_gain", lambda: 0.3)
+    rows(*images, f"--dtype_policy={policy}")
+    assert rewriting == expected
+
+
+def test_depthwise_networks_are_computed_in_float32(rewriting):
+    inputs = keras.Input((8, 8, 3), dtype="uint8", name="images")
+    x = keras.layers.DepthwiseConv2D(3)(keras.layers.Rescaling(1 / 255)(inputs))
+    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+    network = keras.Model(inputs, keras.layers.Dense(2, "softmax", name="logits")(x))
+    predictor = NetworkPredictor(network, ("a", "b"), "stretch", "network")
+    assert predictor.choose_precision("auto")[0] == "float32"
+    assert not rewriting
+
+
+def test_rewritten_graphs_predict_the_same(trained_run, tmp_path):
+    """In a process of its own, as TensorFlow rewrites all graphs of a process."""
+    code = """if True:
+        import sys
+        import numpy as np
+        from keras_cifar.core import environment
+        environment.configure()
+        environment.import_tensorflow()
+        environment.bfloat16_gain = lambda: 1.6
+        from keras_cifar.inference.predictor import Predictor
+        predictor = Predictor(sys.argv[1])
+        assert predictor.choose_precision("auto")[0] == "bfloat16"
+        np.save(sys.argv[3], predictor.classify(np.load(sys.argv[2])))
+    """
+    pixels, _ = colour_images(64, 16, 3, seed=5)
+    np.save(tmp_path / "in.npy", pixels)
+    paths = [str(tmp_path / name) for name in ("in.npy", "out.npy")]
+    subprocess.run([sys.executable, "-c", code, str(trained_run.path), *paths], check=True)
+    expected = Predictor(str(trained_run.path)).classify(pixels)
+    np.testing.assert_allclose(np.load(paths[1]), expected, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ import pytest
 import tensorflow as tf
 
 from keras_cifar import serve
-from keras_cifar.core import cli
+from keras_cifar.core import cli, environment
 from keras_cifar.core.errors import UserError
 from keras_cifar.inference.predictor import Predictor
-from keras_cifar.serving.servable import Servable
+from keras_cifar.serving.servable import Servable, Versions
 from keras_cifar.serving.server import _listen
 from tests.conftest import colour_images, encoded
 from tests.serving import tensorflow_serving as tfs
@@ -377,6 +377,16 @@ def test_a_signature_that_fails_is_found_at_the_start(trained_run, tmp_path):
     shutil.copytree(export / "assets", tmp_path / "1" / "assets", dirs_exist_ok=True)
     with pytest.raises(UserError, match="not a valid model"):
         Servable(tmp_path / "1", 128)
+
+
+@pytest.mark.parametrize("policy", ["float32", "auto"])
+def test_versions_are_computed_in_bfloat16_where_it_is_wanted(trained_run, monkeypatch, policy):
+    told = []
+    monkeypatch.setattr(tf.config.optimizer, "set_experimental_options", told.append)
+    monkeypatch.setattr(environment, "bfloat16_gain", lambda: 1.6)
+    versions = Versions(str(trained_run.path), 4, policy)
+    assert versions.current.precision[0] == ("float32" if policy == "float32" else "bfloat16")
+    assert bool(told) == (policy == "auto")
 
 
 def test_small_responses_are_sent_at_once():
