@@ -47,6 +47,7 @@ TUNE = ["optuna>=5,<6"]
 # Trackers of --track. mlflow-skinny has neither `mlflow server` nor the SQLite store.
 MLFLOW = ["mlflow>=3.15,<4"]
 WANDB = ["wandb>=0.20,<1"]
+CLASSICAL = ["scikit-image>=0.25,<1"]  # scripts/classical.py
 
 setup(
     name="keras_cifar",
@@ -72,12 +73,14 @@ setup(
         "tune": TUNE,
         "mlflow": MLFLOW,
         "wandb": WANDB,
+        "classical": CLASSICAL,
         "dev": [
             *FORMATS,
             *SERVE,
             *TUNE,
             *MLFLOW,
             *WANDB,
+            *CLASSICAL,
             IMAGENET[0],  # a test of real weights
             "import-linter>=2.17,<3",  # the layers of the package
             "jsonschema>=4.18,<5",  # requests and responses against TensorFlow Serving's documentation

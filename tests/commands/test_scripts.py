@@ -281,3 +281,14 @@ def test_the_compose_file_serves_what_the_script_serves():
     assert all(word in text for word in service["command"])
     (volume,) = service["volumes"]
     assert volume["target"] == f"/models/{service['environment']['MODEL_NAME']}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["patches", "hog"])
+def test_classical_features_classify_digits(features):
+    pytest.importorskip("skimage", reason="the extra `classical` is not installed")
+    command = [sys.executable, str(SCRIPTS / "classical.py"), "--centroids=50"]
+    done = subprocess.run([*command, f"--features={features}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{200 if features == 'patches' else 1764:,} of {features}" in done.stdout
+    assert float(re.search(r"test accuracy (\S+) on 359 images", done.stdout)[1]) > 0.95
