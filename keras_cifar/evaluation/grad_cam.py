@@ -68,8 +68,10 @@ class GradCam:
         gradient = tf.cast(tape.gradient(chosen, maps), tf.float32)
         weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)
         heat = tf.nn.relu(tf.reduce_sum(weights * tf.cast(maps, tf.float32), axis=3, keepdims=True))
-        if len(heat) == 2 * len(images):  # The network adds mirror images to its batch.
-            given, mirrored = tf.split(heat, 2)
+        if len(heat) > len(
+            images
+        ):  # The network adds mirror images, and shifted ones, to its batch.
+            given, mirrored = (half[: len(images)] for half in tf.split(heat, 2))
             heat = (given + mirrored[:, :, ::-1]) / 2
         heat = tf.image.resize(heat, images.shape[1:3])[..., 0]
         return tf.math.divide_no_nan(heat, tf.reduce_max(heat, (1, 2), keepdims=True)).numpy()

@@ -257,21 +257,52 @@ class IdentityPlus(keras.initializers.Initializer):
         return {"seed": self.seed}
 
 
+class _Views(keras.layers.Layer):
+    """What AddMirrored and MeanOfMirrored have in common.
+
+    Args:
+        shift: pixels by which two more views are moved along the diagonal, up and down; 0 for none.
+    """
+
+    def __init__(self, shift=0, **kwargs):
+        super().__init__(**kwargs)
+        self.shift = shift
+
+    def get_config(self):
+        return super().get_config() | {"shift": self.shift}
+
+
 @keras.saving.register_keras_serializable("keras_cifar")
-class AddMirrored(keras.layers.Layer):
+class AddMirrored(_Views):
     """Outside of training, appends the images mirrored left to right: [N, ...] -> [2N, ...].
 
     The layers up to `MeanOfMirrored` then compute an image and its mirror image. Their mean is more
-    accurate (Krizhevsky et al. 2012, section 4.1), at twice the work.
+    accurate (Krizhevsky et al. 2012, section 4.1), at twice the work. With `shift` there are six views,
+    [6N, ...], as in Jordan 2024, arXiv:2404.00498, section 3.5, at six times the work.
     """
 
     def call(self, inputs, training=False):
-        return inputs if training else tf.concat([inputs, inputs[:, :, ::-1]], axis=0)
+        if training:
+            return inputs
+        views, shift = [inputs], self.shift
+        if shift:
+            edges = [[0, 0], [shift, shift], [shift, shift], [0, 0]]
+            padded = tf.pad(inputs, edges, "REFLECT")
+            views += [padded[:, : -2 * shift, : -2 * shift], padded[:, 2 * shift :, 2 * shift :]]
+        return tf.concat(views + [view[:, :, ::-1] for view in views], axis=0)
 
 
 @keras.saving.register_keras_serializable("keras_cifar")
-class MeanOfMirrored(keras.layers.Layer):
-    """Outside of training, averages the two halves that `AddMirrored` made: [2N, D] -> [N, D]."""
+class MeanOfMirrored(_Views):
+    """Outside of training, averages the views that `AddMirrored` made: [2N, D] or [6N, D] -> [N, D].
+
+    The image and its mirror image weigh a quarter each where there are shifted views.
+    """
 
     def call(self, inputs, training=False):
-        return inputs if training else tf.add_n(tf.split(inputs, 2)) / 2
+        if training:
+            return inputs
+        if not self.shift:
+            return tf.add_n(tf.split(inputs, 2)) / 2
+        own, up, down = tf.split(tf.add_n(tf.split(inputs, 2)), 3)
+        return own / 4 + (up + down) / 8

@@ -16,15 +16,15 @@ from tests.inference.test_predict import command
 SIDE = 16
 
 
-def colour_network(mirrored: bool = False) -> keras.Model:
+def colour_network(shift: int | None = None) -> keras.Model:
     """Class 0 is what is red, class 1 what is blue."""
     images = keras.Input((SIDE, SIDE, 3), dtype="uint8")
     x = keras.layers.Rescaling(1 / 255)(images)
-    x = layers.AddMirrored()(x) if mirrored else x
+    x = x if shift is None else layers.AddMirrored(shift)(x)
     x = keras.layers.Conv2D(2, 1, activation="relu", use_bias=False, name="conv")(x)
     x = keras.layers.MaxPooling2D(2)(x)
     x = keras.layers.GlobalAveragePooling2D()(x)
-    x = layers.MeanOfMirrored()(x) if mirrored else x
+    x = x if shift is None else layers.MeanOfMirrored(shift)(x)
     model = keras.Model(images, keras.layers.Dense(2, use_bias=False, name="logits")(x))
     model.get_layer("conv").set_weights([np.array([[[[1, 0], [0, 0], [0, 1]]]])])
     model.get_layer("logits").set_weights([np.array([[1, -1], [-1, 1]])])
@@ -40,9 +40,9 @@ def squares() -> np.ndarray:
     return images
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_the_heat_covers_what_decides_and_nothing_else(squares, mirrored):
-    explainer = grad_cam.GradCam(colour_network(mirrored))
+@pytest.mark.parametrize("shift", [None, 0, 1])
+def test_the_heat_covers_what_decides_and_nothing_else(squares, shift):
+    explainer = grad_cam.GradCam(colour_network(shift))
     heat = explainer.heat(squares, np.array([0, 1]))
     assert heat.dtype == np.float32
     expected = np.zeros((2, SIDE, SIDE))

@@ -255,6 +255,7 @@ def test_local_response_normalization_is_the_formula_of_the_paper(policy, random
         layers.SigmoidGelu(),
         layers.AddMirrored(),
         layers.MeanOfMirrored(),
+        layers.AddMirrored(1),
         keras.layers.Conv2D(5, 3, kernel_initializer=layers.IdentityPlus(2)),
     ],
     ids=lambda layer: type(layer).__name__,
@@ -330,3 +331,21 @@ def test_prediction_is_the_mean_of_an_image_and_its_mirror_image(random):
     np.testing.assert_allclose(model(given, training=False), (plain + mirrored) / 2, atol=1e-6)
     np.testing.assert_allclose(model(given, training=True), plain, atol=1e-6)
     assert np.abs(plain - mirrored).max() > 0.1
+
+
+def test_six_views_are_moved_by_a_pixel_up_and_down_the_diagonal(random):
+    images = keras.Input((4, 5, 3))
+    inside = keras.layers.Dense(5, name="dense")
+    x = keras.layers.Flatten()(layers.AddMirrored(1)(images))
+    model = keras.Model(images, layers.MeanOfMirrored(1)(inside(x)))
+    given = random.normal(0, 1, (3, 4, 5, 3)).astype(np.float32)
+    padded = np.pad(given, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+    shares = ((1 / 4, given), (1 / 8, padded[:, :4, :5]), (1 / 8, padded[:, 2:, 2:]))
+    expected = sum(
+        share * inside(np.reshape(form, (3, -1))).numpy()
+        for share, view in shares
+        for form in (view, view[:, :, ::-1])
+    )
+    np.testing.assert_allclose(model(given, training=False), expected, atol=1e-6)
+    plain = inside(np.reshape(given, (3, -1))).numpy()
+    np.testing.assert_allclose(model(given, training=True), plain, atol=1e-6)
