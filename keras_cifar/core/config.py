@@ -351,7 +351,8 @@ class OutputConfig(Options):
         shared=False,
     )
     find_learning_rate: bool = _output(
-        False, "try rising learning rates for some steps, propose one and write nothing but a picture"
+        False,
+        "try rising learning rates for some steps, propose one and write nothing but a picture",
     )
     dry_run: bool = _output(False, "print what would be done, without training")
     list_models: bool = _output(False, "print the networks and exit")

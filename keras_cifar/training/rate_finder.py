@@ -26,7 +26,9 @@ SMOOTHING = 0.8  # decay of the average of the loss; its mean age, 4 steps, is u
 # Of the loss of the first step: the test ends where the average is so much above its lowest value. Much
 # later a network that answers the same to all images has a low loss again.
 DIVERGED = 0.5
-MINIMUM_SHARE = 0.1  # of the rate of the lowest loss: what is proposed
+MINIMUM_SHARE = (
+    0.1  # of the rate of the lowest loss: the other candidate beside the steepest descent
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +62,8 @@ class RangeTest:
 
     @property
     def proposed(self) -> float:
-        """A tenth of the rate of the lowest loss, with two digits."""
-        return float(f"{MINIMUM_SHARE * self.minimum:.1e}")
+        """The lower one of `steepest` and a tenth of `minimum`, with two digits."""
+        return float(f"{min(self.steepest, MINIMUM_SHARE * self.minimum):.1e}")
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
@@ -94,6 +96,11 @@ class _Rising(keras.callbacks.Callback):
             self.losses.append(loss / weight)
 
 
+def count_steps(images: int, batch_size: int) -> int:
+    """The steps of the test for so many training images, whatever --steps_per_epoch is."""
+    return int(np.clip(SHARE_OF_PASS * images / batch_size, MIN_STEPS, MAX_STEPS))
+
+
 def measure(config: TrainConfig) -> RangeTest:
     """Trains for some steps with rising learning rates; writes nothing.
 
@@ -107,16 +114,11 @@ def measure(config: TrainConfig) -> RangeTest:
     flags = {"learning_rate": 1.0, "lr_schedule": "constant", "warmup_epochs": 0.0}
     plan = prepare(config.replace(**flags, steps_per_execution=1))
     plan.begin_epoch(0)
-    # Of the pass, whatever --steps_per_epoch is.
-    share = SHARE_OF_PASS * len(plan.dataset.train) / config.fit.batch_size
-    rates = np.geomspace(
-        *RANGES[config.optimizer.optimizer], int(np.clip(share, MIN_STEPS, MAX_STEPS))
-    )
-    rising = _Rising(plan, rates)
+    steps = count_steps(len(plan.dataset.train), config.fit.batch_size)
+    rates = np.geomspace(*RANGES[config.optimizer.optimizer], steps)
+    rising, batches = _Rising(plan, rates), plan.batches(start_step=0)
     with plan.reading():
-        plan.model.fit(
-            plan.batches(start_step=0), steps_per_epoch=len(rates), verbose=0, callbacks=[rising]
-        )
+        plan.model.fit(batches, steps_per_epoch=steps, verbose=0, callbacks=[rising])
     return RangeTest(rates[: len(rising.losses)], np.array(rising.losses))
 
 
@@ -132,7 +134,8 @@ def find(config: TrainConfig) -> str:
     test = measure(config)
     if len(test.rates) < 3 or test.minimum == test.rates[0]:
         raise UserError("the loss fell at no learning rate; are the labels and --init_from right?")
-    marks = {"steepest descent": test.steepest, "proposed": test.proposed}
+    tenth = MINIMUM_SHARE * test.minimum
+    marks = {"steepest descent": test.steepest, "a tenth of the minimum": tenth}
     plots.save(plots.range_test(test.rates, test.losses, test.smoothed, marks), picture)
     # The flags of a recipe are among those that differ from the defaults.
     dropped = ("find_learning_rate", "recipe")
@@ -141,7 +144,8 @@ def find(config: TrainConfig) -> str:
     return (
         f"loss      {smoothed[0]:.3f} to {smoothed.min():.3f} at learning rate {test.minimum:.2g}, in "
         f"{len(test.rates)} steps from {test.rates[0]:g} to {test.rates[-1]:.2g}\n"
-        f"steepest  {test.steepest:.2g}\n"
-        f"proposed  {test.proposed:g}, a tenth of the rate of the lowest loss\n"
+        f"steepest  {test.steepest:.2g}, where the loss falls most\n"
+        f"tenth     {tenth:.2g}, of the rate of the lowest loss\n"
+        f"proposed  {test.proposed:g}, the lower one\n"
         f"picture   {picture}\n\n{record.command(flags)}"
     )

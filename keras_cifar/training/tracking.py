@@ -157,10 +157,12 @@ class WandB:
         """Logs the test metrics and the files."""
         self._run.summary.update(values)
         artifact = self._wandb.Artifact(f"run-{self._run.id}", type="run")
-        for path in filter(os.path.exists, (run.report, run.curves)):
+        root = run.path.resolve()  # `wandb sync` may read the files from another directory
+        for path in filter(os.path.exists, (root / run.report.name, root / run.curves.name)):
             artifact.add_file(str(path), policy="immutable")  # without a copy
         if run.export.exists():
-            artifact.add_dir(str(run.export), name=run.export.name, policy="immutable")
+            export = str(root / run.export.name)
+            artifact.add_dir(export, name=run.export.name, policy="immutable")
         self._run.log_artifact(artifact)
 
     def close(self, status: int) -> None:
@@ -176,7 +178,7 @@ SERVICES = {"mlflow": MLflow, "wandb": WandB}
 
 
 class Tracker(keras.callbacks.Callback):
-    """Sends a tracker what it lacks after each epoch; of all failures, the first is a line of warning."""
+    """Sends a tracker what it lacks, after each epoch; the first of its failures is a warning."""
 
     def __init__(self, name: str, run: Run):
         super().__init__()
@@ -221,7 +223,9 @@ class Tracker(keras.callbacks.Callback):
         except Exception as error:  # Trackers raise almost anything.
             self._connected, self._failures = False, self._failures + 1
             if not self._warned:
-                why = f"{_without_password(reason(error))}; training continues: {self._service.later}"
+                why = (
+                    f"{_without_password(reason(error))}; training continues: {self._service.later}"
+                )
                 print(f"warning: --track={self._name}: {why}", file=sys.stderr, flush=True)
             self._warned = True
 
