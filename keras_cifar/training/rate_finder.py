@@ -19,16 +19,22 @@ from keras_cifar.training.plan import Plan, check_names, prepare
 # The lowest and the highest rate: Adam's steps have the size of the rate, SGD's that of the gradients.
 RANGES = {"sgd": (1e-5, 10.0), "adam": (1e-6, 1.0), "adamw": (1e-6, 1.0)}
 
-# Steps: a sixth of a pass, so under 2 % of ten passes, within these limits.
-SHARE_OF_PASS, MIN_STEPS, MAX_STEPS = 1 / 6, 60, 150
+# Steps: an eighth of a pass, for under 2 % of the time of ten passes with the start; and their limits.
+SHARE_OF_PASS, MIN_STEPS, MAX_STEPS = 1 / 8, 50, 150
 
-SMOOTHING = 0.8  # decay of the average of the loss; its mean age, 4 steps, is under half a decade
+SMOOTHING = 0.8  # decay of the average of the loss, whose mean age is 4 steps
+SPAN = 1.8  # decades of the rate over which a slope is taken; that of a few steps is mostly noise
 # Of the loss of the first step: the test ends where the average is so much above its lowest value. Much
 # later a network that answers the same to all images has a low loss again.
 DIVERGED = 0.5
 MINIMUM_SHARE = (
-    0.1  # of the rate of the lowest loss: the other candidate beside the steepest descent
+    0.1  # of the rate of the lowest loss: a candidate, beside that of the steepest descent
 )
+
+# Which candidate is proposed. SGD diverges at nearly the same rate with each seed, while its loss falls
+# slowly over decades; Adam's has a wide, flat bottom.
+STEEPEST, TENTH = "the steepest descent", "a tenth of the rate of the lowest loss"
+PROPOSED = {"sgd": TENTH, "adam": STEEPEST, "adamw": STEEPEST}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +55,18 @@ class RangeTest:
         return smooth(self.losses)
 
     @property
-    def steepest(self) -> float:
-        """The rate at which the smoothed loss falls most for a factor of the rate."""
-        lowest = int(self.smoothed.argmin())
-        slopes = np.gradient(self.smoothed, np.log(self.rates))
-        return float(self.rates[slopes[: lowest + 1].argmin()])
-
-    @property
-    def minimum(self) -> float:
-        """The rate at which the smoothed loss is lowest."""
-        return float(self.rates[self.smoothed.argmin()])
-
-    @property
-    def proposed(self) -> float:
-        """The lower one of `steepest` and a tenth of `minimum`, with two digits."""
-        return float(f"{min(self.steepest, MINIMUM_SHARE * self.minimum):.1e}")
+    def candidates(self) -> dict[str, float]:
+        """The rate in the middle of the steepest descent, and a tenth of that of the lowest loss."""
+        lowest, logs = int(self.smoothed.argmin()), np.log10(self.rates)
+        width = min(round(SPAN / (logs[1] - logs[0])), len(logs))
+        starts = range(
+            max(lowest - width // 2, 0) + 1
+        )  # Their windows are centred before the lowest.
+        windows = [slice(start, start + width) for start in starts]
+        slopes = [np.polyfit(logs[window], self.losses[window], 1)[0] for window in windows]
+        middle = int(np.argmin(slopes)) + width // 2
+        found = {STEEPEST: self.rates[middle], TENTH: MINIMUM_SHARE * self.rates[lowest]}
+        return {name: float(f"{rate:.1e}") for name, rate in found.items()}
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
@@ -132,20 +135,19 @@ def find(config: TrainConfig) -> str:
     run = Run(config.output.run_dir or default_run_dir(config))
     picture = run.path.with_name(f"{run.path.name}-learning_rate.png")
     test = measure(config)
-    if len(test.rates) < 3 or test.minimum == test.rates[0]:
+    smoothed = test.smoothed
+    if len(smoothed) < 3 or smoothed.argmin() == 0:
         raise UserError("the loss fell at no learning rate; are the labels and --init_from right?")
-    tenth = MINIMUM_SHARE * test.minimum
-    marks = {"steepest descent": test.steepest, "a tenth of the minimum": tenth}
-    plots.save(plots.range_test(test.rates, test.losses, test.smoothed, marks), picture)
+    name, candidates = PROPOSED[config.optimizer.optimizer], test.candidates
+    plots.save(plots.range_test(test.rates, test.losses, smoothed, candidates), picture)
     # The flags of a recipe are among those that differ from the defaults.
     dropped = ("find_learning_rate", "recipe")
     flags = {k: v for k, v in config.flags().items() if v != DEFAULTS[k] and k not in dropped}
-    flags["learning_rate"], smoothed = test.proposed, test.smoothed
+    flags["learning_rate"] = candidates[name]
     return (
-        f"loss      {smoothed[0]:.3f} to {smoothed.min():.3f} at learning rate {test.minimum:.2g}, in "
-        f"{len(test.rates)} steps from {test.rates[0]:g} to {test.rates[-1]:.2g}\n"
-        f"steepest  {test.steepest:.2g}, where the loss falls most\n"
-        f"tenth     {tenth:.2g}, of the rate of the lowest loss\n"
-        f"proposed  {test.proposed:g}, the lower one\n"
+        f"loss      {smoothed[0]:.3f} to {smoothed.min():.3f}, in {len(smoothed)} steps with rates "
+        f"from {test.rates[0]:g} to {test.rates[-1]:.2g}\n"
+        f"found     {', '.join(f'{rate:g}: {what}' for what, rate in candidates.items())}\n"
+        f"proposed  {candidates[name]:g}, {name}\n"
         f"picture   {picture}\n\n{record.command(flags)}"
     )

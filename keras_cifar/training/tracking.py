@@ -23,6 +23,7 @@ from keras_cifar.core.run_directory import Run
 
 PROJECT = "keras_cifar"  # unless MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT says another
 MAX_FAILURES = 3  # in a row, after which only the end of the run tries again
+PASSWORD = re.compile(r"//[^/@\s]+@")  # of a URL, with the user
 MAX_TRACKING = 2**10  # bytes of tracking.json
 TEST_METRICS = ("loss", "accuracy", "top5_accuracy")
 
@@ -40,7 +41,7 @@ ENVIRONMENT = {
     "wandb": {
         "WANDB_INIT_TIMEOUT": "10",
         "WANDB_LOGIN_TIMEOUT": "10",
-        "WANDB_FINISH_TIMEOUT": "60",
+        "WANDB_FINISH_TIMEOUT": "30",
         "WANDB_FINISH_TIMEOUT_RAISES": "true",
         "WANDB_SILENT": "true",
         "WANDB_CONSOLE": "off",
@@ -72,7 +73,7 @@ class MLflow:
         self._id = run.info.run_id
         client.update_run(self._id, "RUNNING")
         limit = self._mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
-        entities, versions = self._mlflow.entities, config["versions"].items()
+        entities, versions = self._mlflow.entities, config.get("versions", {}).items()
         flags = [entities.Param(k, str(v)[:limit]) for k, v in config["flags"].items()]
         tags = [entities.RunTag(f"version.{package}", number) for package, number in versions]
         tags.append(entities.RunTag("mlflow.source.git.commit", str(config.get("git_revision"))))
@@ -121,19 +122,18 @@ class WandB:
     removed at the end.
     """
 
-    later = "from the next epoch on the run is kept offline"
-
     def __init__(self, wandb, run: Run):
         self._wandb, self._directory = wandb, os.environ.get("WANDB_DIR") or run.path
-        self._failed = False
+        self._tried = False
+        self.later = f"the run is kept below {self._directory}; `wandb sync` sends it"
 
     def connect(self, key: str, name: str, config: dict) -> str:
         """Starts or continues the run; where it is, as text."""
-        if self._failed:
-            self._wandb.teardown()  # An id is in use after a failure.
-        mode = "offline" if self._failed else self._wandb.setup().settings.mode
-        self._failed = True  # unless this succeeds
-        kept = {name: config[name] for name in ("versions", "git_revision") if name in config}
+        if self._tried:
+            self._wandb.teardown()  # After a failure the id is in use.
+        mode = "offline" if self._tried else self._wandb.setup().settings.mode
+        self._tried = True
+        kept = {name: config.get(name) for name in ("versions", "git_revision")}
         self._run = self._wandb.init(
             id=key,
             name=name,
@@ -143,9 +143,10 @@ class WandB:
             mode=mode,
             resume="allow" if mode == "online" else None,
         )
-        self._failed, self._next = False, self._run.starting_step
-        directory = self._run.settings.sync_dir
-        return self._run.url or f"offline; `wandb sync {directory}` sends it"
+        self._next = self._run.starting_step
+        if self._run.offline:
+            return f"offline; `wandb sync {self._run.settings.sync_dir}` sends it"
+        return self._run.url or mode
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Logs the metrics of a step if the run lacks it."""
@@ -157,21 +158,21 @@ class WandB:
         """Logs the test metrics and the files."""
         self._run.summary.update(values)
         artifact = self._wandb.Artifact(f"run-{self._run.id}", type="run")
-        root = run.path.resolve()  # `wandb sync` may read the files from another directory
-        for path in filter(os.path.exists, (root / run.report.name, root / run.curves.name)):
-            artifact.add_file(str(path), policy="immutable")  # without a copy
+        # Without copies: `wandb sync` reads the files, perhaps from another current directory.
+        for path in filter(os.path.exists, (run.report, run.curves)):
+            artifact.add_file(str(path.resolve()), policy="immutable")
         if run.export.exists():
-            export = str(root / run.export.name)
-            artifact.add_dir(export, name=run.export.name, policy="immutable")
+            export, name = str(run.export.resolve()), run.export.name
+            artifact.add_dir(export, name=name, policy="immutable")
         self._run.log_artifact(artifact)
 
     def close(self, status: int) -> None:
         """Ends the run with an exit status."""
         self._run.finish(exit_code=status)
         own = pathlib.Path(self._run.settings.sync_dir)
-        for other in own.parent.glob(f"offline-run-*-{self._run.id}") if status == 0 else ():
-            if other != own:
-                shutil.rmtree(other, ignore_errors=True)
+        others = set(own.parent.glob(f"offline-run-*-{self._run.id}")) - {own}
+        for other in others if status == 0 else ():
+            shutil.rmtree(other, ignore_errors=True)
 
 
 SERVICES = {"mlflow": MLflow, "wandb": WandB}
@@ -195,11 +196,11 @@ class Tracker(keras.callbacks.Callback):
         self._connected, self._place, self._failures, self._warned = False, "", 0, False
 
     def on_train_begin(self, logs=None):
-        self._attempt(lambda: None)
+        self._attempt()
 
     def on_epoch_end(self, epoch, logs=None):
         if self._failures < MAX_FAILURES:
-            self._attempt(lambda: None)
+            self._attempt()
 
     def finish(self, metrics: dict) -> None:
         """Sends the metrics of the test split and the files of the run."""
@@ -212,7 +213,8 @@ class Tracker(keras.callbacks.Callback):
         if self._connected:
             self._attempt(lambda: self._service.close(status))
 
-    def _attempt(self, action: Callable) -> None:
+    def _attempt(self, action: Callable = lambda: None) -> None:
+        place = self._place
         try:
             if not self._connected:
                 self._connect()
@@ -223,27 +225,22 @@ class Tracker(keras.callbacks.Callback):
         except Exception as error:  # Trackers raise almost anything.
             self._connected, self._failures = False, self._failures + 1
             if not self._warned:
-                why = (
-                    f"{_without_password(reason(error))}; training continues: {self._service.later}"
-                )
-                print(f"warning: --track={self._name}: {why}", file=sys.stderr, flush=True)
+                why = f"{reason(error)}; training continues: {self._service.later}"
+                text = f"warning: --track={self._name}: {PASSWORD.sub('//', why)}"
+                print(text, file=sys.stderr, flush=True)
             self._warned = True
+        if self._place != place:
+            print(f"tracker   {self._name}: {PASSWORD.sub('//', self._place)}", flush=True)
 
     def _connect(self) -> None:
-        if not self._run.tracking.exists():
-            write_json(self._run.tracking, {"id": uuid.uuid4().hex})
-        key = json.loads(read(self._run.tracking, MAX_TRACKING))["id"]
+        run = self._run
+        if not run.tracking.exists():
+            write_json(run.tracking, {"id": uuid.uuid4().hex})
+        key = json.loads(read(run.tracking, MAX_TRACKING))["id"]
         # One of --seeds is named by its parent, too.
-        name = self._run.path.resolve().relative_to(self._run.restart.resolve().parent)
-        place = self._service.connect(key, str(name), self._run.read_config())
+        name = run.path.resolve().relative_to(run.restart.resolve().parent)
+        self._place = self._service.connect(key, str(name), run.read_config())
         self._connected = True
-        if place != self._place:
-            print(f"tracker   {self._name}: {_without_password(place)}", flush=True)
-        self._place = place
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 @contextlib.contextmanager
