@@ -177,7 +177,7 @@ def range_test(
     for number, (name, rate) in enumerate(marks.items(), start=1):
         axes.axvline(rate, color=LINES[number], linestyle="--", label=f"{name}: {rate:.2g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="cross-entropy")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 

@@ -348,9 +348,9 @@ def test_a_server_that_is_nowhere_costs_a_line_and_no_time(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
     waited, attempt = [], tracking.Tracker._attempt
 
-    def timed(self, action):
+    def timed(self, *action):
         began = time.monotonic()
-        attempt(self, action)
+        attempt(self, *action)
         waited.append(time.monotonic() - began)
 
     monkeypatch.setattr(tracking.Tracker, "_attempt", timed)
@@ -526,3 +526,16 @@ def test_offline_files_of_wandb_hold_a_run_whose_training_is_killed_at_five_inst
         assert values["val_loss"] == row["val_loss"]
     assert {"report.html", "curves.png", "export/1/saved_model.pb"} <= set(found["files"])
     assert found["exit"] == 0
+
+
+@pytest.mark.slow
+def test_the_chief_alone_logs(tmp_path, sqlite, request):
+    run = Run(tmp_path / "run")
+    argv = [sys.executable, "-m", "keras_cifar.launch", "--workers=2", "--", *FLAGS]
+    argv += ["--track=mlflow", f"--run_dir={run.path}"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tracker   mlflow") == 1
+    found, history, _ = mlflow_run(sqlite, request.node.name)
+    assert found.info.status == "FINISHED"
+    assert history == expected(run)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import time
 
 BLOCK, HEADER = 2**15, 7  # bytes, of the log format of LevelDB
 
@@ -45,8 +46,18 @@ def wandb_records(directory: pathlib.Path) -> list:
     return records
 
 
-def wandb_run(directory: pathlib.Path) -> dict:
-    """What an offline run has: config, summary, history {step: metrics}, files, exit code."""
+def wandb_run(directory: pathlib.Path, seconds: float = 20) -> dict:
+    """What an ended offline run has: config, summary, history [(step, metrics)], files, exit code.
+
+    Waits for so many seconds for its end: W&B's own process may write it after `finish` returns.
+    """
+    deadline = time.monotonic() + seconds
+    while (found := _wandb_run(directory))["exit"] is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def _wandb_run(directory: pathlib.Path) -> dict:
     found = {"config": {}, "summary": {}, "history": [], "files": [], "exit": None}
     for record in wandb_records(directory):
         kind = record.WhichOneof("record_type")
