@@ -27,9 +27,7 @@ SPAN = 1.8  # decades of the rate over which a slope is taken; that of a few ste
 # Of the loss of the first step: the test ends where the average is so much above its lowest value. Much
 # later a network that answers the same to all images has a low loss again.
 DIVERGED = 0.5
-MINIMUM_SHARE = (
-    0.1  # of the rate of the lowest loss: a candidate, beside that of the steepest descent
-)
+MINIMUM_SHARE = 0.1  # of the rate of the lowest loss, for one of the candidates
 
 # Which candidate is proposed. SGD diverges at nearly the same rate with each seed, while its loss falls
 # slowly over decades; Adam's has a wide, flat bottom.
@@ -59,10 +57,9 @@ class RangeTest:
         """The rate in the middle of the steepest descent, and a tenth of that of the lowest loss."""
         lowest, logs = int(self.smoothed.argmin()), np.log10(self.rates)
         width = min(round(SPAN / (logs[1] - logs[0])), len(logs))
-        starts = range(
-            max(lowest - width // 2, 0) + 1
-        )  # Their windows are centred before the lowest.
-        windows = [slice(start, start + width) for start in starts]
+        # The middle of a window is not behind the lowest loss, if a window fits.
+        last = min(max(lowest - width // 2, 0), len(logs) - width)
+        windows = [slice(start, start + width) for start in range(last + 1)]
         slopes = [np.polyfit(logs[window], self.losses[window], 1)[0] for window in windows]
         middle = int(np.argmin(slopes)) + width // 2
         found = {STEEPEST: self.rates[middle], TENTH: MINIMUM_SHARE * self.rates[lowest]}

@@ -76,7 +76,8 @@ class MLflow:
         entities, versions = self._mlflow.entities, config.get("versions", {}).items()
         flags = [entities.Param(k, str(v)[:limit]) for k, v in config["flags"].items()]
         tags = [entities.RunTag(f"version.{package}", number) for package, number in versions]
-        tags.append(entities.RunTag("mlflow.source.git.commit", str(config.get("git_revision"))))
+        if revision := config.get("git_revision"):
+            tags.append(entities.RunTag("mlflow.source.git.commit", revision))
         client.log_batch(self._id, params=flags, tags=tags)
         return f"{client.tracking_uri}, experiment {title}, run {self._id}"
 
