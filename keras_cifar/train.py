@@ -28,6 +28,11 @@ def main(config: TrainConfig) -> None:
             print(f"seeds     {config.fit.seeds} runs like this, one after another")
         print("nothing was trained (--dry_run)")
         return
+    if config.output.find_learning_rate:
+        from keras_cifar.training import rate_finder
+
+        print(rate_finder.find(config))
+        return
     run = Run(config.output.run_dir or default_run_dir(config))
     if config.fit.seeds:
         train_seeds(config, run)

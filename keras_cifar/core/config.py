@@ -36,6 +36,7 @@ REFUSED_STRATEGIES = {
 DTYPE_POLICIES = ("auto", "float32", "float64", "mixed_float16", "mixed_bfloat16")
 PRECISIONS = DTYPE_POLICIES[:2]  # of exports, which are in float32
 XLA = ("auto", "on", "off")
+TRACKERS = ("none", "mlflow", "wandb")
 # Images that are classified at a time: the fastest of 64, 128 and 256 on two cores with ResNet-32.
 BATCH_SIZE = 128
 URLS = ("http://", "https://", "grpc://")  # of servers that predict
@@ -339,11 +340,21 @@ class OutputConfig(Options):
         600.0, "seconds between checkpoints; 0: none between the ends of epochs", limit=NOT_NEGATIVE
     )
     export: bool = _output(True, "write RUN/export/1, a SavedModel, at the end", shared=False)
+    track: str = _output(
+        "none",
+        "also log the run to a tracker: mlflow (MLFLOW_TRACKING_URI says where) or wandb",
+        choices=TRACKERS,
+        shared=False,
+    )
     recipe: str | None = _output(
         None,
         "flags that give a known result; flags on the command line override them; --list_recipes "
         "shows the recipes",
         shared=False,
+    )
+    find_learning_rate: bool = _output(
+        False,
+        "try rising learning rates for some steps, propose one and write nothing but a picture",
     )
     dry_run: bool = _output(False, "print what would be done, without training")
     list_models: bool = _output(False, "print the networks and exit")

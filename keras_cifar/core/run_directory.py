@@ -49,6 +49,7 @@ class Run:
         self.tensorboard = self.path / "tensorboard"
         self.export = self.path / "export"
         self.report = self.path / "report.html"
+        self.tracking = self.path / "tracking.json"
         self.seeds = self.path / "seeds.json"
 
     def read_metrics(self, split: str) -> dict | None:

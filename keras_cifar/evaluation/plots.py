@@ -165,6 +165,22 @@ def progress(runs: Sequence[tuple]) -> Figure:
     return figure
 
 
+@styled
+def range_test(
+    rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, marks: dict[str, float]
+) -> Figure:
+    """The loss over the learning rate, both float [N] and smoothed, with some rates marked by name."""
+    figure = Figure((6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=SOFT, alpha=0.4, label="each step")
+    axes.plot(rates, smoothed, label="smoothed")
+    for number, (name, rate) in enumerate(marks.items(), start=1):
+        axes.axvline(rate, color=LINES[number], linestyle="--", label=f"{name}: {rate:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="cross-entropy")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
+    return figure
+
+
 def _marker(values: Sequence) -> str | None:
     return "." if len(values) < MAX_MARKED else None
 

@@ -22,8 +22,8 @@ from keras_cifar.evaluation.metrics import PER_CLASS
 MAX_FILE = 2**30  # bytes; the predictions of ImageNet's 50,000 images take 200 MB
 MAX_SAMPLES = 2048  # pixels of a side of samples.png
 
-# Flags that name places of one machine and do not change the result.
-PLACES = ("run_dir", "dry_run", "list_models", "cache_dir", "workers", "worker_index")
+# Flags that name places, of one machine or of a tracker, and do not change the result.
+PLACES = ("run_dir", "dry_run", "list_models", "cache_dir", "workers", "worker_index", "track")
 
 SCALARS = ("count", "loss", "accuracy", "top5_accuracy")  # of a split
 MISTAKE = ("row", "probability", "true_probability")
@@ -72,19 +72,24 @@ class Record:
 
     def command(self) -> str:
         """The command that repeats the run in a new directory."""
-        words = ["python -m keras_cifar.train"]
-        for name, value in self.flags().items():
-            word = f"--{name}={value}"
-            if isinstance(value, bool):
-                word = f"--{name}" if value else f"--no{name}"
-            words.append(shlex.quote(one_line(word)))
-        return " \\\n  ".join(words)
+        return command(self.flags())
 
     def is_complete(self) -> bool:
         """Whether the training is complete: all epochs are done, or early stopping ended it."""
         flags = self.config["flags"]
         stopped = bool(flags["early_stopping"] and self.evaluations)
         return stopped or len(self.history) >= flags["epochs"]
+
+
+def command(flags: dict) -> str:
+    """The command that trains with these flags."""
+    words = ["python -m keras_cifar.train"]
+    for name, value in flags.items():
+        word = f"--{name}={value}"
+        if isinstance(value, bool):
+            word = f"--{name}" if value else f"--no{name}"
+        words.append(shlex.quote(one_line(word)))
+    return " \\\n  ".join(words)
 
 
 def load(run: Run) -> Record:

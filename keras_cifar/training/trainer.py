@@ -20,7 +20,7 @@ from keras_cifar.distributed.strategy import DistributedContext
 from keras_cifar.evaluation import evaluator, plots
 from keras_cifar.exporters import saved_model, verification
 from keras_cifar.reporting import gallery, page, record
-from keras_cifar.training import checkpoint
+from keras_cifar.training import checkpoint, tracking
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.plan import Plan, check_names, describe_run, package_versions, prepare
 from keras_cifar.training.recorder import ROLLBACK_FACTOR, DivergedError, Recorder
@@ -44,13 +44,14 @@ def train(config: TrainConfig, run: Run) -> dict | None:
     spec = strategy.choose(config.devices)
     # As they were given: other workers may not see the run.
     facts = config.shared_flags() | package_versions()
-    config = with_its_rule(config, run)
+    config, tracker = with_its_rule(config, run), None
     with contextlib.ExitStack() as stack, STOP.handled():
         with DistributedContext(spec, config.devices, facts) as context:
             previous = None
             if context.is_chief:
                 previous = previous_config(config, run)  # before anything is written
                 stack.enter_context(run.locked())
+                tracker = stack.enter_context(tracking.following(config.output.track, run))
             is_new = context.is_chief and not checkpoint.exists(run.checkpoint)
             began_with = previous.get("dtype_policy", "float32") if previous else None
             plan = prepare(config, context, is_new, began_with)
@@ -59,9 +60,14 @@ def train(config: TrainConfig, run: Run) -> dict | None:
                 print(f"run       {run.path}\n{plan.summary()}", flush=True)
                 if not run.samples.exists():
                     write_samples(plan, run)
-            fit(plan, run)
+            fit(plan, run, (tracker,) if tracker else ())
             _write_skipped(plan, run)  # also what was found in training
-        return _finish(plan, run) if context.is_chief else None
+        if not context.is_chief:
+            return None
+        metrics = _finish(plan, run)
+        if tracker:
+            tracker.finish(metrics)
+        return metrics
 
 
 def _write_config(plan: Plan, run: Run) -> None:

@@ -118,7 +118,8 @@ SAME = parsed(
     "run_dir=elsewhere export=false data_dir=elsewhere cache_dir=elsewhere max_bad_share=0.5 "
     "strategy=mirrored replicas=2 workers=a:1 worker_index=0 startup_timeout=5 peer_timeout=5 "
     "steps_per_execution=5 checkpoint_every=5 checkpoint_seconds=5 on_nan=rollback dry_run "
-    "list_models list_recipes recipe=he_resnet20 seeds=3 xla=on"
+    "list_models list_recipes recipe=he_resnet20 seeds=3 xla=on track=wandb "
+    "find_learning_rate"
 )
 
 
@@ -236,6 +237,7 @@ def test_workers_may_differ_in_their_own_flags_only():
     one = TrainConfig.from_flags(workers="a:1,b:2", worker_index=0, run_dir="x", data_dir="y")
     one = one.replace(image_size=48)
     own = {"recipe": "r", "run_dir": "z", "data_dir": "v", "cache_dir": "c", "export": False}
+    own["track"] = "mlflow"
     two = one.replace(worker_index=1, startup_timeout=1.0, init_from="elsewhere", **own)
     assert one.shared_flags() == two.shared_flags()
     for name, value in (OTHER | {"peer_timeout": 5.0, "seeds": 3}).items():
