@@ -382,9 +382,8 @@ class TrainConfig:
 
     def flagfile(self) -> str:
         """The contents of a --flagfile for this configuration, from any directory."""
-        flags = (
-            self.flags() | places.recorded(self.flags()) | {"recipe": None}
-        )  # its flags are here
+        # The flags of a recipe are among them.
+        flags = self.flags() | places.recorded(self.flags()) | {"recipe": None}
         return "".join(f"--{n}={value}\n" for n, value in flags.items() if value != DEFAULTS[n])
 
     def replace(self, **flags) -> "TrainConfig":

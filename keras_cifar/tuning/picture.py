@@ -12,11 +12,12 @@ from PIL import Image
 from keras_cifar.evaluation.plots import DPI
 
 SIZE = (8, 5)  # inches of each plot
+VALUE = {"target_name": "validation accuracy"}
 PLOTS = (
-    plots.plot_optimization_history,
-    plots.plot_intermediate_values,
-    plots.plot_parallel_coordinate,
-    plots.plot_param_importances,  # needs two trials
+    (plots.plot_optimization_history, VALUE),
+    (plots.plot_intermediate_values, {}),
+    (plots.plot_parallel_coordinate, VALUE),
+    (plots.plot_param_importances, VALUE),  # needs two trials
 )
 
 
@@ -27,8 +28,8 @@ def draw(study: optuna.Study) -> Image.Image:
     matplotlib.use("agg")
     # Optuna changes the style, and warns where all trials are equal.
     with matplotlib.rc_context(), warnings.catch_warnings(action="ignore"):
-        for index, plot in enumerate(PLOTS if len(done) > 1 else PLOTS[:-1]):
-            figure, file = plot(study).figure, io.BytesIO()
+        for index, (plot, options) in enumerate(PLOTS if len(done) > 1 else PLOTS[:-1]):
+            figure, file = plot(study, **options).figure, io.BytesIO()
             figure.set(size_inches=SIZE, layout_engine="tight")
             figure.savefig(file, dpi=DPI)
             pyplot.close(figure)

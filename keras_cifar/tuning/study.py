@@ -29,6 +29,15 @@ STARTUP = 5
 BUSY_SECONDS = 60  # that SQLite waits for another process
 
 
+@contextlib.contextmanager
+def _reached(*errors: type[Exception]) -> Iterator[None]:
+    """Makes one line of the errors of a storage, and of `errors`."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, *errors) as error:
+        raise UserError(f"the storage of the study: {reason(error)}") from None
+
+
 class Study:
     """The trials of a search, of which this process trains those that no other does.
 
@@ -37,11 +46,12 @@ class Study:
     and not locked was interrupted.
 
     Args:
-        path: the directory of the study; its name is that of the study in the storage.
+        path: the directory of the study, which may move.
         config: the flags that all trials share.
         space: the values of the searched flags.
         trials: how many there should be; a grid has no more than its points.
-        storage: a URL of SQLAlchemy; None is SQLite in `path`.
+        storage: a URL of SQLAlchemy, where the study has the name of its directory; None is SQLite in
+            `path`.
         sampler: tpe (Bergstra et al. 2011, NeurIPS), random, or grid: all alternatives in turn.
         pruner: median, hyperband (Li et al. 2018, arXiv:1603.06560) or none.
         seed: of the sampler.
@@ -64,9 +74,7 @@ class Study:
         seed: int = 0,
     ):
         is_single = not strategy.choose(config.devices).cluster
-        check(
-            is_single, "a trial has a single worker; start tune with one --storage on each machine"
-        )
+        check(is_single, "a trial has a single worker; start tune on each machine, see --storage")
         self.path, self.config, self.space = pathlib.Path(path).expanduser(), config, space
         self.sampler, self.seed = sampler, seed
         self._grid = _points(space) if sampler == "grid" else []
@@ -87,7 +95,7 @@ class Study:
             self.storage = optuna.storages.RDBStorage(url, {"connect_args": wait})
             self.study = optuna.create_study(
                 storage=self.storage,
-                study_name=self.path.absolute().name,
+                study_name=self.path.absolute().name if storage else "study",
                 direction="maximize",
                 load_if_exists=True,
                 pruner=_pruner(pruner, config.fit.epochs),
@@ -103,7 +111,6 @@ class Study:
         ours |= {"sampler": self.sampler, "seed": self.seed}
         before = self.study.user_attrs.get("settings")
         if before is None:
-            self.study.set_metric_names(["validation accuracy"])
             settings = {"search": ours, "flags": flags, "paths": places.recorded(flags)}
             self.study.set_user_attr("settings", settings)
             return
@@ -114,6 +121,7 @@ class Study:
         message = f"{self.path} is a study with other flags: {'; '.join(found)}"
         check(not found, f"{message}; choose another --study or the same flags")
 
+    @_reached()
     def search(self) -> None:
         """Trains trials until each is finished or in another process.
 
@@ -123,7 +131,7 @@ class Study:
         """
         claimed = True
         while claimed:
-            with contextlib.ExitStack() as stack, _reached():
+            with contextlib.ExitStack() as stack:
                 if claimed := self._claim(stack):
                     self._train(*claimed)
 
@@ -197,6 +205,7 @@ class Study:
         """The file of a trial's record, whose name without .json is that of its run directory."""
         return self._trials_dir / f"{number:04}.json"
 
+    @_reached()
     def results(self) -> list[dict]:
         """The records of all trials, also of other machines, the best first: see `records.ranked`."""
         trials = self.study.trials[: self.trials]
@@ -229,7 +238,8 @@ class Study:
             temporary.write_text(config.flagfile(), "utf-8")
         with trainer.optional(image), replacing(image) as temporary:
             picture.draw(self.study).save(temporary)
-        yield "picture", image
+        if image.exists():
+            yield "picture", image
         if count:
             # With more trials another may be the best.
             run = Run(self.path / f"best_{best['number']:04}", restart=f"--study={self.path}")
@@ -255,12 +265,3 @@ def _pruner(name: str, epochs: int) -> optuna.pruners.BasePruner:
         # The first quarter of a run says little about its end.
         return optuna.pruners.MedianPruner(STARTUP, n_warmup_steps=epochs // 4)
     return optuna.pruners.NopPruner()
-
-
-@contextlib.contextmanager
-def _reached(*errors: type[Exception]) -> Iterator[None]:
-    """Makes one line of the errors of a storage, and of `errors`."""
-    try:
-        yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, *errors) as error:
-        raise UserError(f"the storage of the study: {reason(error)}") from None

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-TRAIN = ("--", "--data=digits", "--model=lenet5", "--epochs=12")
+TRAIN = ("--", "--data=digits", "--model=lenet5", "--epochs=12", "--val_fraction=0.3")
 SPACE = "--space=learning_rate=log(1e-5,1); optimizer=adam|sgd"
 RATES = "|".join(f"{10 ** (exponent / 14 * 5 - 5):.3g}" for exponent in range(15))
 TRIALS, KILLS = 12, 5

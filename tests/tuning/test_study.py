@@ -242,18 +242,18 @@ def test_samplers(tmp_path, instant):
 
 def test_pruners(tmp_path, instant):
     def epochs(**options):
-        return [each["epochs"] for each in searched(tmp_path / str(options), trials=12, **options)]
+        return [each["epochs"] for each in searched(tmp_path / str(options), **options)]
 
-    assert epochs(pruner="none") == [EPOCHS] * 12
+    assert epochs(pruner="none") == [EPOCHS] * 8
     by_median, by_hyperband = epochs(), epochs(pruner="hyperband")
     # The median needs five trials to compare with, and judges after a quarter of the epochs.
     assert by_median[:5] == [EPOCHS] * 5
     assert min(by_median) == 1
     assert min(by_hyperband) < EPOCHS
     assert by_hyperband != by_median
-    found = searched(tmp_path / "{}", trials=12)
+    found = searched(tmp_path / "{}")
     assert {each["state"] for each in found if each["epochs"] < EPOCHS} == {"pruned"}
-    state = study(tmp_path / "{}").study.trials[:12]
+    state = study(tmp_path / "{}").study.trials
     assert {t.state for t in state} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
@@ -279,6 +279,8 @@ def test_more_trials_go_on(tmp_path, instant):
     first = searched(tmp_path / "a", trials=3)
     assert searched(tmp_path / "a", trials=8) == searched(tmp_path / "b", trials=8)
     assert searched(tmp_path / "a", trials=3) == first
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert searched(tmp_path / "moved", trials=3) == first
     assert len(instant) == 2 * sum(each["epochs"] for each in searched(tmp_path / "b"))
 
 
