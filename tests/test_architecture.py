@@ -8,7 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "keras_cifar"
 COMMANDS = {
-    *("train", "evaluate", "predict", "export", "serve", "report", "compare", "benchmark", "launch")
+    *("train", "evaluate", "predict", "export", "serve", "report", "compare", "tune"),
+    *("benchmark", "launch"),
 }
 
 MAX_COMMAND, MAX_MODULE, MAX_CLASS, MAX_FUNCTION = 80, 450, 300, 60  # lines

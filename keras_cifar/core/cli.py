@@ -89,8 +89,7 @@ def _execute(
     except OSError as error:
         return fail(f"{errors.reason(error)}: {error.filename}" if error.filename else str(error))
     except Exception as error:
-        # TensorFlow's by name, so that this module does not import it.
-        if type(error).__name__ in ("MemoryError", "ResourceExhaustedError"):
+        if errors.is_out_of_memory(error):
             return fail(OUT_OF_MEMORY)
         raise
 

@@ -393,6 +393,12 @@ class TrainConfig:
         """All flags by name."""
         return {k: v for part in dataclasses.asdict(self).values() for k, v in part.items()}
 
+    def flagfile(self) -> str:
+        """The contents of a --flagfile for this configuration, from any directory."""
+        # The flags of a recipe are among them.
+        flags = self.flags() | places.recorded(self.flags()) | {"recipe": None}
+        return "".join(f"--{n}={value}\n" for n, value in flags.items() if value != DEFAULTS[n])
+
     def replace(self, **flags) -> "TrainConfig":
         """The same configuration with other values of some flags."""
         return self.from_flags(**self.flags() | flags)

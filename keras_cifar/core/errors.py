@@ -61,6 +61,12 @@ def reason(error: BaseException) -> str:
     return lines[0].rstrip(":") if lines else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or TensorFlow had no memory left."""
+    # TensorFlow's by name, so that this module does not import it.
+    return type(error).__name__ in ("MemoryError", "ResourceExhaustedError")
+
+
 def unwritten(path: pathlib.Path, error: BaseException) -> UserError:
     """The error for a file that TensorFlow could not write."""
     # The message starts with the node and the file and ends with the system's reason.

@@ -33,12 +33,13 @@ class Run:
 
     Args:
         path: the directory.
-        restart: the --run_dir of the command that resumes this run; None is `path`.
+        restart: the flag of the command that resumes this run; by default --run_dir.
     """
 
-    def __init__(self, path: str | pathlib.Path, restart: pathlib.Path | None = None):
+    def __init__(self, path: str | pathlib.Path, restart: str | None = None):
         self.path = pathlib.Path(path).expanduser()
-        self.restart = restart or self.path
+        self.restart = restart or f"--run_dir={self.path}"
+        self._is_locked = False
         self.config = self.path / "config.json"
         self.checkpoint = self.path / "checkpoint"
         self.model = self.path / "model.keras"
@@ -81,7 +82,7 @@ class Run:
 
     def of_seed(self, seed: int) -> "Run":
         """The run of a seed below a directory of several."""
-        return Run(self.path / f"seed_{seed}", restart=self.path)
+        return Run(self.path / f"seed_{seed}", self.restart)
 
     def _of_split(self, suffix: str, split: str, data: str | None = None) -> pathlib.Path:
         other = f"-{_file_name(data)}" if data else ""
@@ -101,11 +102,14 @@ class Run:
         """Locks the directory, so that no other process trains here; the lock ends with the process.
 
         Removes the temporary files of a killed process. A directory that was created here is removed
-        if nothing was written.
+        if nothing was written. Does nothing in a body of its own.
 
         Raises:
             UserError: another process trains here, or the directory cannot be written.
         """
+        if self._is_locked:
+            yield
+            return
         is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "a+") as file:
@@ -125,9 +129,11 @@ class Run:
             for pattern in (f"{TEMPORARY}*", f"*/{TEMPORARY}*"):
                 for left in self.path.glob(pattern):
                     shutil.rmtree(left, ignore_errors=True)
+            self._is_locked = True
             try:
                 yield
             finally:
+                self._is_locked = False
                 if self.is_empty():  # after a wrong flag or missing data
                     (self.path / LOCK).unlink(missing_ok=True)
                     if is_new:

@@ -32,9 +32,11 @@ def fit(
         return model.stop_training
 
     model.stop_training = False
-    iterator = None
+    iterator = logs = None
     callbacks.on_train_begin()
     for epoch in range(initial_epoch, epochs):
+        if model.stop_training:
+            break
         callbacks.on_epoch_begin(epoch)
         # The same as before, unless the callbacks changed what is trained.
         function = model.make_train_function()
@@ -57,9 +59,7 @@ def fit(
             found = model.evaluate(validation, verbose=0, callbacks=callbacks, return_dict=True)
             logs |= {f"val_{name}": value for name, value in found.items()}
         callbacks.on_epoch_end(epoch, logs)
-        if model.stop_training:
-            break
-    callbacks.on_train_end(logs if epochs > initial_epoch else None)
+    callbacks.on_train_end(logs)
 
 
 def evaluate(

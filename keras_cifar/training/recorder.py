@@ -60,10 +60,8 @@ class Recorder(keras.callbacks.Callback):
         return len(self.history)
 
     def best_epoch(self) -> int:
-        """The epoch, from 1, of the selected model: the best on validation, else the last."""
-        if not self.history or "val_loss" not in self.history[0]:
-            return len(self.history)
-        return max(self.history, key=_quality)["epoch"]
+        """The epoch, from 1, of the selected model."""
+        return best_epoch(self.history)
 
     def is_finished(self) -> bool:
         """Whether all epochs are done, or early stopping applies: not before all is trained."""
@@ -198,9 +196,7 @@ class Recorder(keras.callbacks.Callback):
         source = number.name if number else "a signal to another worker"
         where = f" in {self.run.checkpoint}" if self.plan.context.is_chief else ""
         text = f"stopped by {source}; {place} is saved{where}; the same command with"
-        return StoppedError(
-            number or signal.SIGTERM, f"{text} --run_dir={self.run.restart} resumes"
-        )
+        return StoppedError(number or signal.SIGTERM, f"{text} {self.run.restart} resumes")
 
     def _diverged(self, loss: float, norm: float) -> DivergedError:
         optimizer, epoch = self.model.optimizer, self.epochs_done + 1
@@ -217,6 +213,13 @@ class Recorder(keras.callbacks.Callback):
             f"{saved}try a lower --learning_rate, --warmup_epochs, --global_clipnorm or "
             "--on_nan=rollback",
         )
+
+
+def best_epoch(history: list[dict]) -> int:
+    """The epoch, from 1, to select: the best on validation, the last without; 0 of an empty history."""
+    if not history or "val_loss" not in history[0]:
+        return len(history)
+    return int(max(history, key=_quality)["epoch"])
 
 
 def _quality(row: dict) -> tuple[float, float]:

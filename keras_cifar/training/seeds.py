@@ -1,9 +1,6 @@
 """One configuration with several seeds: a run for each, mean and standard deviation of all."""
 
-import gc
 import statistics
-
-import keras
 
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError
@@ -43,9 +40,7 @@ def train(config: TrainConfig, run: Run) -> dict:
         metrics = None if lacks_export else one.read_metrics("test")
         if metrics is None:
             metrics = trainer.train(configs[seed], one)
-            # A model and its functions refer to each other: only a collection frees them.
-            keras.utils.clear_session()
-            gc.collect()
+            trainer.free_memory()
         accuracies[str(seed)] = metrics["accuracy"]
         print(f"seed {seed}: test accuracy {metrics['accuracy']:.4f}\n", flush=True)
     values = list(accuracies.values())

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import gc
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,21 @@ def train(config: TrainConfig, run: Run) -> dict | None:
         UserError: invalid data, a loss that is not finite, a directory in use, a lost worker.
         StoppedError: SIGTERM or SIGINT arrived.
     """
+    with trained(config, run) as (plan, tracker):
+        metrics = _finish(plan, run) if plan.context.is_chief else None
+        if tracker:
+            tracker.finish(metrics)
+        return metrics
+
+
+@contextlib.contextmanager
+def trained(
+    config: TrainConfig, run: Run, callbacks: tuple[keras.callbacks.Callback, ...] = ()
+) -> Iterator[tuple[Plan, tracking.Tracker | None]]:
+    """Trains and selects as `train`, without test and export; in the body the run is still locked.
+
+    `callbacks` come after the one that writes the run directory. Yields the plan and the tracker.
+    """
     check_names(config)
     spec = strategy.choose(config.devices)
     # As they were given: other workers may not see the run.
@@ -60,14 +76,15 @@ def train(config: TrainConfig, run: Run) -> dict | None:
                 print(f"run       {run.path}\n{plan.summary()}", flush=True)
                 if not run.samples.exists():
                     write_samples(plan, run)
-            fit(plan, run, (tracker,) if tracker else ())
+            fit(plan, run, (*callbacks, *([tracker] if tracker else [])))
             _write_skipped(plan, run)  # also what was found in training
-        if not context.is_chief:
-            return None
-        metrics = _finish(plan, run)
-        if tracker:
-            tracker.finish(metrics)
-        return metrics
+        yield plan, tracker
+
+
+def free_memory() -> None:
+    """Frees the memory of the models that were trained in this process."""
+    keras.utils.clear_session()
+    gc.collect()  # A model and its functions refer to each other: only a collection frees them.
 
 
 def _write_config(plan: Plan, run: Run) -> None:
@@ -97,7 +114,7 @@ def _finish(plan: Plan, run: Run) -> dict:
 
 def write_samples(plan: Plan, run: Run) -> None:
     """Writes samples.png, a picture of the first training batch as the network sees it."""
-    with _optional(run.samples):
+    with optional(run.samples):
         images, labels = plan.first_examples(plots.MAX_SAMPLES)
         plots.save(plots.samples(images, labels, plan.dataset.class_names), run.samples)
         print(f"samples   {run.samples}: the first batch as the network sees it", flush=True)
@@ -105,14 +122,14 @@ def write_samples(plan: Plan, run: Run) -> None:
 
 def write_report(run: Run, model: keras.Model, dataset: data.Dataset) -> None:
     """Writes the report of a run."""
-    with _optional(run.report):
+    with optional(run.report):
         found = record.load(run)
         examples = gallery.from_model(found, model, dataset.split(found.split))
         page.write(run.report, [found], [examples])
 
 
 @contextlib.contextmanager
-def _optional(path: pathlib.Path) -> Iterator[None]:
+def optional(path: pathlib.Path) -> Iterator[None]:
     """Prints a failure to write a file, without which the run is complete, as a warning."""
     try:
         yield

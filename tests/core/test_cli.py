@@ -13,7 +13,17 @@ from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.core.options import fields, option
 
-COMMANDS = ("train", "evaluate", "export", "predict", "serve", "launch", "compare", "report")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "export",
+    "predict",
+    "serve",
+    "launch",
+    "compare",
+    "report",
+    "tune",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -245,3 +245,19 @@ def test_workers_may_differ_in_their_own_flags_only():
             continue
         other = one.replace(**{name: value}).shared_flags()
         assert {k for k, v in other.items() if one.shared_flags()[k] != v} == {f"--{name}"}
+
+
+def test_a_flagfile_has_the_configuration_and_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        "--recipe=he_resnet20",
+        "--nesterov",
+        "--noexport",
+        "--data=folder:photos",
+        "--epochs=3",
+    ]
+    config, _ = cli.parse(TrainConfig, [*argv, "--learning_rate=0.012345678901234567"])
+    file = tmp_path / "x.flags"
+    file.write_text(config.flagfile())
+    expected = config.replace(recipe=None, data=f"folder:{tmp_path}/photos")
+    assert cli.parse(TrainConfig, [f"--flagfile={file}"])[0] == expected

@@ -140,3 +140,14 @@ def test_a_start_that_fails_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [there.path]
     assert list(there.path.iterdir()) == []
     assert (there.path.stat().st_ino, there.path.stat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_a_lock_within_a_lock_is_the_same_lock(tmp_path):
+    run = Run(tmp_path / "run")
+    with run.locked():
+        with run.locked():
+            (run.path / "file").touch()
+        with pytest.raises(UserError, match="is in use"), Run(run.path).locked():
+            pass
+    with Run(run.path).locked():
+        pass

@@ -162,7 +162,7 @@ def downloading(tmp_path, monkeypatch):
 
 
 def reporting(tmp_path, monkeypatch):
-    with trainer._optional(tmp_path / "report.html"):
+    with trainer.optional(tmp_path / "report.html"):
         send()
 
 

@@ -1,0 +1,1 @@
+"""The search for flags with Optuna: the space, the trials, the picture."""
