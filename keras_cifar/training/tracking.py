@@ -238,9 +238,10 @@ class Tracker(keras.callbacks.Callback):
         if not run.tracking.exists():
             write_json(run.tracking, {"id": uuid.uuid4().hex})
         key = json.loads(read(run.tracking, MAX_TRACKING))["id"]
-        # One of --seeds is named by its parent, too.
-        name = run.path.resolve().relative_to(run.restart.resolve().parent)
-        self._place = self._service.connect(key, str(name), run.read_config())
+        # One of several runs is named by their directory, too.
+        several = run.restart != Run(run.path).restart
+        name = "/".join(run.path.resolve().parts[-2 if several else -1 :])
+        self._place = self._service.connect(key, name, run.read_config())
         self._connected = True
 
 
