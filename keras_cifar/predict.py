@@ -1,9 +1,8 @@
 """Classifies images with an exported model; needs only the SavedModel, or its server.
 
-python -m keras_cifar.predict --model MODEL dog.png holiday/ 'more/*.jpg'
+python -m keras_cifar.predict --model RUN dog.png holiday/ 'more/*.jpg'
 
-MODEL is a run, an export, pretrained:NAME, imagenet:NETWORK, http://HOST:PORT/v1/models/NAME or
-grpc://HOST:PORT/NAME.
+RUN may be an export, pretrained:NAME, imagenet:NETWORK, or the URL of a server (http, grpc).
 """
 
 import dataclasses
