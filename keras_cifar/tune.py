@@ -16,7 +16,8 @@ from keras_cifar.core.errors import UserError
 from keras_cifar.core.options import NOT_NEGATIVE, POSITIVE, SEED, Options, check, option
 
 # Flags of train that belong to one run.
-SINGLE = ("run_dir", "seeds", "dry_run", "list_models", "list_recipes", "workers", "worker_index")
+SINGLE = ("run_dir", "seeds", "dry_run", "find_learning_rate", "list_models", "list_recipes")
+SINGLE += ("workers", "worker_index")
 
 
 @dataclasses.dataclass(frozen=True)
