@@ -242,7 +242,7 @@ def _check_config(config: dict) -> None:
         flags[name]
     if any(type(path) is not str for path in dict(config.get("paths", {})).values()):
         raise TypeError("paths has something other than text")
-    if config.get("dtype_policy", "float32") not in DTYPE_POLICIES:
+    if config.get("dtype_policy", "float32") not in DTYPE_POLICIES[1:]:
         raise TypeError("dtype_policy is none of Keras's")
     names, shape = config["class_names"], config["image_shape"]
     if type(names) is not list or not names or any(type(name) is not str for name in names):
