@@ -46,6 +46,14 @@ def random() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+# Of a process that forks others: libraries start no threads when they are imported. Keras imports pandas
+# where MLflow has installed it, and with it PyArrow, whose allocator has one.
+WITHOUT_THREADS = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+
+
 def colour_images(count: int, side: int, classes: int, seed: int = 0) -> tuple:
     """(uint8 [N, side, side, 3], int64 [N]): noise around a grey of each class, easy to learn."""
     random = np.random.default_rng(seed)

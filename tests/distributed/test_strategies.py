@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.conftest import WITHOUT_THREADS
 from tests.distributed.strategies import CASES, FITS, LARGE, MASKS, NORMS, ROUNDING, STRATEGIES
 from tests.distributed.test_rendezvous import free_addresses
 
@@ -50,8 +51,7 @@ def computed(directory, plan: dict) -> dict:
     """{(strategy, worker): arrays by "CASE|what|name"}."""
     module = "tests.distributed.strategies"
     command = [sys.executable, "-m", module, str(directory), json.dumps(plan)]
-    # The processes are forked, so nothing may start threads before.
-    env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
+    env = os.environ | WITHOUT_THREADS | {"TF_NUM_INTRAOP_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env)
     logs = ""
     for path in directory.glob("*.log"):

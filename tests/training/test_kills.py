@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.conftest import WITHOUT_THREADS
 from tests.training.kills import CASES
 
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -21,8 +22,7 @@ EACH = [pytest.param(case, marks=() if case == "tiny" else pytest.mark.slow) for
 def test_run_that_was_killed_ends_with_the_very_same_bits(tmp_path, case):
     kills = QUICK if case == "tiny" else KILLS
     command = [sys.executable, "-m", "tests.training.kills", str(tmp_path), case, str(kills)]
-    # The processes are forked, so nothing may start threads before.
-    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    env = os.environ | WITHOUT_THREADS
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
