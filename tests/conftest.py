@@ -46,8 +46,8 @@ def random() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-# Of a process that forks others: libraries start no threads when they are imported. Keras imports pandas
-# where MLflow has installed it, and with it PyArrow, whose allocator has one.
+# Of a process that forks others: libraries start no threads when they are imported. Keras imports
+# pandas where MLflow has installed it, and with it PyArrow, whose allocator has one.
 WITHOUT_THREADS = {
     "OPENBLAS_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
