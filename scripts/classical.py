@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from keras_cifar.core import cli, environment
+from keras_cifar.core import cli
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.options import POSITIVE, Options, option
 
@@ -94,7 +94,6 @@ def hog_features(images: np.ndarray) -> np.ndarray:
 
 def main(options: ClassicalOptions) -> None:
     """Trains on the training images, tests on the test images, prints the accuracy."""
-    environment.import_tensorflow()
     from sklearn.svm import LinearSVC
 
     from keras_cifar import data

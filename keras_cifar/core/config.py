@@ -393,11 +393,15 @@ class TrainConfig:
         """All flags by name."""
         return {k: v for part in dataclasses.asdict(self).values() for k, v in part.items()}
 
+    def given(self) -> dict:
+        """The flags that are not at their defaults; those of a recipe are among them, not its name."""
+        flags = self.flags() | {"recipe": None}
+        return {name: value for name, value in flags.items() if value != DEFAULTS[name]}
+
     def flagfile(self) -> str:
         """The contents of a --flagfile for this configuration, from any directory."""
-        # The flags of a recipe are among them.
-        flags = self.flags() | places.recorded(self.flags()) | {"recipe": None}
-        return "".join(f"--{n}={value}\n" for n, value in flags.items() if value != DEFAULTS[n])
+        flags = self.given() | places.recorded(self.flags())
+        return "".join(f"--{name}={value}\n" for name, value in flags.items())
 
     def replace(self, **flags) -> "TrainConfig":
         """The same configuration with other values of some flags."""

@@ -53,6 +53,10 @@ BFLOAT16_CAPABILITY = (8, 0)
 # How many times as fast as in float32 a CPU convolves in bfloat16: 1.6 with AVX512-BF16 (2 cores of an
 # AMD EPYC), 0.33 there if oneDNN may not use it.
 MIN_BFLOAT16_GAIN = 1.2
+# What `auto` is on a CPU for networks with depthwise convolutions, and why. In bfloat16
+# EfficientNet-Lite0 trains at 0.54 of float32's speed and predicts at 0.78, MobileNetV3-Small at 0.50
+# and 0.61.
+DEPTHWISE_POLICY = "float32", "its depthwise convolutions are slower in bfloat16"
 
 # The variables that `configure` has set in this process.
 changed: set[str] = set()

@@ -91,7 +91,7 @@ class Predictor:
         if policy == "float32" or tf.config.list_physical_devices("GPU"):
             return "float32", why
         if b"DepthwiseConv2d" in graph.SerializeToString():
-            return "float32", "its depthwise convolutions are slower in bfloat16"
+            return environment.DEPTHWISE_POLICY
         rewriting = {"auto_mixed_precision_onednn_bfloat16": True}
         tf.config.optimizer.set_experimental_options(rewriting)
         return "bfloat16", why

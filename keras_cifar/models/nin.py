@@ -41,8 +41,8 @@ def nin(
     x = mlpconv(x, 3, (192, 192), "block3")
     x = keras.layers.Identity(name="features")(x)
     x = mlpconv(x, 1, (num_classes,), "classes")
-    precise = {"dtype": layers.variable_dtype()}
-    logits = keras.layers.GlobalAveragePooling2D(name="logits", **precise)(x)
+    dtype = layers.variable_dtype()
+    logits = keras.layers.GlobalAveragePooling2D(dtype=dtype, name="logits")(x)
     return classifier.Classifier.build_from(images, logits, name)
 
 

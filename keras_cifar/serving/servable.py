@@ -117,7 +117,6 @@ class Versions:
         path = find(model)
         is_base = path != pathlib.Path(model).expanduser() and path.name.isdecimal()
         self._base = path.parent if is_base else None
-        self._batch_size = batch_size
         self._loading: int | None = None
         self._failed: dict[int, tuple[float, str]] = {}  # version -> (when, why)
         self._load = functools.partial(Servable, batch_size=batch_size, dtype_policy=dtype_policy)

@@ -8,7 +8,7 @@ import dataclasses
 import keras
 import numpy as np
 
-from keras_cifar.core.config import DEFAULTS, TrainConfig
+from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError, UserError
 from keras_cifar.core.run_directory import Run, default_run_dir
 from keras_cifar.distributed import strategy
@@ -139,10 +139,7 @@ def find(config: TrainConfig) -> str:
         raise UserError("the loss fell at no learning rate; are the labels and --init_from right?")
     name, candidates = PROPOSED[config.optimizer.optimizer], test.candidates
     plots.save(plots.range_test(test.rates, test.losses, smoothed, candidates), picture)
-    # The flags of a recipe are among those that differ from the defaults.
-    dropped = ("find_learning_rate", "recipe")
-    flags = {k: v for k, v in config.flags().items() if v != DEFAULTS[k] and k not in dropped}
-    flags["learning_rate"] = candidates[name]
+    flags = config.replace(find_learning_rate=False).given() | {"learning_rate": candidates[name]}
     return (
         f"loss      {smoothed[0]:.3f} to {smoothed.min():.3f}, in {len(smoothed)} steps with rates "
         f"from {test.rates[0]:g} to {test.rates[-1]:.2g}\n"

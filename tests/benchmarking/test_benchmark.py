@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import tensorflow as tf
 
 from keras_cifar import benchmark, benchmarking, models
 from keras_cifar.benchmarking import (
@@ -158,10 +157,8 @@ def check_comparison(printed, result, out):
 
 
 @pytest.mark.parametrize("gain", [0.3, 1.6])
-def test_each_kind_of_work_is_measured(gain, monkeypatch, tmp_path, capsys):
+def test_each_kind_of_work_is_measured(gain, rewriting, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(environment, "bfloat16_gain", lambda: gain)
-    rewritten = []  # What is set would be set for the tests that follow, too.
-    monkeypatch.setattr(tf.config.optimizer, "set_experimental_options", rewritten.append)
     cold = {"predict": contest.spread([3.0]), "import": contest.spread([2.0])}
     monkeypatch.setattr(contest, "Worker", InProcess)
     monkeypatch.setattr(comparison, "PREDICTED", 100)
@@ -177,7 +174,7 @@ def test_each_kind_of_work_is_measured(gain, monkeypatch, tmp_path, capsys):
     assert half <= result["figures"].keys() if gain > 1 else not half & result["figures"].keys()
     policy = "mixed_bfloat16" if gain > 1 else "float32"
     assert f"batches of 32, {policy}, digits" in printed
-    assert bool(rewritten) == (gain > 1)
+    assert bool(rewriting) == (gain > 1)
     assert "1.00  s more than the import" in printed
 
 

@@ -295,15 +295,6 @@ def test_any_number_of_images_is_computed_in_batches(trained_run, monkeypatch):
         assert function(pixels[:0]).shape == (0, width)
 
 
-@pytest.fixture
-def rewriting(monkeypatch):
-    """A CPU that is faster in bfloat16, and the list of what TensorFlow is told to rewrite."""
-    told = []
-    monkeypatch.setattr(tf.config.optimizer, "set_experimental_options", told.append)
-    monkeypatch.setattr(environment, "bfloat16_gain", lambda: 1.6)
-    return told
-
-
 @pytest.mark.parametrize("policy", ["float32", "auto"])
 def test_bfloat16_is_computed_where_it_is_wanted_and_faster(
     rows, images, rewriting, monkeypatch, policy

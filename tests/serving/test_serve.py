@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 from keras_cifar import serve
-from keras_cifar.core import cli, environment
+from keras_cifar.core import cli
 from keras_cifar.core.errors import UserError
 from keras_cifar.inference.predictor import Predictor
 from keras_cifar.serving.servable import Servable, Versions
@@ -380,13 +380,10 @@ def test_a_signature_that_fails_is_found_at_the_start(trained_run, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["float32", "auto"])
-def test_versions_are_computed_in_bfloat16_where_it_is_wanted(trained_run, monkeypatch, policy):
-    told = []
-    monkeypatch.setattr(tf.config.optimizer, "set_experimental_options", told.append)
-    monkeypatch.setattr(environment, "bfloat16_gain", lambda: 1.6)
+def test_versions_are_computed_in_bfloat16_where_it_is_wanted(trained_run, rewriting, policy):
     versions = Versions(str(trained_run.path), 4, policy)
     assert versions.current.precision[0] == ("float32" if policy == "float32" else "bfloat16")
-    assert bool(told) == (policy == "auto")
+    assert bool(rewriting) == (policy == "auto")
 
 
 def test_small_responses_are_sent_at_once():
