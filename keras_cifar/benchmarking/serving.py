@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 import numpy as np
+import psutil
 import tensorflow as tf
 from PIL import Image
 from tensorflow_serving.apis.predict_pb2 import PredictRequest
@@ -46,14 +47,26 @@ class Contender(typing.NamedTuple):
     connect: Callable  # context manager of a function that sends a body and raises if it fails
     bodies: list[bytes]
     what: str  # PIXELS or FILES
+    cpu: Callable[[], float]  # seconds that the server has computed
+
+
+class Turn(typing.NamedTuple):
+    """What one contender did for some seconds."""
+
+    rate: float  # requests a second
+    latencies: list[float]  # seconds
+    server: float  # seconds that the server computed for a request
+    client: float  # and the clients
 
 
 def measure(options: BenchmarkOptions) -> dict:
     """Measures and prints requests a second, of one image each, and their latency.
 
     Returns:
-        {"clients": {contender: {clients: {rate, p50, p99, requests, share}}}, "batches": {what: rate}},
-        latencies in seconds; a share is of the rate in batches of 128 without a server.
+        {"clients": {contender: {clients: {rate, p50, p99, requests, share, server, client, work}}},
+        "batches": {what: rate}, "computing": {what: seconds}}. Latencies are in seconds; a share is of
+        the rate in batches of 128 without a server. Server and client are seconds of a core for each
+        request, `computing` those for each image in batches, and `work` is its share of the server's.
     """
     dataset = data.load(options.data, val_fraction=0)
     model = models.build(options.model, dataset.image_shape, len(dataset.class_names)).deployable
@@ -62,13 +75,16 @@ def measure(options: BenchmarkOptions) -> dict:
         path = pathlib.Path(scratch)
         export = saved_model.export(model, path / "export", dataset.class_names)
         command = ["keras_cifar.serve", f"--model={export}", "--port=0", "--grpc_port=0"]
-        contenders = _ours(stack.enter_context(_server(command, "try it")), images)
+        contenders = _ours(*stack.enter_context(_server(command, "try it")), images)
         if importlib.util.find_spec("fastapi"):
             model.save(path / "model.keras")
             command = ["keras_cifar.benchmarking.fastapi_keras", str(path / "model.keras")]
-            url = stack.enter_context(_server(command, "address"))["address"]
-            bodies = contenders["REST files"].bodies
-            contenders[PEER] = Contender(functools.partial(_http, url), bodies, FILES)
+            lines, cpu = stack.enter_context(_server(command, "address"))
+            connect, bodies = (
+                functools.partial(_http, lines["address"]),
+                contenders["REST files"].bodies,
+            )
+            contenders[PEER] = Contender(connect, bodies, FILES, cpu)
         else:
             show(f"{PEER}: fastapi is not installed\n")
         measured = _take_turns(options, contenders, _batches(Predictor(str(export)), images))
@@ -76,19 +92,22 @@ def measure(options: BenchmarkOptions) -> dict:
     return measured
 
 
-def _ours(addresses: dict[str, str], images: np.ndarray) -> dict[str, Contender]:
+def _ours(
+    addresses: dict[str, str], cpu: Callable[[], float], images: np.ndarray
+) -> dict[str, Contender]:
     """The four ways to ask `serve`."""
     files = [_png(image) for image in images]
     encoded = [{"b64": base64.b64encode(file).decode()} for file in files]
     rest = functools.partial(_http, addresses["address"] + ":predict")
     rpc = functools.partial(_grpc, addresses["grpc"].split("/")[2])
     default, of_files = "serving_default", "serving_bytes"
-    return {
-        "REST images": Contender(rest, [_json(default, i.tolist()) for i in images], PIXELS),
-        "REST files": Contender(rest, [_json(of_files, e) for e in encoded], FILES),
-        "gRPC tensors": Contender(rpc, [_proto(default, "images", i) for i in images], PIXELS),
-        "gRPC files": Contender(rpc, [_proto(of_files, "image_bytes", f) for f in files], FILES),
+    bodies = {
+        "REST images": (rest, [_json(default, i.tolist()) for i in images], PIXELS),
+        "REST files": (rest, [_json(of_files, e) for e in encoded], FILES),
+        "gRPC tensors": (rpc, [_proto(default, "images", i) for i in images], PIXELS),
+        "gRPC files": (rpc, [_proto(of_files, "image_bytes", f) for f in files], FILES),
     }
+    return {name: Contender(*values, cpu) for name, values in bodies.items()}
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -123,8 +142,8 @@ def _batches(predictor: Predictor, images: np.ndarray) -> dict[str, Callable]:
 def _take_turns(
     options: BenchmarkOptions, contenders: dict[str, Contender], batches: dict[str, Callable]
 ) -> dict:
-    turns = {}  # (contender, clients) -> (rate, latencies) of each round
-    alone = {what: [] for what in batches}  # images a second of each round
+    turns = {}  # (contender, clients) -> the Turn of each round
+    alone = {what: [] for what in batches}  # (images, seconds of a core) a second of each round
     for number in range(options.rounds):
         show(f"round {number + 1} of {options.rounds}: without a server")
         for what, compute in batches.items():
@@ -133,50 +152,60 @@ def _take_turns(
             for name, contender in contenders.items():
                 show(f"round {number + 1} of {options.rounds}: {name}, {clients} clients")
                 _load(contender, clients, WARM_UP)
-                start = time.perf_counter()
-                latencies = _load(contender, clients, options.seconds)
-                # Requests that were sent before the end and answered after it count too.
-                rate = len(latencies) / (time.perf_counter() - start)
-                turns.setdefault((name, clients), []).append((rate, latencies))
+                turn = _load(contender, clients, options.seconds)
+                turns.setdefault((name, clients), []).append(turn)
     show("")
-    rates = {what: statistics.median(values) for what, values in alone.items()}
+    rates = {what: statistics.median(rate for rate, _ in values) for what, values in alone.items()}
+    computing = {
+        what: statistics.median(cores / rate for rate, cores in values)
+        for what, values in alone.items()
+    }
     rows = {name: {} for name in contenders}
     for (name, clients), rounds in turns.items():
-        found, latencies = zip(*rounds, strict=True)
-        latencies = np.concatenate(latencies)
+        what, latencies = contenders[name].what, np.concatenate([t.latencies for t in rounds])
         p50, p99 = np.percentile(latencies, (50, 99)).tolist()
-        rate = statistics.median(found)
+        rate, server, client = (
+            statistics.median(getattr(turn, field) for turn in rounds)
+            for field in ("rate", "server", "client")
+        )
         row = {"rate": rate, "p50": p50, "p99": p99, "requests": len(latencies)}
-        rows[name][clients] = row | {"share": rate / rates[contenders[name].what]}
-    return {"clients": rows, "batches": rates}
+        row |= {"share": rate / rates[what], "server": server, "client": client}
+        rows[name][clients] = row | {"work": computing[what] / server}
+    return {"clients": rows, "batches": rates, "computing": computing}
 
 
-def _rate(compute: Callable, seconds: float) -> float:
+def _rate(compute: Callable, seconds: float) -> tuple[float, float]:
+    """(images a second, seconds of a core a second)."""
     compute()
-    start, batches = time.perf_counter(), 0
+    start, cpu, batches = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() < start + seconds:
         compute()
         batches += 1
-    return batches * BATCH_SIZE / (time.perf_counter() - start)
+    took = time.perf_counter() - start
+    return batches * BATCH_SIZE / took, (time.process_time() - cpu) / took
 
 
 def _print(options: BenchmarkOptions, measured: dict) -> None:
     print(f"{options.model}, one image a request, {options.data}; without a server, in batches:")
     for what, rate in measured["batches"].items():
-        print(f"{what:<28}{rate:>20,.0f} a second")
+        milliseconds = 1e3 * measured["computing"][what]
+        print(f"{what:<28}{rate:>20,.0f} a second, {milliseconds:.2f} ms of a core each")
     heads = f"{'clients':>8}{'requests/s':>12}{'p50, ms':>10}{'p99, ms':>10}{'of batches':>12}"
+    heads += f"{'client, ms':>12}{'server, ms':>12}{'computing':>11}"
     print(f"\n{'':<28}{heads}")
     for name, rows in measured["clients"].items():
         for clients, row in rows.items():
             latencies = f"{1e3 * row['p50']:>10.1f}{1e3 * row['p99']:>10.1f}"
-            print(f"{name:<28}{clients:>8}{row['rate']:>12,.0f}{latencies}{row['share']:>12.2f}")
+            cores = f"{1e3 * row['client']:>12.2f}{1e3 * row['server']:>12.2f}{row['work']:>11.0%}"
+            rate = f"{row['rate']:>12,.0f}{latencies}{row['share']:>12.2f}"
+            print(f"{name:<28}{clients:>8}{rate}{cores}")
 
 
 @contextlib.contextmanager
-def _server(command: list[str], last: str) -> Iterator[dict[str, str]]:
+def _server(command: list[str], last: str) -> Iterator[tuple[dict[str, str], Callable]]:
     """Starts `python -m COMMAND`, waits until it prints the line `last`, and stops it at the end.
 
-    Yields the lines that it printed, {name: value}.
+    Yields the lines that it printed, {name: value}, and a function: the seconds it has computed.
     """
     argv, env = [sys.executable, "-m", *command], package_environment()
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env) as process:
@@ -186,9 +215,14 @@ def _server(command: list[str], last: str) -> Iterator[dict[str, str]]:
                 if not (line := process.stdout.readline()):
                     raise RuntimeError(f"{command[0]} did not start")
                 lines[line[:10].strip()] = line[10:].strip()
-            yield lines
+            yield lines, functools.partial(_cpu_seconds, psutil.Process(process.pid))
         finally:
             process.kill()
+
+
+def _cpu_seconds(server: psutil.Process) -> float:
+    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
 
 
 @contextlib.contextmanager
@@ -217,9 +251,10 @@ def _grpc(address: str) -> Iterator[Callable[[bytes], None]]:
         yield lambda body: call(body, timeout=60)
 
 
-def _load(contender: Contender, clients: int, seconds: float) -> list[float]:
-    """Sends requests from so many clients for so long; returns the seconds that each took."""
-    end = time.perf_counter() + seconds
+def _load(contender: Contender, clients: int, seconds: float) -> Turn:
+    """Sends requests from so many clients for so long."""
+    start, server, own = time.perf_counter(), contender.cpu(), time.process_time()
+    end = start + seconds
 
     def client(number: int) -> list[float]:
         latencies, bodies = [], contender.bodies
@@ -230,4 +265,8 @@ def _load(contender: Contender, clients: int, seconds: float) -> list[float]:
         return latencies
 
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-        return [second for taken in pool.map(client, range(clients)) for second in taken]
+        found = [second for taken in pool.map(client, range(clients)) for second in taken]
+    # Requests that were sent before the end and answered after it count too.
+    rate = len(found) / (time.perf_counter() - start)
+    server, own = contender.cpu() - server, time.process_time() - own
+    return Turn(rate, found, server / len(found), own / len(found))

@@ -327,13 +327,20 @@ def listen(address: str, worker: int) -> socket.socket:
     Raises:
         UserError: the port cannot be used.
     """
-    port = parse_address(address)[1]
-    for family in (socket.AF_INET6, socket.AF_INET):  # IPv6 may be missing or disabled
-        try:
-            both = family == socket.AF_INET6
-            return socket.create_server(("", port), family=family, dualstack_ipv6=both)
-        except (OSError, ValueError) as error:
-            problem = getattr(error, "errno", None) or 0
-            if problem == errno.EADDRINUSE:
-                break
-    raise UserError(f"worker {worker} cannot use {address}: {os.strerror(problem)}") from None
+    try:
+        return open_port(parse_address(address)[1])
+    except OSError as error:
+        problem = os.strerror(error.errno or 0)
+        raise UserError(f"worker {worker} cannot use {address}: {problem}") from None
+
+
+def open_port(port: int, backlog: int | None = None) -> socket.socket:
+    """Listens on a port of all interfaces (0: a free one), also those of IPv6 if there are any."""
+    try:
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog
+        )
+    except (OSError, ValueError) as error:  # IPv6 may be missing or disabled.
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise
+        return socket.create_server(("", port), backlog=backlog)

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_cifar.core.config import DevicesConfig
 from keras_cifar.core.errors import LostWorkerError, UsageError, UserError, reason
+from keras_cifar.distributed import exchange
 from keras_cifar.distributed.cluster import Cluster, find_cluster
 from keras_cifar.distributed.rendezvous import Rendezvous
 
@@ -22,6 +23,7 @@ BROADCAST_BYTES = 2**22  # of one collective: large for speed, small enough for 
 # How long TensorFlow's servers may look for each other: this share of --peer_timeout, and at least so
 # long. Their workers have just met, and take up to 12 s to notice and report a lost one.
 CONNECT_SHARE, MIN_CONNECT_SECONDS = 0.75, 30.0
+CHECK_SECONDS = 5.0  # for which a worker may not answer, while another has waited for it
 
 # What TensorFlow raises when another worker has ended, is stuck, or was restarted.
 LOST_WORKER_ERRORS = (
@@ -121,7 +123,7 @@ class DistributedContext:
             UsageError, UserError: another worker is missing or differs, or a port is in use.
         """
         self.spec, self._timeout = spec, config.peer_timeout
-        self._rendezvous, self._training = None, False
+        self._rendezvous, self._exchange, self._training = None, None, False
         if not start or spec.name == "none":
             self.strategy = tf.distribute.get_strategy()
         elif spec.cluster is None:
@@ -134,6 +136,12 @@ class DistributedContext:
             with self:
                 self.check_equal(facts or {})
                 self.strategy = _multiworker(workers, spec.devices, config.peer_timeout)
+                if all(self.all_gather(spec.devices == ("CPU:0",))):
+                    self._exchange = exchange.connect(
+                        self._rendezvous, config.peer_timeout, _check_worker
+                    )
+                if self._exchange:
+                    self._exchange.serve(self.strategy)
 
     @property
     def is_chief(self) -> bool:
@@ -204,6 +212,10 @@ class DistributedContext:
         if error is None or self._rendezvous is None or self.spec.cluster is None:
             return
         cluster = self.spec.cluster
+        if self._exchange:
+            self._exchange.close()
+            if self._exchange.failure and isinstance(error, tf.errors.OpError):
+                error = self._exchange.failure  # TensorFlow says that some Python function failed.
         if not isinstance(error, LOST_WORKER_ERRORS + AMBIGUOUS_ERRORS):
             self._rendezvous.abort(reason(error))
             return
@@ -277,6 +289,14 @@ def _multiworker(
         # TensorFlow's own handler would ignore the signal with which launchers end a process.
         signal.signal(signal.SIGTERM, handler)
     return strategy
+
+
+def _check_worker(index: int) -> None:
+    """Raises an OpError if the worker's process does not answer within CHECK_SECONDS."""
+    from tensorflow.python.eager import context  # as the strategy's own thread does now and then
+
+    task = f"/job:worker/replica:0/task:{index}"
+    context.context().check_collective_ops_peer_health(task, int(1000 * CHECK_SECONDS))
 
 
 def _limit_start(cluster: Cluster, timeout: float) -> None:

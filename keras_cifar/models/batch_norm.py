@@ -1,11 +1,11 @@
 """Batch normalization by the statistics of the whole batch, of each replica's part, or of groups."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import keras
 import tensorflow as tf
 
+from keras_cifar.distributed.exchange import all_reduce
 from keras_cifar.distributed.sharding import replicas
 
 # The defaults of PaddlePaddle and of PyTorch (whose momentum 0.1 is 1 - ours). With Keras's own, 0.99
@@ -52,16 +52,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
             if not usual:
                 raise ValueError(f"{self.name}: groups need channels last, no mask and no renorm")
             return self._normalize_groups(inputs, fusible)
-        context = self._synchronized() if training else None
+        synchronized = training and self._is_synchronized()
         if not fusible:
             return super().call(inputs, training=training, mask=mask)
-        if context is None:
-            outputs, *statistics = self._normalize_fused(inputs, training)
+        if synchronized:
+            weights = self._weights("float32")
+            outputs, *statistics = normalize_synchronized(inputs, *weights, self.epsilon)
         else:
-            weights, all_reduce = self._weights("float32"), _summing(context)
-            outputs, *statistics = normalize_synchronized(
-                inputs, *weights, self.epsilon, all_reduce
-            )
+            outputs, *statistics = self._normalize_fused(inputs, training)
         if training:
             self._update_averages(*statistics)
         return outputs
@@ -124,29 +122,21 @@ class BatchNormalization(keras.layers.BatchNormalization):
             old = tf.cast(average, new.dtype)
             average.assign(old * self.momentum + new * (1 - self.momentum))
 
-    def _synchronized(self) -> tf.distribute.ReplicaContext | None:
-        """The context of a replica that normalizes with others; None where it does so alone."""
-        alone = self.norm_batch != WHOLE or replicas() == 1
-        return None if alone else tf.distribute.get_replica_context()
+    def _is_synchronized(self) -> bool:
+        """Whether this is called on a replica that normalizes with others."""
+        together = self.norm_batch == WHOLE and replicas() > 1
+        return together and tf.distribute.get_replica_context() is not None
 
     def _moments(self, inputs, mask):
         """Keras's hook: (mean, variance) over all replicas, each float [C]."""
         mean, variance = super()._moments(inputs, mask)
-        context = self._synchronized()
-        if mask is not None or context is None:
+        if mask is not None or not self._is_synchronized():
             return mean, variance
         count = tf.size(inputs) // tf.shape(inputs)[self.axis]
-        return combine_moments(count, mean, variance, _summing(context))[1:]
+        return combine_moments(count, mean, variance)[1:]
 
 
-AllReduce = Callable[[tf.Tensor], tf.Tensor]
-
-
-def _summing(context: tf.distribute.ReplicaContext) -> AllReduce:
-    return functools.partial(context.all_reduce, "SUM")
-
-
-def combine_moments(count, mean, variance, all_reduce: AllReduce) -> tuple:
+def combine_moments(count, mean, variance) -> tuple:
     """(count, mean, variance) over all replicas from those of each, in one all-reduce.
 
     Chan et al. 1983. In float64, since in float32 the square of a large mean would drown the variance.
@@ -161,13 +151,12 @@ def combine_moments(count, mean, variance, all_reduce: AllReduce) -> tuple:
     return tuple(tf.cast(x, dtype) for x in (total, mean, variance))
 
 
-def normalize_synchronized(inputs, gamma, beta, epsilon: float, all_reduce: AllReduce) -> tuple:
+def normalize_synchronized(inputs, gamma, beta, epsilon: float) -> tuple:
     """Normalizes by the statistics over all replicas: two collectives, one for the gradient.
 
     Args:
         inputs: [B, H, W, C] in one of FUSED_DTYPES.
         gamma, beta: float32 [C].
-        all_reduce: sums a vector over the replicas.
 
     Returns:
         The outputs, like the inputs, and the mean and the biased variance, float32 [C]. Only the
@@ -191,7 +180,7 @@ def normalize_synchronized(inputs, gamma, beta, epsilon: float, all_reduce: AllR
         mean = tf.reduce_sum(x, axes) / count
         squares = by_row(tf.math.squared_difference, x, mean)
         variance = tf.reduce_sum(squares, axes) / count
-        total, mean, variance = combine_moments(count, mean, variance, all_reduce)
+        total, mean, variance = combine_moments(count, mean, variance)
         inverse = tf.math.rsqrt(variance + epsilon)
         scale = gamma * inverse
 

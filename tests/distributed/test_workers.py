@@ -145,9 +145,9 @@ def lose(
         return found
 
 
-def stuck(root: pathlib.Path, victim: int) -> dict[int, Ended]:
+def stuck(root: pathlib.Path, victim: int, flags: tuple = ()) -> dict[int, Ended]:
     with Workers(root) as workers:
-        workers.start_all("--peer_timeout=5", odd=victim, program=STUCK)
+        workers.start_all("--peer_timeout=5", *flags, odd=victim, program=STUCK)
         workers.wait_for(STARTED)
         return {1 - victim: workers.ended(1 - victim, time.monotonic())}
 
@@ -209,6 +209,8 @@ BY_INT, BY_TERM, BY_OTHER = (
 )
 STATUS = {BY_INT: 130, BY_TERM: 143, BY_OTHER: 143}
 WAIT, RATE = ["--startup_timeout=3"], ["--learning_rate=0.5"]
+# Workers that wait for each other in each layer, and not through TensorFlow.
+WHOLE = ("--model=resnet20", "--image_size=8", "--norm_batch=whole")
 # What happens, and what each worker prints. Left to `-m slow` but for SIGSTOP to 0.
 CASES = {
     "SIGSTOP to 0": (lambda root: lose(root, 0, signal.SIGSTOP), {1: f"{FIRST} {GONE}"}),
@@ -219,6 +221,23 @@ CASES = {
         lambda root: lose(root, 2, signal.SIGKILL, 3),
         {0: "worker", 1: "worker"},
     ),
+    "SIGKILL to 2 of 3, whole": (
+        lambda root: lose(root, 2, signal.SIGKILL, 3, WHOLE),
+        {0: f"worker 2 (ADDRESS) {GONE}", 1: f"worker 2 (ADDRESS) {GONE}"},
+    ),
+    "SIGSTOP to 0, whole": (
+        lambda root: lose(root, 0, signal.SIGSTOP, 2, WHOLE),
+        {1: f"{FIRST} {GONE}"},
+    ),
+    "SIGSTOP to 1, whole": (
+        lambda root: lose(root, 1, signal.SIGSTOP, 2, WHOLE),
+        {0: f"{SECOND} {GONE}"},
+    ),
+    "SIGTERM to 1, whole": (
+        lambda root: lose(root, 1, signal.SIGTERM, 2, WHOLE),
+        {0: BY_OTHER, 1: BY_TERM},
+    ),
+    "stuck 1, whole": (lambda root: stuck(root, 1, WHOLE), {0: f"{SECOND} {LATE}"}),
     # TensorFlow itself crashed once in 15 such runs when its collective timed out.
     "stuck 0": (lambda root: stuck(root, 0), {1: f"{FIRST} {LATE}"}),
     "stuck 1": (lambda root: stuck(root, 1), {0: f"{SECOND} {LATE}"}),
