@@ -1,5 +1,6 @@
 """The strategy of a run: one device, replicas on several devices, or workers on several machines."""
 
+import contextlib
 import dataclasses
 import re
 import signal
@@ -133,7 +134,8 @@ class DistributedContext:
         else:
             workers, limits = spec.cluster, (config.startup_timeout, config.peer_timeout)
             self._rendezvous = Rendezvous(workers.addresses, workers.index, *limits)
-            with self:
+            with contextlib.ExitStack() as stack:
+                stack.push(self)  # where this worker fails
                 self.check_equal(facts or {})
                 self.strategy = _multiworker(workers, spec.devices, config.peer_timeout)
                 if all(self.all_gather(spec.devices == ("CPU:0",))):
@@ -142,6 +144,7 @@ class DistributedContext:
                     )
                 if self._exchange:
                     self._exchange.serve(self.strategy)
+                stack.pop_all()
 
     @property
     def is_chief(self) -> bool:
@@ -209,13 +212,13 @@ class DistributedContext:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if error is None or self._rendezvous is None or self.spec.cluster is None:
-            return
-        cluster = self.spec.cluster
         if self._exchange:
             self._exchange.close()
             if self._exchange.failure and isinstance(error, tf.errors.OpError):
                 error = self._exchange.failure  # TensorFlow says that some Python function failed.
+        if error is None or self._rendezvous is None or self.spec.cluster is None:
+            return
+        cluster = self.spec.cluster
         if not isinstance(error, LOST_WORKER_ERRORS + AMBIGUOUS_ERRORS):
             self._rendezvous.abort(reason(error))
             return

@@ -202,7 +202,9 @@ def test_malformed_clusters_are_refused_in_one_line(gpus, environ, flags, text, 
 
 def start_workers(monkeypatch, *facts: dict, then=lambda context: None) -> list[str]:
     """Starts a worker with each of the facts, without TensorFlow's servers; their errors."""
-    monkeypatch.setattr(strategy, "_multiworker", lambda *_: None)
+    monkeypatch.setattr(
+        strategy, "_multiworker", lambda *_: tf.distribute.OneDeviceStrategy("CPU:0")
+    )
     addresses = free_addresses(len(facts))
 
     def start(index):
