@@ -13,7 +13,7 @@ import re
 
 from keras_cifar.core import cli
 from keras_cifar.core.config import BATCH_SIZE, PRECISIONS
-from keras_cifar.core.errors import UserError
+from keras_cifar.core.errors import needing
 from keras_cifar.core.options import NOT_NEGATIVE, POSITIVE, Options, check, option
 
 
@@ -52,15 +52,11 @@ class ServeOptions(Options):
 
 def main(options: ServeOptions) -> None:
     """Runs the command until SIGTERM or SIGINT comes."""
-    try:
+    with needing("serve", "serve"):
         from keras_cifar.serving import server
 
         if options.grpc_port is not None:
             from keras_cifar.serving import rpc  # noqa: F401  only its packages are wanted here
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed; pip install 'keras_cifar[serve]' installs it"
-        ) from None
     server.run(**dataclasses.asdict(options))
 
 

@@ -12,7 +12,7 @@ import dataclasses
 
 from keras_cifar.core import cli
 from keras_cifar.core.config import DEFAULTS, TrainConfig
-from keras_cifar.core.errors import UserError
+from keras_cifar.core.errors import needing
 from keras_cifar.core.options import NOT_NEGATIVE, POSITIVE, SEED, Options, check, option
 
 # Flags of train that belong to one run.
@@ -53,11 +53,8 @@ def main(options: TuneOptions, train_flags: list[str]) -> None:
     check(not rest, f"unexpected argument {''.join(rest[:1])!r}; flags of train follow --")
     for name in SINGLE:
         check(config.flags()[name] == DEFAULTS[name], f"--{name} cannot be used in a search")
-    try:
+    with needing("tune", "tune"):
         from keras_cifar.tuning import space, study
-    except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed; pip install 'keras_cifar[tune]' installs it"
-        raise UserError(message) from None
     values = dataclasses.asdict(options)
     path, seeds = values.pop("study"), values.pop("final_seeds")
     values["space"] = space.parse(options.space, train_flags)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from keras_cifar.core import cli
-from keras_cifar.core.errors import UserError
+from keras_cifar.core.errors import needing
 from keras_cifar.core.options import POSITIVE, Options, option
 
 PATCH = 6  # pixels of a side; section 4.4 of the paper
@@ -85,10 +85,8 @@ def patch_encoder(images: np.ndarray, centroids: int, seed: int):
 
 def hog_features(images: np.ndarray) -> np.ndarray:
     """Histograms of oriented gradients, float32 [N, D], of uint8 [N, H, W, 3]."""
-    try:
+    with needing("classical", "--features=hog"):
         from skimage.feature import hog
-    except ModuleNotFoundError:
-        raise UserError("pip install 'keras_cifar[classical]' installs scikit-image") from None
     return np.stack([hog(image, **HOG) for image in images]).astype(np.float32)
 
 

@@ -1,6 +1,8 @@
 """Errors that a user can fix. Commands print them as one line and exit with their status."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -39,6 +41,15 @@ class UsageError(UserError):
 def unknown(what: str, given: str, choices) -> UsageError:
     """The error for a name that is not among the `choices`."""
     return UsageError(f"unknown {what} {given!r}; choose one of: {', '.join(sorted(choices))}")
+
+
+@contextlib.contextmanager
+def needing(extra: str, what: str) -> Iterator[None]:
+    """Makes one line of imports that fail: `what` needs the packages of an extra of this package."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what} needs pip install 'keras_cifar[{extra}]' ({error})") from None
 
 
 def one_line(text: str) -> str:

@@ -11,7 +11,7 @@ The version appears when it is complete and its predictions agree with the model
 import importlib
 import pkgutil
 
-from keras_cifar.core.errors import UserError
+from keras_cifar.core.errors import needing
 
 _NO_FORMATS = {"bundle", "folding", "verification"}
 FORMATS = tuple(sorted({m.name for m in pkgutil.iter_modules(__path__)} - _NO_FORMATS))
@@ -26,10 +26,5 @@ def labels_text(class_names: tuple[str, ...]) -> str:
 
 def import_extra(name: str):
     """Imports a module of the extra `formats`; raises UserError if it is not installed."""
-    try:
+    with needing("formats", "this format"):
         return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"this format needs packages that are not installed ({error}): "
-            "pip install 'keras_cifar[formats]'"
-        ) from None

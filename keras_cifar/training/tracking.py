@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import keras
 
-from keras_cifar.core.errors import UsageError, reason
+from keras_cifar.core.errors import needing, reason
 from keras_cifar.core.files import read, write_json
 from keras_cifar.core.run_directory import Run
 
@@ -186,13 +186,8 @@ class Tracker(keras.callbacks.Callback):
         super().__init__()
         for variable, value in ENVIRONMENT[name].items():
             os.environ.setdefault(variable, value)
-        try:
+        with needing(name, f"--track={name}"):
             module = importlib.import_module(name)
-        except ImportError as error:
-            raise UsageError(
-                f"--track={name} needs a package that is not installed ({error}): "
-                f"pip install 'keras_cifar[{name}]'"
-            ) from None
         self._name, self._run, self._service = name, run, SERVICES[name](module, run)
         self._connected, self._place, self._failures, self._warned = False, "", 0, False
 
@@ -250,7 +245,7 @@ def following(name: str, run: Run) -> Iterator[Tracker | None]:
     """A tracker of --track=name for the body, whose end is that of the tracker's run; None for none.
 
     Raises:
-        UsageError: its package is not installed.
+        UserError: its package is not installed.
     """
     if name == "none":
         yield None

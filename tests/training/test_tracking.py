@@ -367,15 +367,15 @@ def test_a_server_that_is_nowhere_costs_a_line_and_no_time(
 # ---- The flag
 
 
-def test_a_missing_package_is_wrong_usage_before_anything_is_written(
+def test_a_missing_package_is_one_line_before_anything_is_written(
     tmp_path, image_folder, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     argv = ["--model=lenet5", f"--data=folder:{image_folder}", "--track=mlflow"]
     argv.append(f"--run_dir={tmp_path / 'run'}")
-    assert cli._execute("train", train.main, TrainConfig, "", argv) == 2
+    assert cli._execute("train", train.main, TrainConfig, "", argv) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install 'keras_cifar[mlflow]'" in line
+    assert "--track=mlflow needs pip install 'keras_cifar[mlflow]'" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -428,5 +428,5 @@ def test_without_optuna_a_line_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert command("--study=s", f"--space={SPACE}") == 1
     error = capsys.readouterr().err
-    assert "optuna is not installed; pip install 'keras_cifar[tune]' installs it" in error
+    assert "tune needs pip install 'keras_cifar[tune]' (" in error
     assert error.count("\n") == 1
