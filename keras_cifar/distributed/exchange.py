@@ -7,6 +7,7 @@ answers: all get the same bits. Gradients, which are large and wanted later, go 
 """
 
 import contextlib
+import functools
 import hmac
 import secrets
 import socket
@@ -23,6 +24,8 @@ from keras_cifar.distributed.rendezvous import CONNECT_SECONDS, Rendezvous, open
 SUMS = "keras_cifar sums"  # the collection of a graph that has those that it computes
 CHECK_SECONDS = 3.0  # of silence, after which the worker that is waited for is checked
 STRANGERS = 8  # connections of others that may wait beside those of the workers
+HELLO_SECONDS = 1.0  # for which a client that connects may keep the others waiting
+KEEPALIVE_SECONDS = 30  # between packets, so that no firewall forgets a connection in validation
 TOKEN_BYTES = 16
 # The number of a sum and of the bytes that follow, or one of FAILURES and a worker.
 HEADER = struct.Struct("<QQ")
@@ -34,12 +37,6 @@ FAILURES = {
 HELLO = struct.Struct(f"<I{TOKEN_BYTES}s")  # the worker and the token of this run
 
 Check = Callable[[int], None]
-# What a check raises.
-CHECKED = (
-    tf.errors.UnavailableError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.FailedPreconditionError,
-)
 
 _exchanges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by strategy
 
@@ -55,24 +52,26 @@ class Exchange:
     """Connections of this worker: to all others at worker 0, to worker 0 at the others.
 
     Args:
-        connections: by worker, in ascending order.
         timeout: seconds for which a worker may keep the others waiting for a sum.
         check: called with the worker that is waited for, now and then; raises an OpError if it is lost.
 
     Attributes:
+        connections: by worker, in ascending order.
         failure: TensorFlow's error for the worker that was lost; None while there is none.
     """
 
     def __init__(
         self, connections: dict[int, socket.socket], timeout: float, check: Check = lambda _: None
     ):
-        self._connections, self._is_hub = connections, 0 not in connections
+        self.connections, self._is_hub = connections, 0 not in connections
         self._timeout, self._check = timeout, check
         self._number = max(FAILURES)  # of the last sum
         self.failure: tf.errors.OpError | None = None
         for connection in connections.values():
-            connection.settimeout(min(CHECK_SECONDS, timeout))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+                connection.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE_SECONDS)
 
     def serve(self, strategy: tf.distribute.Strategy) -> None:
         """Makes `all_reduce` use this in replicas of the strategy."""
@@ -80,8 +79,26 @@ class Exchange:
 
     def close(self) -> None:
         """Ends the connections, from which the others learn that this worker ended."""
-        for connection in self._connections.values():
+        for connection in self.connections.values():
             connection.close()
+        for strategy in [key for key, value in _exchanges.items() if value is self]:
+            del _exchanges[strategy]
+
+    def look(self) -> None:
+        """Notices, and tells the others, which worker was lost where TensorFlow noticed it first."""
+        for worker, connection in self.connections.items():
+            connection.setblocking(False)
+            try:
+                data = connection.recv(HEADER.size, socket.MSG_PEEK)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data = b""
+            with contextlib.suppress(tf.errors.OpError):
+                if not data:
+                    self._fail(worker, LOST)
+                if len(data) == HEADER.size:
+                    self._check_number(*HEADER.unpack(data))
 
     def sum(self, values: tf.Tensor) -> tf.Tensor:
         """The sum of a tensor over all workers, in their order; differentiable.
@@ -111,35 +128,33 @@ class Exchange:
             self._send(0, self._number, values.nbytes, values.tobytes())
             return self._receive(0, values)
         total = values.copy()
-        for worker in self._connections:
+        for worker in self.connections:
             total += self._receive(worker, values)
-        for worker in self._connections:
+        for worker in self.connections:
             self._send(worker, self._number, total.nbytes, total.tobytes())
         return total
 
     def _send(self, worker: int, number: int, size: int, data: bytes = b"") -> None:
         with self._noticing_loss(worker):
-            self._connections[worker].sendall(HEADER.pack(number, size) + data)
+            self.connections[worker].settimeout(self._timeout)
+            self.connections[worker].sendall(HEADER.pack(number, size) + data)
 
     def _receive(self, worker: int, like: np.ndarray) -> np.ndarray:
         with self._noticing_loss(worker):
             number, size = HEADER.unpack(self._read(worker, HEADER.size))
-            if number in FAILURES:
-                self._fail(size, number)
+            self._check_number(number, size)
             if (number, size) != (self._number, like.nbytes):
                 raise RuntimeError(f"worker {worker} computes another sum: {number}, {size} bytes")
             data = self._read(worker, size)
         return np.frombuffer(data, like.dtype).reshape(like.shape)
 
     def _read(self, worker: int, size: int) -> bytearray:
-        deadline = time.monotonic() + self._timeout
+        connection, check = self.connections[worker], functools.partial(self._check, worker)
+        return _read(connection, size, self._timeout, check)
 
-        def wait_on():
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            self._check(worker)
-
-        return _read(self._connections[worker], size, wait_on)
+    def _check_number(self, number: int, worker: int) -> None:
+        if number in FAILURES:
+            self._fail(worker, number)
 
     @contextlib.contextmanager
     def _noticing_loss(self, worker: int):
@@ -147,7 +162,7 @@ class Exchange:
             yield
         except TimeoutError:
             self._fail(worker, LATE)
-        except (OSError, *CHECKED):
+        except (OSError, tf.errors.OpError):
             self._fail(worker, LOST)
 
     def _fail(self, worker: int, number: int) -> None:
@@ -155,9 +170,9 @@ class Exchange:
         if self.failure is None:
             kind, why = FAILURES[number]
             self.failure = kind(None, None, f"/job:worker/task:{worker} {why}")
-            for other in self._connections if self._is_hub else ():
+            for other in set(self.connections) - {worker} if self._is_hub else ():
                 with contextlib.suppress(OSError):
-                    self._connections[other].sendall(HEADER.pack(number, worker))
+                    self.connections[other].sendall(HEADER.pack(number, worker))
         raise self.failure
 
 
@@ -168,64 +183,68 @@ def connect(rendezvous: Rendezvous, timeout: float, check: Check) -> Exchange | 
     """
     workers = range(1, len(rendezvous.addresses))
     connections: dict[int, socket.socket] = {}
-    if rendezvous.index == 0:
-        with open_port(0, backlog=len(workers) + STRANGERS) as listener:
+    with contextlib.ExitStack() as stack:
+        if rendezvous.index == 0:
+            listener = stack.enter_context(open_port(0, backlog=len(workers) + STRANGERS))
             token = secrets.token_bytes(TOKEN_BYTES)
             rendezvous.all_gather([listener.getsockname()[1], token.hex()])
+        else:
+            port, secret = rendezvous.all_gather(None)[0]
+            host, _ = parse_address(rendezvous.addresses[0])
+            with contextlib.suppress(OSError):
+                connections[0] = socket.create_connection((host, port), CONNECT_SECONDS)
+                connections[0].sendall(HELLO.pack(rendezvous.index, bytes.fromhex(secret)))
+        # A connection is open before it is accepted.
+        are_open = all(rendezvous.all_gather(rendezvous.index == 0 or bool(connections)))
+        if are_open and rendezvous.index == 0:
             connections = _accept(listener, len(workers), token)
-    else:
-        port, token = rendezvous.all_gather(None)[0]
-        host, _ = parse_address(rendezvous.addresses[0])
-        with contextlib.suppress(OSError):
-            connections[0] = socket.create_connection((host, port), CONNECT_SECONDS)
-            connections[0].sendall(HELLO.pack(rendezvous.index, bytes.fromhex(token)))
     exchange = Exchange(
         {worker: connections[worker] for worker in sorted(connections)}, timeout, check
     )
-    if all(rendezvous.all_gather(list(connections) in ([0], sorted(workers)))):
+    complete = are_open and list(exchange.connections) in ([0], list(workers))
+    if all(rendezvous.all_gather(complete)):
         return exchange
     exchange.close()
     return None
 
 
 def _accept(listener: socket.socket, count: int, token: bytes) -> dict[int, socket.socket]:
-    """The connections that show the token, by worker; fewer than `count` if some do not come."""
+    """The connections that show the token, by worker; fewer than `count` if others delay them."""
     found: dict[int, socket.socket] = {}
-    deadline = time.monotonic() + 2 * CONNECT_SECONDS  # the others' tries take half of it
-    with contextlib.suppress(TimeoutError):
-        while len(found) < count:
-            listener.settimeout(max(deadline - time.monotonic(), 0.001))
-            connection, _ = listener.accept()
-            with contextlib.suppress(OSError):
-                connection.settimeout(CONNECT_SECONDS)
-                worker, shown = HELLO.unpack(_read(connection, HELLO.size))
-                if hmac.compare_digest(shown, token):
-                    found[worker] = connection
-                    continue
-            connection.close()
-    return dict(sorted(found.items()))
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while len(found) < count and (left := deadline - time.monotonic()) > 0:
+        listener.settimeout(left)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            connection = stack.enter_context(listener.accept()[0])
+            worker, shown = HELLO.unpack(_read(connection, HELLO.size, HELLO_SECONDS))
+            if hmac.compare_digest(shown, token):
+                found[worker] = connection
+                stack.pop_all()
+    return found
 
 
 def _read(
-    connection: socket.socket, size: int, wait_on: Callable[[], None] | None = None
+    connection: socket.socket,
+    size: int,
+    seconds: float,
+    check: Callable[[], None] = lambda: None,
 ) -> bytearray:
-    """Reads so many bytes.
-
-    Args:
-        wait_on: called where the connection's timeout passes, to wait once more if it does not raise.
+    """Reads so many bytes within some seconds, and calls `check` while there are none.
 
     Raises:
-        OSError: the connection ends before, or is silent for its timeout.
+        OSError: the connection ends before, or is too slow.
     """
-    data = bytearray(size)
+    data, deadline = bytearray(size), time.monotonic() + seconds
     view = memoryview(data)
     while view:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(min(left, CHECK_SECONDS))
         try:
             received = connection.recv_into(view)
         except TimeoutError:
-            if wait_on is None:
-                raise
-            wait_on()
+            check()
             continue
         if not received:
             raise ConnectionError("the connection was closed")

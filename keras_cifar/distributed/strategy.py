@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 
@@ -124,7 +125,8 @@ class DistributedContext:
             UsageError, UserError: another worker is missing or differs, or a port is in use.
         """
         self.spec, self._timeout = spec, config.peer_timeout
-        self._rendezvous, self._exchange, self._training = None, None, False
+        self._rendezvous, self._training = None, False
+        self._exchange: exchange.Exchange | None = None
         if not start or spec.name == "none":
             self.strategy = tf.distribute.get_strategy()
         elif spec.cluster is None:
@@ -138,12 +140,6 @@ class DistributedContext:
                 stack.push(self)  # where this worker fails
                 self.check_equal(facts or {})
                 self.strategy = _multiworker(workers, spec.devices, config.peer_timeout)
-                if all(self.all_gather(spec.devices == ("CPU:0",))):
-                    self._exchange = exchange.connect(
-                        self._rendezvous, config.peer_timeout, _check_worker
-                    )
-                if self._exchange:
-                    self._exchange.serve(self.strategy)
                 stack.pop_all()
 
     @property
@@ -202,6 +198,20 @@ class DistributedContext:
         sums = [add(tf.constant(chief[i : i + BROADCAST_BYTES])).numpy() for i in starts]
         return b"".join(chunk.astype(np.uint8).tobytes() for chunk in sums)
 
+    def connect_sums(self) -> None:
+        """Connects workers that have one CPU each for the sums of --norm_batch=whole."""
+        if not self._rendezvous or self._exchange:
+            return
+        if all(self.all_gather(self.spec.devices == ("CPU:0",))):
+            self._exchange = exchange.connect(self._rendezvous, self._timeout, _check_worker)
+            if self._exchange:
+                self._exchange.serve(self.strategy)
+            elif self.is_chief:
+                text = (
+                    "the workers reach no other port of worker 0; --norm_batch=whole is slower so"
+                )
+                print(f"warning: {text}", file=sys.stderr, flush=True)
+
     def begin_training(self) -> None:
         """Ends the rendezvous; from here on TensorFlow detects lost workers."""
         if self._rendezvous is not None:
@@ -213,6 +223,8 @@ class DistributedContext:
 
     def __exit__(self, kind, error, traceback) -> None:
         if self._exchange:
+            if isinstance(error, LOST_WORKER_ERRORS + AMBIGUOUS_ERRORS):
+                self._exchange.look()
             self._exchange.close()
             if self._exchange.failure and isinstance(error, tf.errors.OpError):
                 error = self._exchange.failure  # TensorFlow says that some Python function failed.
@@ -296,7 +308,8 @@ def _multiworker(
 
 def _check_worker(index: int) -> None:
     """Raises an OpError if the worker's process does not answer within CHECK_SECONDS."""
-    from tensorflow.python.eager import context  # as the strategy's own thread does now and then
+    # The strategy's own thread that does this is off with the coordination service.
+    from tensorflow.python.eager import context
 
     task = f"/job:worker/replica:0/task:{index}"
     context.context().check_collective_ops_peer_health(task, int(1000 * CHECK_SECONDS))

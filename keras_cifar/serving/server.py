@@ -12,7 +12,7 @@ from keras_cifar.core.errors import StoppedError, UserError, reason
 from keras_cifar.serving.app import App
 from keras_cifar.serving.batching import Batcher
 from keras_cifar.serving.protocol import Protocol
-from keras_cifar.serving.servable import Versions
+from keras_cifar.serving.servable import Versions, give_cores
 from keras_cifar.serving.service import Service
 
 # Seconds that requests in flight have after the signal to stop: below the 30 s that Kubernetes and
@@ -43,7 +43,7 @@ def run(
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(host, port))
         grpc = None if grpc_port is None else stack.enter_context(_listen(host, grpc_port))
-        versions = Versions(model, max_batch_size, dtype_policy)
+        versions = Versions(model, max_batch_size, dtype_policy, give_cores(model))
         batcher = Batcher(max_batch_size, batch_wait)
         service = Service(name, versions, batcher, int(max_request_mb * 2**20), timeout)
         asyncio.run(_serve(service, listener, grpc, poll))

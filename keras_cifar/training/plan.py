@@ -273,6 +273,8 @@ def prepare(
         )
 
     norm_batch = choose_norm_batch(fit, replicas)
+    if norm_batch[0] == WHOLE:
+        context.connect_sums()
     xla = environment.use_xla(config.devices.xla, context.spec.name)
 
     deterministic = environment.make_deterministic(config.devices.deterministic)

@@ -94,6 +94,34 @@ def test_all_others_learn_which_worker_ended(connected):
         assert "/task:2 ended" in one.failure.message
 
 
+def test_what_tensorflow_notices_first_is_told_to_the_others(connected):
+    """As where a worker is lost in the all-reduce of gradients: no sum is waited for."""
+    first, second, third = connected(3)
+    third.close()
+    first.look()
+    first.close()
+    second.look()
+    for one in (first, second):
+        assert "/task:2 ended" in one.failure.message
+
+
+def test_nothing_is_noticed_where_all_are_alive(connected):
+    first, second = connected(2)
+    for one in (first, second):
+        one.look()
+        assert one.failure is None
+    assert sums((first, second), [[1.0], [2.0]]) == [3.0, 3.0]
+
+
+def test_a_late_worker_is_not_told_that_another_is(connected):
+    first, second = connected(2, timeout=0.5)
+    sums([first], [[1.0]])
+    first.close()
+    sums([second], [[1.0]])
+    assert "/task:1 timed out" in first.failure.message
+    assert "/task:0 ended" in second.failure.message
+
+
 def test_all_others_learn_which_worker_is_late(connected):
     workers = connected(3, timeout=0.5)
     sums(workers[:2], [[1.0], [2.0]])
@@ -102,9 +130,10 @@ def test_all_others_learn_which_worker_is_late(connected):
     assert isinstance(workers[1].failure, tf.errors.DeadlineExceededError)
 
 
-def test_a_silent_worker_is_checked(connected, monkeypatch):
+@pytest.mark.parametrize("error", [tf.errors.DeadlineExceededError, tf.errors.UnknownError])
+def test_a_silent_worker_is_checked(connected, monkeypatch, error):
     def check(worker):
-        raise tf.errors.DeadlineExceededError(None, None, f"no answer of {worker}")
+        raise error(None, None, f"no answer of {worker}")
 
     monkeypatch.setattr(exchange, "CHECK_SECONDS", 0.1)
     workers = connected(2, check=check)
@@ -158,7 +187,7 @@ def test_none_where_a_worker_cannot_reach_the_port(connected, monkeypatch):
 def test_strangers_are_dropped(monkeypatch):
     listener = socket.create_server(("127.0.0.1", 0))
     address, token = listener.getsockname(), b"t" * exchange.TOKEN_BYTES
-    monkeypatch.setattr(exchange, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(exchange, "HELLO_SECONDS", 0.3)
     with listener, contextlib.ExitStack() as stack:
 
         def connect(hello):
@@ -167,7 +196,7 @@ def test_strangers_are_dropped(monkeypatch):
             return client
 
         stranger = connect(exchange.HELLO.pack(1, b"x" * exchange.TOKEN_BYTES))
-        connect(b"short")
+        connect(b"slow")
         worker = connect(exchange.HELLO.pack(1, token))
         found = exchange._accept(listener, 1, token)
         stack.callback(found[1].close)

@@ -237,6 +237,7 @@ CASES = {
         lambda root: lose(root, 1, signal.SIGTERM, 2, WHOLE),
         {0: BY_OTHER, 1: BY_TERM},
     ),
+    "stuck 0, whole": (lambda root: stuck(root, 0, WHOLE), {1: f"{FIRST} {LATE}"}),
     "stuck 1, whole": (lambda root: stuck(root, 1, WHOLE), {0: f"{SECOND} {LATE}"}),
     # TensorFlow itself crashed once in 15 such runs when its collective timed out.
     "stuck 0": (lambda root: stuck(root, 0), {1: f"{FIRST} {LATE}"}),

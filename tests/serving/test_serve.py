@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 
 import numpy as np
@@ -19,6 +20,7 @@ from keras_cifar import serve
 from keras_cifar.core import cli
 from keras_cifar.core.errors import UserError
 from keras_cifar.inference.predictor import Predictor
+from keras_cifar.serving import servable
 from keras_cifar.serving.servable import Servable, Versions
 from keras_cifar.serving.server import _listen
 from tests.conftest import colour_images, encoded
@@ -384,6 +386,49 @@ def test_versions_are_computed_in_bfloat16_where_it_is_wanted(trained_run, rewri
     versions = Versions(str(trained_run.path), 4, policy)
     assert versions.current.precision[0] == ("float32" if policy == "float32" else "bfloat16")
     assert bool(rewriting) == (policy == "auto")
+
+
+def test_a_batch_is_computed_in_parts_at_the_same_time(trained_run, monkeypatch):
+    path = trained_run.path / "export" / "1"
+    whole, divided = Servable(path, 128), Servable(path, 128, parts=2)
+    shape = (5, *whole.inputs["serving_default"].shape[1:])
+    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    both, sizes = threading.Barrier(2, timeout=20), []
+    constant = tf.constant
+
+    def meeting(part):
+        sizes.append(len(part))
+        both.wait()  # breaks if one part waits for the other
+        return constant(part)
+
+    expected = whole.run["serving_default"](images)
+    monkeypatch.setattr(tf, "constant", meeting)
+    found = divided.run["serving_default"](images)
+    assert sorted(sizes) == [2, 3]
+    for name, values in expected.items():
+        assert found[name].shape == values.shape
+    np.testing.assert_allclose(found["probabilities"], expected["probabilities"], atol=1e-6)
+    np.testing.assert_array_equal(found["label"], expected["label"])
+
+
+@pytest.mark.parametrize(("larger", "threads"), [(0, [1]), (1, [])])
+def test_each_core_computes_images_of_its_own_where_they_are_small(
+    trained_run, monkeypatch, larger, threads
+):
+    side = max(Predictor(str(trained_run.path)).size)
+    monkeypatch.setattr(servable, "MAX_OWN_CORE", side - larger)
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
+    given = []
+    monkeypatch.setattr(
+        tf.config.threading, "set_intra_op_parallelism_threads", lambda number: given.append(number)
+    )
+    assert servable.give_cores(str(trained_run.path)) == (3 if threads else 1)
+    assert given == threads
+
+
+def test_cores_are_shared_where_tensorflow_computes_already(trained_run):
+    tf.constant(1)
+    assert servable.give_cores(str(trained_run.path)) == 1
 
 
 def test_small_responses_are_sent_at_once():
