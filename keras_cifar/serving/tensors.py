@@ -1,5 +1,7 @@
 """Converts between TensorFlow Serving's TensorProto and arrays."""
 
+import math
+
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2, types_pb2
@@ -32,7 +34,7 @@ def array(tensor: tensor_pb2.TensorProto, expected: Input) -> np.ndarray:
         values = np.frombuffer(tensor.tensor_content, np.uint8)
     else:
         values = _numbers(tensor.int_val)
-    if values.size != np.prod(shape, dtype=object):
+    if values.size != math.prod(shape):
         raise RequestError(f"the tensor has {values.size} values; its shape is {shape}")
     return values.reshape(shape)
 
