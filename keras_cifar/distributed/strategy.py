@@ -208,7 +208,7 @@ class DistributedContext:
                 self._exchange.serve(self.strategy)
             elif self.is_chief:
                 text = (
-                    "the workers reach no other port of worker 0; --norm_batch=whole is slower so"
+                    "a worker cannot reach a second port of worker 0: --norm_batch=whole is slower"
                 )
                 print(f"warning: {text}", file=sys.stderr, flush=True)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import signal
 import socket
 
@@ -40,6 +41,10 @@ def run(
         StoppedError: SIGTERM or SIGINT came; requests in flight were answered.
         UserError: the address is taken, or there is no valid model.
     """
+    # What the imports made lives as long as the process. To look through it took 0.2 s at a time, for
+    # which no request was answered; without it 0.01 to 0.07 s.
+    gc.collect()
+    gc.freeze()
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(host, port))
         grpc = None if grpc_port is None else stack.enter_context(_listen(host, grpc_port))

@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import contextlib
+import gc
 import os
 import pathlib
 import shutil
@@ -336,7 +337,8 @@ def failure(capsys):
         assert line.startswith("serve: error: ")
         return status, line
 
-    return run
+    yield run
+    gc.unfreeze()
 
 
 WRONG = "grpc_port=-1 port=70000 port=-1 name=a/b name= poll=0 poll=nan timeout=inf model="
@@ -429,6 +431,12 @@ def test_each_core_computes_images_of_its_own_where_they_are_small(
 def test_cores_are_shared_where_tensorflow_computes_already(trained_run):
     tf.constant(1)
     assert servable.give_cores(str(trained_run.path)) == 1
+
+
+def test_what_the_imports_made_is_not_looked_through_while_requests_wait(failure, tmp_path):
+    before = gc.get_freeze_count()
+    assert failure(f"--model={tmp_path}", "--port=0")[0] == 1
+    assert gc.get_freeze_count() > before + 100_000
 
 
 def test_small_responses_are_sent_at_once():
