@@ -426,6 +426,9 @@ def test_each_core_computes_images_of_its_own_where_they_are_small(
     )
     assert servable.give_cores(str(trained_run.path)) == (3 if threads else 1)
     assert given == threads
+    for value in ("0", "many"):
+        monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", value)
+        assert servable.give_cores(str(trained_run.path)) >= 1
 
 
 def test_cores_are_shared_where_tensorflow_computes_already(trained_run):
