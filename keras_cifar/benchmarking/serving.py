@@ -80,11 +80,8 @@ def measure(options: BenchmarkOptions) -> dict:
             model.save(path / "model.keras")
             command = ["keras_cifar.benchmarking.fastapi_keras", str(path / "model.keras")]
             lines, cpu = stack.enter_context(_server(command, "address"))
-            connect, bodies = (
-                functools.partial(_http, lines["address"]),
-                contenders["REST files"].bodies,
-            )
-            contenders[PEER] = Contender(connect, bodies, FILES, cpu)
+            connect = functools.partial(_http, lines["address"])
+            contenders[PEER] = contenders["REST files"]._replace(connect=connect, cpu=cpu)
         else:
             show(f"{PEER}: fastapi is not installed\n")
         measured = _take_turns(options, contenders, _batches(Predictor(str(export)), images))

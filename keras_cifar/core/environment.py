@@ -81,6 +81,12 @@ def cpu_quota() -> int | None:
         return None
 
 
+def intra_op_threads() -> int:
+    """The threads with which TensorFlow computes an operation, unless it is told otherwise."""
+    given = os.environ.get(THREADS[0], "")  # 0 means one for each CPU, too
+    return (int(given) if given.isdecimal() else 0) or len(os.sched_getaffinity(0))
+
+
 def package_environment() -> dict[str, str]:
     """The environment in which `-m keras_cifar...` finds this very package."""
     root = pathlib.Path(__file__).parents[2]

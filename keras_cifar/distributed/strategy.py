@@ -25,7 +25,7 @@ BROADCAST_BYTES = 2**22  # of one collective: large for speed, small enough for 
 # How long TensorFlow's servers may look for each other: this share of --peer_timeout, and at least so
 # long. Their workers have just met, and take up to 12 s to notice and report a lost one.
 CONNECT_SHARE, MIN_CONNECT_SECONDS = 0.75, 30.0
-CHECK_SECONDS = 5.0  # for which a worker may not answer, while another has waited for it
+ANSWER_SECONDS = 5.0  # for which a worker may not answer, while another has waited for it
 
 # What TensorFlow raises when another worker has ended, is stuck, or was restarted.
 LOST_WORKER_ERRORS = (
@@ -307,12 +307,12 @@ def _multiworker(
 
 
 def _check_worker(index: int) -> None:
-    """Raises an OpError if the worker's process does not answer within CHECK_SECONDS."""
+    """Raises an OpError if the worker's process does not answer within ANSWER_SECONDS."""
     # The strategy's own thread that does this is off with the coordination service.
     from tensorflow.python.eager import context
 
     task = f"/job:worker/replica:0/task:{index}"
-    context.context().check_collective_ops_peer_health(task, int(1000 * CHECK_SECONDS))
+    context.context().check_collective_ops_peer_health(task, int(1000 * ANSWER_SECONDS))
 
 
 def _limit_start(cluster: Cluster, timeout: float) -> None:

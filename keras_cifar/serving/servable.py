@@ -4,7 +4,6 @@ import concurrent.futures
 import functools
 import gc
 import io
-import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis.get_model_metadata_pb2 import SignatureDefMap
 
-from keras_cifar.core.environment import THREADS
+from keras_cifar.core.environment import intra_op_threads
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import versions
 from keras_cifar.data.images import MAX_PIXELS, decoding_work
@@ -115,9 +114,7 @@ def give_cores(model: str) -> int:
         tf.config.threading.set_intra_op_parallelism_threads(1)
     except RuntimeError:  # TensorFlow computes already.
         return 1
-    given = os.environ.get(THREADS[0], "")  # 0 leaves it to TensorFlow
-    cores = int(given) if given.isdecimal() else 0
-    return min(cores or len(os.sched_getaffinity(0)), MAX_PARTS)
+    return min(intra_op_threads(), MAX_PARTS)
 
 
 def _input(name: str, function) -> rest.Input:
