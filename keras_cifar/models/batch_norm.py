@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import keras
 import tensorflow as tf
 
-from keras_cifar.distributed.exchange import all_reduce
+from keras_cifar.distributed.exchange import all_reduce_small
 from keras_cifar.distributed.sharding import replicas
 
 # The defaults of PaddlePaddle and of PyTorch (whose momentum 0.1 is 1 - ours). With Keras's own, 0.99
@@ -144,7 +144,7 @@ def combine_moments(count, mean, variance) -> tuple:
     dtype, size = mean.dtype, mean.shape[0]
     count, mean, variance = (tf.cast(x, tf.float64) for x in (count, mean, variance))
     own = tf.concat([count * mean, count * (variance + mean**2), [count]], 0)
-    mean, square, total = tf.split(all_reduce(own), [size, size, 1])
+    mean, square, total = tf.split(all_reduce_small(own), [size, size, 1])
     total = tf.squeeze(total)
     mean, square = mean / total, square / total
     variance = tf.maximum(square - mean**2, 0.0)
@@ -197,7 +197,7 @@ def normalize_synchronized(inputs, gamma, beta, epsilon: float) -> tuple:
                 epsilon=epsilon,
                 is_training=False,
             )
-            sums = all_reduce(tf.concat([to_gamma, to_beta], 0))
+            sums = all_reduce_small(tf.concat([to_gamma, to_beta], 0))
             slope, shift = (x * scale / total for x in tf.split(sums, 2))
             slope *= inverse
             correction = affine(tf.cast(inputs, tf.float32), slope, shift - slope * mean)

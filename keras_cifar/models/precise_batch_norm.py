@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import keras
 import tensorflow as tf
 
+from keras_cifar.distributed.exchange import all_reduce
 from keras_cifar.models import batch_norm
 
 
@@ -58,8 +59,7 @@ class PreciseBatchNorm:
         def forward(images):
             self.network(images, training=True)
             if self.statistics:
-                context = tf.distribute.get_replica_context()
-                sums = context.all_reduce("SUM", [tf.identity(v.value) for v in self.statistics])
+                sums = all_reduce([tf.identity(v.value) for v in self.statistics])
                 batch_norm.assign_means(self.statistics, sums)
 
         self.strategy.run(forward, args=(images,))

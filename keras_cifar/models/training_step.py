@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import keras
 import tensorflow as tf
 
+from keras_cifar.distributed.exchange import all_reduce
 from keras_cifar.distributed.sharding import replicas
 from keras_cifar.models import batch_norm
 from keras_cifar.models.weight_averaging import WeightAverages
@@ -157,7 +158,7 @@ class TrainingStep:
         if replicas() > 1:
             # TensorFlow reduces the last ones first, and the statistics are ready first.
             values = [*gradients, metrics, *(tf.identity(v.value) for v in self.statistics)]
-            values = tf.distribute.get_replica_context().all_reduce("SUM", values)
+            values = all_reduce(values)
             count = len(gradients)
             gradients, metrics, sums = values[:count], values[count], values[count + 1 :]
             batch_norm.assign_means(self.statistics, sums)

@@ -56,6 +56,37 @@ def test_sums_have_the_same_bits_in_all_workers(connected, dtype):
         np.testing.assert_array_equal(found, (values[0] + values[1]) + values[2])
 
 
+@pytest.mark.parametrize("add", [exchange.all_reduce, exchange.all_reduce_small])
+def test_replicas_of_one_process_need_no_collectives(add):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    one = tf.constant(1.0)  # the same tensor in both replicas
+
+    @tf.function
+    def run():
+        return strategy.run(on_replica)
+
+    def on_replica():
+        scale = 1.0 + 9.0 * tf.cast(
+            tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float32
+        )
+        x = tf.stack([scale, 2.0])
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = add(x)
+            loss = scale * tf.reduce_sum(total**2)
+        return total, tape.gradient(loss, x), add(one)
+
+    results = zip(*map(strategy.experimental_local_results, run()), strict=True)
+    for total, gradient, twice in results:
+        np.testing.assert_allclose(total, [11.0, 4.0])
+        # Each loss has twice the sum as its gradient, times its scale.
+        np.testing.assert_allclose(gradient, [11 * 22.0, 11 * 8.0])
+        assert twice == 2.0
+    operations = {o.type for o in run.get_concrete_function().graph.get_operations()}
+    assert "AddN" in operations
+    assert not {o for o in operations if "Collective" in o}
+
+
 def test_gradient_is_the_sum_of_the_gradients(connected):
     def differentiate(pair):
         one, scale = pair

@@ -222,7 +222,7 @@ def test_averages_that_replicas_compute_alone_are_those_of_trained_layers(monkey
 
 @pytest.mark.parametrize("case", ["maps", "large mean", "mixed_float16", "mixed_bfloat16"])
 def test_synchronized_equals_the_fused_kernel_where_there_is_one_replica(case, monkeypatch):
-    monkeypatch.setattr(batch_norm, "all_reduce", tf.identity)
+    monkeypatch.setattr(batch_norm, "all_reduce_small", tf.identity)
     policy, shape, _, offset, tolerance, _ = CASES[case]
     keras.config.set_dtype_policy(policy)
     ours, theirs = norms()
@@ -242,10 +242,10 @@ def test_moments_are_combined_by_their_counts(monkeypatch):
     parts = [random.normal(1e4, 1, (count, 3)) for count in (2, 7)]
     moments = [(len(x), x.mean(0), x.var(0)) for x in parts]
     sums = []
-    monkeypatch.setattr(batch_norm, "all_reduce", lambda x: sums.append(x) or x)
+    monkeypatch.setattr(batch_norm, "all_reduce_small", lambda x: sums.append(x) or x)
     for arguments in moments:
         batch_norm.combine_moments(*map(tf.constant, arguments))
-    monkeypatch.setattr(batch_norm, "all_reduce", lambda _: sums[0] + sums[1])
+    monkeypatch.setattr(batch_norm, "all_reduce_small", lambda _: sums[0] + sums[1])
     count, mean, variance = batch_norm.combine_moments(*map(tf.constant, moments[0]))
     everything = np.concatenate(parts)
     assert count == 9
