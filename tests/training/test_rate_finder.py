@@ -16,9 +16,11 @@ from keras_cifar.core import cli
 from keras_cifar.core.config import OPTIMIZERS, TrainConfig
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
+from keras_cifar.models import batch_norm, lenet5
 from keras_cifar.models.classifier import Classifier
 from keras_cifar.training import rate_finder, trainer
-from keras_cifar.training.rate_finder import STEEPEST, TENTH, RangeTest, smooth
+from keras_cifar.training.rate_finder import FIFTH, SHARES, STEEPEST, TENTH, RangeTest, smooth
+from tests.distributed.strategies import tiny
 
 
 def config(folder, **flags) -> TrainConfig:
@@ -60,7 +62,7 @@ def test_the_candidates_are_known_for_a_known_loss():
     losses = 2 / (1 + (rates / 0.01) ** 2) + np.maximum(np.log(rates), 0)
     found = RangeTest(rates, losses).candidates
     assert found[STEEPEST] == pytest.approx(0.01, rel=0.05)
-    assert found[TENTH] == pytest.approx(0.1, rel=0.05)
+    assert found[SHARES[TENTH]] == pytest.approx(0.1, rel=0.05)
 
 
 def test_noise_does_not_move_the_candidates_far():
@@ -70,7 +72,7 @@ def test_noise_does_not_move_the_candidates_far():
     for _ in range(20):
         found = RangeTest(rates, losses + random.normal(0, 0.15, 50)).candidates
         assert 0.004 < found[STEEPEST] < 0.025
-        assert 0.01 < found[TENTH] < 0.2
+        assert 0.01 < found[SHARES[TENTH]] < 0.2
 
 
 @pytest.mark.parametrize("lowest", [1, 2, 48, 49])
@@ -78,8 +80,27 @@ def test_there_are_candidates_wherever_the_lowest_loss_is(lowest):
     rates, losses = np.geomspace(1e-5, 10, 50), np.full(50, 3.0)
     losses[lowest] = 1.0
     found = RangeTest(rates, losses).candidates
-    assert found[TENTH] == float(f"{rates[lowest] / 10:.1e}")
+    assert found[SHARES[TENTH]] == float(f"{rates[lowest] / 10:.1e}")
     assert rates[0] <= found[STEEPEST] <= rates[-1]
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_sgd_gets_the_share_of_the_lowest_loss_and_adam_the_steepest_descent(share):
+    test = RangeTest(np.geomspace(1e-3, 1, 5), np.array([2.0, 1.0, 0.5, 1.5, 3.0]), share)
+    assert test.candidates[test.proposed("sgd")] == pytest.approx(share * test.rates[2], rel=0.05)
+    assert test.proposed("adam") == STEEPEST
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "norm_batch", "share"),
+    [("sgd", "whole", FIFTH), ("sgd", "fixed", TENTH), ("muon", "whole", TENTH)],
+)
+def test_sgd_may_be_faster_with_batch_normalization(optimizer, norm_batch, share):
+    """Where the moving averages normalize, it is without."""
+    model = tiny()
+    batch_norm.configure(model, norm_batch)
+    assert rate_finder.choose_share(model, optimizer) == share
+    assert rate_finder.choose_share(lenet5.lenet5((32, 32, 3), 10), optimizer) == TENTH
 
 
 # ---- The steps
@@ -99,7 +120,7 @@ def test_the_rates_rise_exponentially_and_each_step_has_its_own(image_folder, fi
     found = rate_finder.measure(config(image_folder, **flags))
     assert len(found.rates) == len(found.losses) == rate_finder.MIN_STEPS
     assert used == pytest.approx(found.rates)
-    assert np.diff(np.log(found.rates)) == pytest.approx(np.log(1e6) / 49)
+    assert np.diff(np.log(found.rates)) == pytest.approx(np.log(1e6) / 44)
     assert found.rates[[0, -1]] == pytest.approx(rate_finder.RANGES["adam"])
     assert fitted[0].optimizer.iterations == rate_finder.MIN_STEPS
 
@@ -137,14 +158,14 @@ def test_it_ends_where_the_loss_diverges(loss):
 
 
 @pytest.mark.parametrize(
-    ("images", "steps"), [(1_000, 50), (45_000, 50), (102_400, 100), (10**7, 150)]
+    ("images", "steps"), [(1_000, 45), (45_000, 45), (102_400, 100), (10**7, 150)]
 )
 def test_the_steps_are_an_eighth_of_a_pass_within_limits(images, steps):
     assert rate_finder.count_steps(images, 128) == steps
 
 
 def test_each_optimizer_has_a_range():
-    assert set(rate_finder.RANGES) == set(rate_finder.PROPOSED) == set(OPTIMIZERS)
+    assert set(rate_finder.RANGES) == set(OPTIMIZERS)
 
 
 def test_fine_tuning_on_two_replicas_works(image_folder, trained_run, fitted):
@@ -205,7 +226,7 @@ def test_flags_of_a_recipe_are_in_the_command(monkeypatch, tmp_path, capsys):
     assert command(*argv) == 0
     words = shlex.split(capsys.readouterr().out.partition("\n\n")[2].replace("\\\n", ""))
     given, _ = cli.parse(TrainConfig, argv)
-    again = given.replace(learning_rate=FOUND.candidates[TENTH], recipe=None)
+    again = given.replace(learning_rate=FOUND.candidates[SHARES[TENTH]], recipe=None)
     assert cli.parse(TrainConfig, words[3:])[0] == again
 
 
@@ -237,7 +258,8 @@ def test_the_proposal_is_within_a_point_of_the_best_of_five_rates(tmp_path, opti
     given = TrainConfig.from_flags(**flags)
     rate_finder.prepare(given)  # caches the images
     began = time.perf_counter()
-    proposed = rate_finder.measure(given).candidates[rate_finder.PROPOSED[optimizer]]
+    test = rate_finder.measure(given)
+    proposed = test.candidates[test.proposed(optimizer)]
     took, accuracy, seconds = time.perf_counter() - began, {}, []
     for factor in (1 / 9, 1 / 3, 1, 3, 9):
         run = Run(tmp_path / f"{factor:.2g}")
