@@ -17,7 +17,7 @@ from tensorflow_serving.apis import (
 )
 
 from keras_cifar.inference import remote
-from tests.conftest import colour_images
+from tests.conftest import colour_images, equal_but_for_rounding
 from tests.inference.test_predict import command
 from tests.inference.test_remote import check_features
 from tests.serving.server import serving
@@ -44,7 +44,8 @@ def test_the_output_is_that_of_local_prediction(server, trained_run, image_folde
     finally:
         (image_folder / "train" / "no.png").unlink()
     assert found[0].out.count("class_") >= 96
-    assert found[0] == found[1] == found[2]
+    assert equal_but_for_rounding(*(each.out for each in found))
+    assert found[0].err == found[1].err == found[2].err
 
 
 def test_the_features_are_those_of_local_prediction(server, trained_run, image_folder, tmp_path):
