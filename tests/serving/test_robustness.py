@@ -238,5 +238,8 @@ def test_images_that_are_decoded_at_once_are_below_the_limit(trained_run, monkey
     assert batches[2].tolist() == [small[4], b"", b"", small[0]]
     found = served.run["serving_bytes"](files)
     for name, values in expected.items():
-        np.testing.assert_array_equal(found[name], values)
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(found[name], values, 1e-4, 1e-6)
+        else:
+            np.testing.assert_array_equal(found[name], values)
     assert files[5] == png_header(20_000, 20_000)  # the request is not changed
