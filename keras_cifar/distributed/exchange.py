@@ -55,6 +55,7 @@ def all_reduce(values):
         # The parts of replicas must not be one tensor, which would be taken for one part.
         return context.merge_call(_add_parts, (tf.identity(part),)), all_reduce
 
+    # Each by itself, so that none waits for the others.
     return tf.nest.map_structure(add, values)
 
 

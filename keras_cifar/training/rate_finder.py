@@ -17,10 +17,10 @@ from keras_cifar.models import batch_norm
 from keras_cifar.reporting import record
 from keras_cifar.training.plan import Plan, check_names, prepare
 
-# The lowest and the highest rate: Adam's steps have the size of the rate, SGD's that of the gradients.
-RANGES = dict.fromkeys(("sgd", "muon"), (1e-5, 10.0)) | dict.fromkeys(
-    ("adam", "adamw"), (1e-6, 1.0)
-)
+# Their steps have the size of the rate; those of the others depend on that of the gradients.
+ADAPTIVE = ("adam", "adamw")
+# The lowest and the highest rate.
+RANGES = dict.fromkeys(("sgd", "muon"), (1e-5, 10.0)) | dict.fromkeys(ADAPTIVE, (1e-6, 1.0))
 
 # Steps: an eighth of a pass, for under 2 % of the time of ten passes with the start; and their limits.
 SHARE_OF_PASS, MIN_STEPS, MAX_STEPS = 1 / 8, 45, 150
@@ -34,7 +34,6 @@ DIVERGED = 0.5
 # The candidates: this, and a share of the rate of the lowest loss. SGD diverges at nearly the same rate
 # with each seed, while its loss falls slowly over decades; Adam's has a wide, flat bottom.
 STEEPEST = "the steepest descent"
-BY_DESCENT = ("adam", "adamw")
 TENTH, FIFTH = 0.1, 0.2
 SHARES = {
     TENTH: "a tenth of the rate of the lowest loss",
@@ -76,7 +75,7 @@ class RangeTest:
 
     def proposed(self, optimizer: str) -> str:
         """Which candidate to train with."""
-        return STEEPEST if optimizer in BY_DESCENT else SHARES[self.share]
+        return STEEPEST if optimizer in ADAPTIVE else SHARES[self.share]
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from keras_cifar.inference import remote
-from tests.conftest import colour_images, equal_but_for_rounding
+from tests.conftest import ROUNDING, colour_images, equal_but_for_rounding
 from tests.inference.test_predict import command
 
 PATH = "/v1/models/model"
@@ -65,7 +65,7 @@ def check_features(models, images, directory) -> None:
         found.append(np.load(out))
     for name in ("files", "labels"):
         np.testing.assert_array_equal(found[0][name], found[1][name])
-    np.testing.assert_allclose(found[0]["features"], found[1]["features"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found[0]["features"], found[1]["features"], atol=ROUNDING)
 
 
 def test_the_features_are_those_of_local_prediction(

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from keras_cifar.data.images import MAX_PIXELS, decoding_work
-from tests.conftest import colour_images, encoded
+from tests.conftest import ROUNDING, colour_images, encoded
 
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 
@@ -239,7 +239,7 @@ def test_images_that_are_decoded_at_once_are_below_the_limit(trained_run, monkey
     found = served.run["serving_bytes"](files)
     for name, values in expected.items():
         if values.dtype.kind == "f":
-            np.testing.assert_allclose(found[name], values, 1e-4, 1e-6)
+            np.testing.assert_allclose(found[name], values, atol=ROUNDING)
         else:
             np.testing.assert_array_equal(found[name], values)
     assert files[5] == png_header(20_000, 20_000)  # the request is not changed
