@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
+from keras_cifar.core import environment
 from keras_cifar.core.config import DevicesConfig
 from keras_cifar.core.errors import LostWorkerError, UsageError, UserError, reason
 from keras_cifar.distributed import exchange
@@ -340,6 +341,7 @@ def _limit_start(cluster: Cluster, timeout: float) -> None:
 def _split_cpu(count: int) -> None:
     virtual = [tf.config.LogicalDeviceConfiguration()] * count
     try:
+        environment.separate_devices(count)
         tf.config.set_logical_device_configuration(tf.config.get_visible_devices("CPU")[0], virtual)
     except RuntimeError:
         # TensorFlow has started already, which is fine if it has enough devices.

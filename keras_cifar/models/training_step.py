@@ -235,7 +235,9 @@ def check_optimizer(optimizer, strategy: tf.distribute.Strategy) -> None:
 
 def compute_logits(network: keras.Model, images, training: bool) -> list:
     """The main logits and those of each auxiliary classifier, each [B, K]."""
-    logits = network(images, training=training)
+    logits = (
+        batch_norm.call_in_training(network, images) if training else network(images, training=False)
+    )
     return logits if isinstance(logits, list) else [logits]
 
 

@@ -1,11 +1,13 @@
 """The switches are what the table in environment.py says."""
 
+import ctypes
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -42,6 +44,20 @@ def test_threads_follow_the_containers_quota(monkeypatch, tmp_path, text, thread
     set_quota(monkeypatch, tmp_path, text)
     environment.configure()
     assert [os.environ.get(name) for name in environment.THREADS] == [threads, threads]
+
+
+@pytest.mark.parametrize(("threads", "count", "apart"), [(2, 2, 1), (2, 3, 1), (4, 2, 0)])
+def test_devices_without_a_spare_thread_compute_apart(monkeypatch, threads, count, apart):
+    calls = []
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", str(threads))
+    monkeypatch.setattr(tf.config.threading, "set_intra_op_parallelism_threads", calls.append)
+    library = types.SimpleNamespace(mallopt=lambda *pair: calls.append(pair))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    environment.separate_devices(count)
+    assert calls == [1, *environment.MALLOC.items()] * apart
+    del library.mallopt
+    environment.separate_devices(count)
+    assert calls[-apart:] == [1] * apart
 
 
 def test_variables_that_the_user_has_set_stay(monkeypatch, tmp_path):

@@ -141,6 +141,32 @@ def test_groups_are_normalized_each_by_itself(case, known):
     assert ("FusedBatchNormV3" in kernels(ours, spec.shape, spec.dtype)) == fused
 
 
+@pytest.mark.parametrize(("size", "calls"), [(8, 2), (6, 1)], ids=["four groups", "three"])
+def test_halves_of_whole_groups_are_computed_one_by_one(size, calls):
+    images = tf.constant(np.random.default_rng(0).normal(2, 3, (size, 8, 8, 3)), tf.float32)
+    found = []
+    for call in (lambda model, x: model(x, training=True), batch_norm.call_in_training):
+        keras.utils.set_random_seed(0)
+        model = functional()
+        batch_norm.configure(model, 2)
+        with tf.GradientTape() as tape:
+            outputs = [call(model, images) for _ in range(2)][-1]
+            loss = tf.reduce_sum(outputs**3)
+        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+        found.append([outputs, *gradients, *(v.numpy() for v in model.weights)])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, 1e-4, 1e-5)
+    spec = tf.TensorSpec(images.shape)
+    traced = tf.function(lambda x: batch_norm.call_in_training(model, x), input_signature=[spec])
+    kinds = [op.type for op in traced.get_concrete_function().graph.get_operations()]
+    assert kinds.count("Conv2D") == calls
+    batch_norm.configure(model, "whole")
+    images = images[:4] if calls == 1 else images
+    np.testing.assert_array_equal(
+        batch_norm.call_in_training(model, images), model(images, training=True)
+    )
+
+
 def test_evaluation_does_not_depend_on_groups():
     ours, theirs = norms()
     ours.norm_batch = 4
