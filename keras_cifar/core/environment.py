@@ -62,8 +62,8 @@ MIN_BFLOAT16_GAIN = 1.2
 # and 0.61.
 DEPTHWISE_POLICY = "float32", "its depthwise convolutions are slower in bfloat16"
 
-# Parameters of glibc's mallopt, by their numbers there: one arena (-8), which neither gives memory back
-# (-1) nor takes that of large tensors elsewhere (-3). Else two devices wait for the kernel to map pages:
+# Parameters of glibc's mallopt, by their numbers there: one arena (-8), which neither gives memory
+# back (-1) nor takes that of large tensors elsewhere (-3). Else two devices wait for pages to be mapped:
 # vgg_bn_drop had 0.85 of one device's speed instead of 0.93.
 MALLOC = {-8: 1, -1: 2**31 - 1, -3: 2**31 - 1}
 

@@ -218,8 +218,8 @@ def normalize_synchronized(inputs, gamma, beta, epsilon: float) -> tuple:
 def call_in_training(network: keras.Model, images):
     """The outputs of a network in training; halves of whole groups are computed one by one on a CPU.
 
-    There the halves are 8 % (ResNet-32) and 6 % (vgg_bn_drop) faster than a batch of two groups, whose
-    normalization is two kernels and a copy, without the ReLU that one kernel has in it (2 cores, AVX-512).
+    There halves are 8 % (ResNet-32) and 6 % (vgg_bn_drop) faster than a batch of two groups, whose
+    normalization is two kernels and a copy, and excludes the ReLU (2 cores, AVX-512).
     """
     trained = (layer for layer in norms(network) if uses_batches(layer))
     found = {getattr(layer, "norm_batch", WHOLE) for layer in trained}
