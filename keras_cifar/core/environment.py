@@ -63,7 +63,7 @@ MIN_BFLOAT16_GAIN = 1.2
 DEPTHWISE_POLICY = "float32", "its depthwise convolutions are slower in bfloat16"
 
 # Parameters of glibc's mallopt, by their numbers there: one arena (-8), which neither gives memory
-# back (-1) nor takes that of large tensors elsewhere (-3). Else two devices wait for pages to be mapped:
+# back (-1) nor takes that of large tensors elsewhere (-3). Else two devices wait for pages to map:
 # vgg_bn_drop had 0.85 of one device's speed instead of 0.93.
 MALLOC = {-8: 1, -1: 2**31 - 1, -3: 2**31 - 1}
 
@@ -106,9 +106,9 @@ def separate_devices(count: int) -> None:
     if intra_op_threads() > count:
         return
     tf.config.threading.set_intra_op_parallelism_threads(1)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    for parameter, value in MALLOC.items() if mallopt else ():
-        mallopt(parameter, value)
+    library = ctypes.CDLL(None)
+    for parameter, value in MALLOC.items() if hasattr(library, "mallopt") else ():  # glibc
+        library.mallopt(parameter, value)
 
 
 def package_environment() -> dict[str, str]:

@@ -215,18 +215,18 @@ def normalize_synchronized(inputs, gamma, beta, epsilon: float) -> tuple:
     return forward(inputs, gamma, beta)
 
 
-def call_in_training(network: keras.Model, images):
-    """The outputs of a network in training; halves of whole groups are computed one by one on a CPU.
+def call(network: keras.Model, images, training: bool):
+    """The outputs of a network; on a CPU those in training come from each half, if it is whole groups.
 
     There halves are 8 % (ResNet-32) and 6 % (vgg_bn_drop) faster than a batch of two groups, whose
     normalization is two kernels and a copy, and excludes the ReLU (2 cores, AVX-512).
     """
-    trained = (layer for layer in norms(network) if uses_batches(layer))
+    trained = (layer for layer in norms(network) if training and uses_batches(layer))
     found = {getattr(layer, "norm_batch", WHOLE) for layer in trained}
     group = found.pop() if len(found) == 1 else WHOLE
     halves = isinstance(group, int) and images.shape[0] and images.shape[0] % (2 * group) == 0
     if not halves or tf.config.list_physical_devices("GPU"):
-        return network(images, training=True)
+        return network(images, training=training)
     outputs = []
     for number, half in enumerate(tf.split(images, 2)):
         token = _part.set((number, 2))

@@ -235,9 +235,7 @@ def check_optimizer(optimizer, strategy: tf.distribute.Strategy) -> None:
 
 def compute_logits(network: keras.Model, images, training: bool) -> list:
     """The main logits and those of each auxiliary classifier, each [B, K]."""
-    logits = (
-        batch_norm.call_in_training(network, images) if training else network(images, training=False)
-    )
+    logits = batch_norm.call(network, images, training)
     return logits if isinstance(logits, list) else [logits]
 
 

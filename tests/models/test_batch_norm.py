@@ -145,26 +145,25 @@ def test_groups_are_normalized_each_by_itself(case, known):
 def test_halves_of_whole_groups_are_computed_one_by_one(size, calls):
     images = tf.constant(np.random.default_rng(0).normal(2, 3, (size, 8, 8, 3)), tf.float32)
     found = []
-    for call in (lambda model, x: model(x, training=True), batch_norm.call_in_training):
+    for call in (keras.Model.__call__, batch_norm.call):
         keras.utils.set_random_seed(0)
         model = functional()
         batch_norm.configure(model, 2)
         with tf.GradientTape() as tape:
-            outputs = [call(model, images) for _ in range(2)][-1]
+            outputs = [call(model, images, training=True) for _ in range(2)][-1]
             loss = tf.reduce_sum(outputs**3)
         gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
         found.append([outputs, *gradients, *(v.numpy() for v in model.weights)])
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, 1e-4, 1e-5)
     spec = tf.TensorSpec(images.shape)
-    traced = tf.function(lambda x: batch_norm.call_in_training(model, x), input_signature=[spec])
+    traced = tf.function(lambda x: batch_norm.call(model, x, True), input_signature=[spec])
     kinds = [op.type for op in traced.get_concrete_function().graph.get_operations()]
     assert kinds.count("Conv2D") == calls
     batch_norm.configure(model, "whole")
-    images = images[:4] if calls == 1 else images
-    np.testing.assert_array_equal(
-        batch_norm.call_in_training(model, images), model(images, training=True)
-    )
+    for training in (False, True):
+        got = batch_norm.call(model, images, training)
+        np.testing.assert_array_equal(got, model(images, training=training))
 
 
 def test_evaluation_does_not_depend_on_groups():
