@@ -92,7 +92,7 @@ class _Budget:
                 self._changed.notify_all()
 
 
-BUDGET = _Budget(MAX_PIXELS)
+_BUDGET = _Budget(MAX_PIXELS)
 
 
 def load_image(
@@ -125,7 +125,7 @@ def load_image(
                 raise ImageError(f"it has more than {MAX_FILE:,} bytes")
             with (
                 Image.open(file, formats=tuple(FORMATS)) as image,
-                BUDGET.take(image.width * image.height),
+                _BUDGET.take(image.width * image.height),
             ):
                 passes = _scans(file) if image.format in ("JPEG", "MPO") else 1
                 if passes * image.width * image.height > MAX_PASSES * MAX_PIXELS:

@@ -1,11 +1,10 @@
-"""Computes requests that arrive together in one batch, in threads that each have cores of their own."""
+"""Computes requests that arrive together in one batch, in one thread: TensorFlow uses all cores."""
 
 import asyncio
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -30,22 +29,21 @@ class _Item:
 class Batcher:
     """Collects requests into batches.
 
-    A batch starts when a thread is free and no request is arriving, and at the latest `wait` seconds
-    after its first request could have started. It is divided among the threads that are free then. A
-    single client never waits for others, and many clients fill a batch while another is computed.
-    `observe` gets the rows of each batch.
+    A batch starts when the previous one is done and no request is arriving, and at the latest `wait`
+    seconds after its first request could have started. A single client never waits for others, and
+    many clients fill a batch while another is computed. `observe` gets the rows of each batch.
 
     Attributes:
         stopped: whether `work` has ended; a request then fails with BatcherStoppedError.
     """
 
-    def __init__(self, size: int, wait: float, threads: int = 1):
+    def __init__(self, size: int, wait: float):
         """`size` is the rows of a batch, though a single request may have more; `wait` in seconds."""
-        self._size, self._wait, self._free = size, wait, threads
+        self._size, self._wait = size, wait
         self.observe: Callable[[int], None] = lambda rows: None
         self._items: collections.deque[_Item] = collections.deque()
         self._changed = asyncio.Event()
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "compute")
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "compute")
         self._arriving = 0
         self.stopped = False
 
@@ -75,22 +73,21 @@ class Batcher:
 
     async def work(self) -> None:
         """Computes batches until it is cancelled; requests that are left then fail."""
+        taken: list[_Item] = []
         try:
-            async with asyncio.TaskGroup() as batches:
-                while True:
-                    await self._wait_for_batch()
-                    items = self._take()
-                    threads = min(self._free, sum(len(item.inputs) for item in items))
-                    self._free -= threads
-                    batches.create_task(self._compute(items, threads))
+            while True:
+                await self._wait_for_batch()
+                taken = self._take()
+                await self._compute(taken)
         finally:
             self.stopped = True
-            for item in self._items:
-                _fail(item, BatcherStoppedError())
+            for item in (*taken, *self._items):
+                if not item.outputs.done():
+                    item.outputs.set_exception(BatcherStoppedError())
             self._items.clear()
 
     async def _wait_for_batch(self) -> None:
-        while not (self._items and self._free):
+        while not self._items:
             self._changed.clear()
             await self._changed.wait()
         with contextlib.suppress(TimeoutError):
@@ -113,38 +110,21 @@ class Batcher:
         self._items.extendleft(reversed(left))
         return taken
 
-    async def _compute(self, items: list[_Item], threads: int) -> None:
-        """Computes a batch in so many threads, which are free again then."""
-        try:
-            await self._answer(items, threads)
-        finally:
-            for item in items:  # where the task was cancelled
-                _fail(item, BatcherStoppedError())
-            self._free += threads
-            self._changed.set()
-
-    async def _answer(self, items: list[_Item], threads: int) -> None:
+    async def _compute(self, items: list[_Item]) -> None:
         """Computes a batch. Whatever fails, memory for the batch included, fails its requests alone."""
         try:
             inputs = np.concatenate([item.inputs for item in items])
             self.observe(len(inputs))
-            parts = np.array_split(inputs, threads)
-            run = functools.partial(asyncio.get_running_loop().run_in_executor, self._pool)
-            found = await asyncio.gather(*(run(items[0].run, part) for part in parts))
-            outputs = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+            loop = asyncio.get_running_loop()
+            outputs = await loop.run_in_executor(self._thread, items[0].run, inputs)
             start = 0
             for item in items:
                 rows = slice(start, start := start + len(item.inputs))
                 if not item.outputs.done():
                     item.outputs.set_result({name: v[rows] for name, v in outputs.items()})
         except Exception as error:
-            if len(items) == 1:
-                _fail(items[0], error)
-            else:  # One bad request must not fail the others.
+            if len(items) > 1:  # One bad request must not fail the others.
                 for item in items:
-                    await self._answer([item], 1)
-
-
-def _fail(item: _Item, error: Exception) -> None:
-    if not item.outputs.done():
-        item.outputs.set_exception(error)
+                    await self._compute([item])
+            elif not items[0].outputs.done():
+                items[0].outputs.set_exception(error)

@@ -1,5 +1,6 @@
 """Loads the newest version of a model below a base path, as TensorFlow Serving does."""
 
+import concurrent.futures
 import functools
 import gc
 import io
@@ -16,7 +17,7 @@ from tensorflow_serving.apis.get_model_metadata_pb2 import SignatureDefMap
 from keras_cifar.core.environment import intra_op_threads
 from keras_cifar.core.errors import UserError, reason
 from keras_cifar.core.files import versions
-from keras_cifar.data.images import BUDGET, MAX_PIXELS, decoding_work
+from keras_cifar.data.images import MAX_PIXELS, decoding_work
 from keras_cifar.inference.predictor import Predictor, find
 from keras_cifar.serving import rest
 
@@ -24,8 +25,8 @@ from keras_cifar.serving import rest
 # ResNet-32 on 2 cores: one image takes 1.1 instead of 1.7 ms, 16 in two halves 4.9 instead of 7.2
 # ms. ResNet-50 at 224 pixels: one image would take 37 instead of 25 ms.
 MAX_OWN_CORE = 64
-# Each call of a signature holds Python's lock for some 0.1 ms. More than 2 threads were not measured.
-MAX_THREADS = 16
+# Each call of a signature holds Python's lock for some 0.1 ms. More than 2 parts were not measured.
+MAX_PARTS = 16
 RETRY = 60  # seconds until a failed version is tried again, as TensorFlow Serving does
 
 
@@ -41,15 +42,21 @@ class Servable:
         signature_defs: a SignatureDefMap.
     """
 
-    def __init__(self, path: pathlib.Path, batch_size: int, dtype_policy: str = "float32"):
+    def __init__(
+        self, path: pathlib.Path, batch_size: int, dtype_policy: str = "float32", parts: int = 1
+    ):
         """Loads the version and runs each signature once, so that no request waits for that.
+
+        Args:
+            parts: into which a batch is divided, to be computed at the same time.
 
         Raises:
             UserError: the version is damaged, or cannot be computed here.
         """
         self._predictor = predictor = Predictor(str(path))  # kept, since it owns the variables
         self.precision = predictor.choose_precision(dtype_policy)
-        self._batch_size = batch_size
+        self._batch_size, self._parts = batch_size, parts
+        self._pool = concurrent.futures.ThreadPoolExecutor(parts, "part")
         self.version = int(path.name) if path.name.isdecimal() else 1
         self.path, self.class_names = path, predictor.class_names
         self.inputs = {name: _input(name, f) for name, f in predictor.signatures.items()}
@@ -67,11 +74,15 @@ class Servable:
 
     def _compute(self, signature: str, inputs: np.ndarray) -> dict[str, np.ndarray]:
         spec, function = self.inputs[signature], self._predictor.signatures[signature]
+
+        def compute(part: np.ndarray) -> dict[str, np.ndarray]:
+            outputs = function(**{spec.name: tf.constant(part)})
+            return {name: value.numpy() for name, value in outputs.items()}
+
         found = []
-        for batch, pixels in _split(inputs, self._batch_size, spec.name == "image_bytes"):
-            with BUDGET.take(pixels):  # Another thread may decode, too.
-                outputs = function(**{spec.name: tf.constant(batch)})
-                found.append({name: value.numpy() for name, value in outputs.items()})
+        for batch in _split(inputs, self._batch_size, spec.name == "image_bytes"):
+            parts = np.array_split(batch, min(self._parts, len(batch)))
+            found += self._pool.map(compute, parts) if len(parts) > 1 else [compute(batch)]
         return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
@@ -88,7 +99,7 @@ def give_cores(model: str) -> int:
     """Lets each core compute images of its own where that is faster, before TensorFlow computes.
 
     Returns:
-        The threads in which batches are to be computed.
+        The parts into which batches are to be divided.
 
     Raises:
         UserError: there is no model, or it is damaged.
@@ -103,7 +114,7 @@ def give_cores(model: str) -> int:
         tf.config.threading.set_intra_op_parallelism_threads(1)
     except RuntimeError:  # TensorFlow computes already.
         return 1
-    return min(intra_op_threads(), MAX_THREADS)
+    return min(intra_op_threads(), MAX_PARTS)
 
 
 def _input(name: str, function) -> rest.Input:
@@ -114,15 +125,15 @@ def _input(name: str, function) -> rest.Input:
     return rest.Input(name, tuple(spec.shape), spec.dtype == tf.string)
 
 
-def _split(inputs: np.ndarray, size: int, encoded: bool) -> Iterator[tuple[np.ndarray, int]]:
-    """The inputs in batches of up to `size`, each with the pixels that must be decoded for it.
+def _split(inputs: np.ndarray, size: int, encoded: bool) -> Iterator[np.ndarray]:
+    """The inputs in batches of up to `size`.
 
     A signature decodes the images of a batch at the same time, on all cores. So a batch of encoded
     images has no more than MAX_PIXELS in sum; an image of more is replaced by an empty file. This holds
     for exports whose graph has no such limit, too.
     """
     if not encoded:
-        yield from ((inputs[start : start + size], 0) for start in range(0, len(inputs), size))
+        yield from (inputs[start : start + size] for start in range(0, len(inputs), size))
         return
     start, total, inputs = 0, 0, inputs.copy()
     for row, image in enumerate(inputs):
@@ -130,16 +141,16 @@ def _split(inputs: np.ndarray, size: int, encoded: bool) -> Iterator[tuple[np.nd
         if pixels > MAX_PIXELS:
             inputs[row], pixels = b"", 0
         if row - start == size or total + pixels > MAX_PIXELS:
-            yield inputs[start:row], total
+            yield inputs[start:row]
             start, total = row, 0
         total += pixels
-    yield inputs[start:], total
+    yield inputs[start:]
 
 
 class Versions:
     """The versions of a model: `current` answers, one may be being loaded, some have failed."""
 
-    def __init__(self, model: str, batch_size: int, dtype_policy: str = "float32"):
+    def __init__(self, model: str, batch_size: int, dtype_policy: str = "float32", parts: int = 1):
         """Loads the newest version.
 
         Args:
@@ -147,6 +158,7 @@ class Versions:
                 versions are loaded except for the last.
             batch_size: rows computed at a time.
             dtype_policy: see `Predictor.choose_precision`.
+            parts: see `Servable`.
 
         Raises:
             UserError: there is none, or it is invalid.
@@ -156,7 +168,9 @@ class Versions:
         self._base = path.parent if is_base else None
         self._loading: int | None = None
         self._failed: dict[int, tuple[float, str]] = {}  # version -> (when, why)
-        self._load = functools.partial(Servable, batch_size=batch_size, dtype_policy=dtype_policy)
+        self._load = functools.partial(
+            Servable, batch_size=batch_size, dtype_policy=dtype_policy, parts=parts
+        )
         self.current = self._load(path)
 
     def refresh(self) -> str | None:

@@ -47,9 +47,8 @@ def run(
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(host, port))
         grpc = None if grpc_port is None else stack.enter_context(_listen(host, grpc_port))
-        cores = give_cores(model)  # before TensorFlow computes
-        versions = Versions(model, max_batch_size, dtype_policy)
-        batcher = Batcher(max_batch_size, batch_wait, cores)
+        versions = Versions(model, max_batch_size, dtype_policy, give_cores(model))
+        batcher = Batcher(max_batch_size, batch_wait)
         service = Service(name, versions, batcher, int(max_request_mb * 2**20), timeout)
         asyncio.run(_serve(service, listener, grpc, poll))
     raise UserError("the server ended by itself")

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 
 import numpy as np
@@ -388,6 +389,29 @@ def test_versions_are_computed_in_bfloat16_where_it_is_wanted(trained_run, rewri
     versions = Versions(str(trained_run.path), 4, policy)
     assert versions.current.precision[0] == ("float32" if policy == "float32" else "bfloat16")
     assert bool(rewriting) == (policy == "auto")
+
+
+def test_a_batch_is_computed_in_parts_at_the_same_time(trained_run, monkeypatch):
+    path = trained_run.path / "export" / "1"
+    whole, divided = Servable(path, 128), Servable(path, 128, parts=2)
+    shape = (5, *whole.inputs["serving_default"].shape[1:])
+    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    both, sizes = threading.Barrier(2, timeout=20), []
+    constant = tf.constant
+
+    def meeting(part):
+        sizes.append(len(part))
+        both.wait()  # breaks if one part waits for the other
+        return constant(part)
+
+    expected = whole.run["serving_default"](images)
+    monkeypatch.setattr(tf, "constant", meeting)
+    found = divided.run["serving_default"](images)
+    assert sorted(sizes) == [2, 3]
+    for name, values in expected.items():
+        assert found[name].shape == values.shape
+    np.testing.assert_allclose(found["probabilities"], expected["probabilities"], atol=1e-6)
+    np.testing.assert_array_equal(found["label"], expected["label"])
 
 
 @pytest.mark.parametrize(("larger", "threads"), [(0, [1]), (1, [])])
