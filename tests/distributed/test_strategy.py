@@ -7,6 +7,7 @@ import types
 import pytest
 import tensorflow as tf
 
+from keras_cifar.core import environment
 from keras_cifar.core.config import DevicesConfig
 from keras_cifar.core.errors import LostWorkerError, UsageError, UserError
 from keras_cifar.distributed import strategy
@@ -102,6 +103,16 @@ def test_an_impossible_request_is_refused_in_one_line(gpus, count, name, replica
     with pytest.raises(UsageError, match=f"^{message}") as error:
         DistributedContext(choose(name, replicas), DevicesConfig())
     assert "\n" not in str(error.value)
+
+
+def test_a_split_cpu_separates_its_devices_before_they_exist(monkeypatch):
+    calls = []
+    monkeypatch.setattr(environment, "separate_devices", lambda count: calls.append(count))
+    monkeypatch.setattr(
+        tf.config, "set_logical_device_configuration", lambda cpu, parts: calls.append(len(parts))
+    )
+    strategy._split_cpu(2)
+    assert calls == [2, 2]
 
 
 # ---- Clusters
