@@ -11,9 +11,9 @@ below the number of cores | TensorFlow counts cores, and threads above the quota
 | `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS`, `CUDA_VISIBLE_DEVICES` of workers that \
 `launch` starts on one machine | equal shares of its CPUs (but two inter-op threads or more) and \
 visible GPUs | each would take all |
-| `intra_op_parallelism_threads`, and malloc's arenas and thresholds, with a virtual CPU device or \
-more for each thread | 1; one arena that keeps its memory | a device that shares no threads waits for \
-none: ResNet-32 on two 1.15 times as fast |
+| TensorFlow's intra-op threads; malloc, where `--replicas` makes as many virtual CPU devices as there \
+are threads, or more | 1; one arena that keeps its memory | devices that share threads wait for each \
+other: ResNet-32 on two has 1.15 times the speed without |
 | XLA, `--xla=auto` | off | on a CPU it slows convolutions (ResNet-32: 0.4 of the speed), it was not \
 measured on a GPU, and Keras 3 fails with it under a strategy, where `--xla=on` is refused |
 | `tf.config.experimental.enable_op_determinism` | off | `--deterministic` turns it on for GPUs; on a \
@@ -107,8 +107,9 @@ def separate_devices(count: int) -> None:
         return
     tf.config.threading.set_intra_op_parallelism_threads(1)
     library = ctypes.CDLL(None)
-    for parameter, value in MALLOC.items() if hasattr(library, "mallopt") else ():  # glibc
-        library.mallopt(parameter, value)
+    if hasattr(library, "mallopt"):  # glibc
+        for parameter, value in MALLOC.items():
+            library.mallopt(parameter, value)
 
 
 def package_environment() -> dict[str, str]:

@@ -142,7 +142,7 @@ def test_groups_are_normalized_each_by_itself(case, known):
 
 
 @pytest.mark.parametrize(("size", "calls"), [(8, 2), (6, 1)], ids=["four groups", "three"])
-def test_halves_of_whole_groups_are_computed_one_by_one(size, calls):
+def test_halves_of_whole_groups_are_computed_by_themselves(size, calls):
     images = tf.constant(np.random.default_rng(0).normal(2, 3, (size, 8, 8, 3)), tf.float32)
     found = []
     for call in (keras.Model.__call__, batch_norm.call):
