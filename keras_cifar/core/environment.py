@@ -51,6 +51,9 @@ THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 # Linux: microseconds of CPU time that a container may use in each period.
 CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
 
+# Linux: the CPUs with their instructions.
+CPU_INFO = pathlib.Path("/proc/cpuinfo")
+
 # Compute capability of NVIDIA's Ampere, the first GPUs with bfloat16 tensor cores.
 BFLOAT16_CAPABILITY = (8, 0)
 
@@ -228,6 +231,14 @@ def dtype_policy(name: str, began_with: str | None = None) -> tuple[str, str]:
     if all(capable):
         return "mixed_bfloat16", "all GPUs have bfloat16 tensor cores"
     return "float32", "a GPU has no bfloat16 tensor cores"
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this CPU has Intel's AMX, which multiplies tiles of 16 x 32 bfloat16 numbers."""
+    with contextlib.suppress(OSError):
+        return re.search(r"\bamx_bf16\b", CPU_INFO.read_text()) is not None
+    return False
 
 
 @functools.cache

@@ -30,24 +30,12 @@ TEST_METRICS = ("loss", "accuracy", "top5_accuracy")
 # Environment variables that a user may set otherwise: short waits (seconds), no lines of their own, and
 # nothing sent to the makers of the tracker.
 ENVIRONMENT = {
-    "mlflow": {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_LOGGING_LEVEL": "ERROR",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    },
-    "wandb": {
-        "WANDB_INIT_TIMEOUT": "10",
-        "WANDB_LOGIN_TIMEOUT": "10",
-        "WANDB_FINISH_TIMEOUT": "30",
-        "WANDB_FINISH_TIMEOUT_RAISES": "true",
-        "WANDB_SILENT": "true",
-        "WANDB_CONSOLE": "off",
-        "WANDB_DISABLE_CODE": "true",
-        "WANDB_ERROR_REPORTING": "false",
-    },
+    "mlflow": "MLFLOW_HTTP_REQUEST_TIMEOUT=10 MLFLOW_HTTP_REQUEST_MAX_RETRIES=0 "
+    "MLFLOW_LOGGING_LEVEL=ERROR MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT=true "
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR=false MLFLOW_DISABLE_TELEMETRY=true",
+    "wandb": "WANDB_INIT_TIMEOUT=10 WANDB_LOGIN_TIMEOUT=10 WANDB_FINISH_TIMEOUT=30 "
+    "WANDB_FINISH_TIMEOUT_RAISES=true WANDB_SILENT=true WANDB_CONSOLE=off "
+    "WANDB_DISABLE_CODE=true WANDB_ERROR_REPORTING=false",
 }
 
 
@@ -184,8 +172,8 @@ class Tracker(keras.callbacks.Callback):
 
     def __init__(self, name: str, run: Run):
         super().__init__()
-        for variable, value in ENVIRONMENT[name].items():
-            os.environ.setdefault(variable, value)
+        for setting in ENVIRONMENT[name].split():
+            os.environ.setdefault(*setting.split("="))
         with needing(name, f"--track={name}"):
             module = importlib.import_module(name)
         self._name, self._run, self._service = name, run, SERVICES[name](module, run)

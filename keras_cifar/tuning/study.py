@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from keras_cifar.core import places
 from keras_cifar.core.config import TrainConfig
@@ -77,8 +77,9 @@ class Study:
         check(is_single, "a trial has a single worker; start tune on each machine, see --storage")
         self.path, self.config, self.space = pathlib.Path(path).expanduser(), config, space
         self.sampler, self.seed = sampler, seed
-        self._grid = _points(space) if sampler == "grid" else []
-        self.trials = min(trials, len(self._grid) or trials)
+        # The flags of each trial, as far as they are known before it starts.
+        given = _points(space)[:trials] if sampler == "grid" else [{}] * trials
+        self.trials = len(given)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         self._trials_dir = records.trials_dir(path)
@@ -101,8 +102,9 @@ class Study:
                 pruner=_pruner(pruner, config.fit.epochs),
             )
             self._check_settings()
-            for _ in range(len(self.study.trials), self.trials):
-                self.study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
+            for params in given[len(self.study.trials) :]:
+                values = {"params": params, "distributions": space if params else {}}
+                self.study.add_trial(create_trial(state=TrialState.WAITING, **values))
 
     def _check_settings(self) -> None:
         """Stores what all trials share; UsageError if the study has something else."""
@@ -189,8 +191,6 @@ class Study:
 
     def _propose(self, number: int) -> dict:
         """The flags of a trial: a function of the seed, its number and the other trials alone."""
-        if self._grid:
-            return self._grid[number]
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         sampler = optuna.samplers.RandomSampler(seed)
         if self.sampler == "tpe":

@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -121,6 +120,18 @@ def test_bfloat16_where_it_is_slow_or_impossible(monkeypatch, name, began_with):
         environment.dtype_policy(name, began_with)
 
 
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [("flags : sse2 amx_bf16 avx", True), ("flags : amx_bf16x", False), (None, False)],
+)
+def test_amx_is_read_from_the_flags_of_the_cpu(flags, has, monkeypatch, tmp_path):
+    info = tmp_path / "cpuinfo"
+    if flags:
+        info.write_text(f"processor : 0\n{flags}\n")
+    monkeypatch.setattr(environment, "CPU_INFO", info)
+    assert environment.has_amx.__wrapped__() == has
+
+
 def test_bfloat16_is_measured_and_not_looked_up():
     """The tests' processes may not use the instructions; a process of its own may."""
     assert environment.bfloat16_gain() < environment.MIN_BFLOAT16_GAIN
@@ -134,7 +145,7 @@ def test_bfloat16_is_measured_and_not_looked_up():
     done = subprocess.run(
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
     )
-    flags = pathlib.Path("/proc/cpuinfo").read_text()
+    flags = environment.CPU_INFO.read_text()
     has_instructions = "avx512_bf16" in flags or "amx_bf16" in flags
     assert (float(done.stdout) >= environment.MIN_BFLOAT16_GAIN) == has_instructions
 

@@ -140,7 +140,7 @@ def test_dropout_compiled_by_xla_drops_the_same_elements():
     ("policy", "tolerance"), [("float32", 1e-5), ("float64", 1e-12), ("mixed_float16", 4e-3)]
 )
 @pytest.mark.parametrize("arguments", [{}, {"strides": 2, "activation": "tanh"}])
-@pytest.mark.parametrize("kind", [layers.ConvBeforeNorm, layers.ConvWithBias])
+@pytest.mark.parametrize("kind", [layers.Convolution, layers.ConvBeforeNorm, layers.ConvWithBias])
 def test_convolution_computes_what_conv2d_does(policy, tolerance, arguments, kind, random):
     keras.config.set_dtype_policy(policy)
     x = random.normal(0, 1, (2, 8, 8, 3)).astype("float32")
@@ -155,6 +155,95 @@ def test_convolution_computes_what_conv2d_does(policy, tolerance, arguments, kin
     np.testing.assert_allclose(
         *(np.array(v, np.float64) for v in (mine, other)), tolerance, tolerance
     )
+
+
+@pytest.fixture
+def has_amx(monkeypatch):
+    """Sets whether the CPU has AMX."""
+    return lambda has: monkeypatch.setattr(layers.environment, "has_amx", lambda: has)
+
+
+@pytest.mark.parametrize(
+    ("policy", "amx", "shape", "filters", "count"),
+    [
+        ("float32", False, (8, 2, 2, 256), 256, 8),
+        ("float32", True, (8, 3, 2, 256), 256, 8),
+        ("float32", True, (8, 2, 3, 512), 512, 1),
+        ("float32", False, (8, 2, 2, 256), 255, 1),
+        ("float32", False, (8, 1, 1, 128), 128, 8),
+        ("mixed_bfloat16", False, (8, 4, 4, 512), 512, 1),
+        ("mixed_bfloat16", True, (40, 4, 4, 128), 160, 8),
+        ("mixed_bfloat16", True, (64, 4, 4, 128), 128, 16),
+        ("mixed_bfloat16", True, (6, 8, 8, 256), 256, 2),
+        ("mixed_bfloat16", True, (7, 8, 8, 256), 256, 1),
+        ("mixed_bfloat16", True, (8, 8, 8, 255), 256, 1),
+        ("mixed_bfloat16", True, (8, 8, 9, 288), 288, 1),
+    ],
+)
+@pytest.mark.parametrize("size", [3, 5])
+def test_narrow_images_are_convolved_side_by_side(
+    policy, amx, shape, filters, count, size, has_amx, random
+):
+    keras.config.set_dtype_policy(policy)
+    has_amx(amx)
+    layer = layers.Convolution(filters, size, padding="same", bias_initializer="ones")
+    layer.build(shape)
+    dtype = layer.compute_dtype
+    x, upstream = (
+        tf.cast(random.normal(0, 1, (*shape[:3], depth)), dtype) for depth in (shape[3], filters)
+    )
+
+    @tf.function
+    def outputs_and_gradients(training):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = layer(x, training=training)
+        return outputs, *tape.gradient(outputs, (x, layer.kernel.value), upstream)
+
+    graph = outputs_and_gradients.get_concrete_function(True).graph
+    rows = [op.inputs[0].shape for op in graph.get_operations() if op.type == "Conv2D"]
+    gap = size // 2 if count > 1 else 0
+    assert rows == [(shape[0] // count, shape[1], count * (shape[2] + gap), shape[3])]
+    got, expected = outputs_and_gradients(True), outputs_and_gradients(False)
+    for ours, plain in zip(got, expected, strict=True):
+        assert (ours.dtype, ours.shape) == (plain.dtype, plain.shape)
+        ours, plain = (np.array(values, np.float64) for values in (ours, plain))
+        tolerance = 1e-5 if dtype == "float32" else 2**-7
+        assert np.linalg.norm(ours - plain) <= tolerance * np.linalg.norm(plain)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((None, 2, 2, 256), {}),
+        ((8, None, 2, 256), {}),
+        ((8, 2, 2, 256), {"padding": "valid", "kernel_size": 1}),
+        ((8, 2, 2, 256), {"strides": 2}),
+        ((8, 2, 2, 256), {"dilation_rate": 2}),
+        ((8, 2, 2, 256), {"groups": 2}),
+        ((8, 2, 2, 256), {"kernel_size": 2}),
+        ((8, 2, 2, 256), {"kernel_size": 1}),
+    ],
+)
+def test_other_convolutions_are_left_to_keras(shape, options, has_amx):
+    has_amx(True)
+    layer = layers.Convolution(256, **{"kernel_size": 3, "padding": "same"} | options)
+    layer.build(shape)
+
+    @tf.function(input_signature=[tf.TensorSpec(shape)])
+    def outputs(x):
+        return layer(x, training=True)
+
+    kinds = {op.type for op in outputs.get_concrete_function().graph.get_operations()}
+    assert "Transpose" not in kinds
+
+
+def test_prediction_leaves_narrow_images_as_they_are():
+    """So that exports have plain convolutions, which every converter and runtime knows."""
+    layer = layers.Convolution(256, 3, padding="same")
+    layer.build((8, 2, 2, 256))
+    graph = tf.function(layer).get_concrete_function(tf.TensorSpec((8, 2, 2, 256))).graph
+    assert "Transpose" not in {op.type for op in graph.get_operations()}
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
@@ -248,6 +337,7 @@ def test_local_response_normalization_is_the_formula_of_the_paper(policy, random
     [
         layers.BatchNormalization(0.8, 1e-2),
         layers.Dropout(0.3, seed=1),
+        layers.Convolution(4, 3, 2, use_bias=False),
         layers.ConvBeforeNorm(4, 3, 2),
         layers.ConvWithBias(4, 3, 2),
         layers.LocalResponseNormalization(3, 1.0, 1e-3, 0.5),

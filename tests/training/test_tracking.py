@@ -27,9 +27,9 @@ NOWHERE = "http://user:secret@127.0.0.1:9"  # the port of "discard", which nobod
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
     """A tracker's own places are below this test's; the current directory is an empty one."""
-    for variables in tracking.ENVIRONMENT.values():
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+    for settings in tracking.ENVIRONMENT.values():
+        for setting in settings.split():
+            monkeypatch.setenv(*setting.split("="))
     for name in ("CACHE", "CONFIG", "DATA"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb"))
     for name in ("MLFLOW_EXPERIMENT_NAME", "WANDB_PROJECT", "WANDB_DIR", "WANDB_API_KEY"):
