@@ -87,7 +87,7 @@ setup(
             "mypy>=2.4,<3",  # the types of core, data and distributed
             "openvino>=2025.0",  # another runtime that reads the SavedModel
             "pytest>=8,<10",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.7,<4",
             "PyYAML>=6,<7",
             "ruff>=0.17,<0.18",
         ],

@@ -16,6 +16,7 @@ lint-imports --no-cache --no-logo
 mypy
 # -rs says which tests were skipped and why, such as those of pages where there is no Chromium.
 # A test that hangs for 10 minutes ends its process, with the stacks of all threads, and the run fails.
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile -rs \
+# Files run in their order: the default begins with those of many tests, and a long test would run last and alone.
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder -rs \
   --max-worker-restart 0 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 exec python -m pytest -q "$@"

@@ -402,8 +402,8 @@ def test_full_disk_between_epochs_is_a_warning_and_training_continues(
     [
         (fit_to, checkpoint, "save"),
         (fit_to, recorder.Recorder, "_validate"),
-        (fit_to, recorder.Scalars, "add"),
         (train_to, trainer.saved_model, "export"),
+        pytest.param(fit_to, recorder.Scalars, "add", marks=pytest.mark.slow),
         pytest.param(fit_to, recorder, "write_history", marks=pytest.mark.slow),
         pytest.param(train_to, trainer.evaluator, "evaluate", marks=pytest.mark.slow),
     ],
