@@ -1,4 +1,4 @@
-"""Plots of a run as figures of matplotlib, saved as PNG or turned into SVG for an HTML page."""
+"""Plots of a run or a study as figures of matplotlib, saved as PNG or turned into SVG for a page."""
 
 import html
 import io
@@ -28,6 +28,7 @@ MAX_SAMPLES, COLUMNS = 24, 6  # training images of a picture, and how many side 
 TILE, GAP = 128, 24  # pixels of the longer side of such an image, at most, and around it
 
 SMALL = (4.3, 2.8)  # inches of a chart that is readable on a phone
+LARGE = (8, 5)  # inches of each plot of a study
 CURVES = (("", "--", "train"), ("val_", "-", "validation"))
 
 # Colours for a white background. An HTML page has a variable for each, for light and dark.
@@ -179,6 +180,35 @@ def range_test(
     axes.set(xscale="log", xlabel="learning rate", ylabel="cross-entropy")
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure
+
+
+def study(found) -> Figure:
+    """Optuna's plots of a study: accuracy by trial and by epoch, the flags, and their importance."""
+    from matplotlib import pyplot  # here, as Optuna is an extra and pyplot belongs to its plots
+    from optuna.trial import TrialState
+    from optuna.visualization import matplotlib as optuna_plots
+
+    value = {"target_name": "validation accuracy"}
+    plots = (
+        (optuna_plots.plot_optimization_history, value),
+        (optuna_plots.plot_intermediate_values, {}),
+        (optuna_plots.plot_parallel_coordinate, value),
+        (optuna_plots.plot_param_importances, value),  # needs two trials
+    )
+    done = found.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    matplotlib.use("agg")
+    width, height = LARGE
+    sheet = Figure((2 * width, 2 * height), dpi=DPI)
+    # Optuna changes the style, and warns where all trials are equal.
+    with matplotlib.rc_context(), warnings.catch_warnings(action="ignore"):
+        for index, (plot, options) in enumerate(plots if len(done) > 1 else plots[:-1]):
+            figure = plot(found, **options).figure
+            figure.set(size_inches=LARGE, dpi=DPI, layout_engine="tight")
+            figure.canvas.draw()
+            left, bottom = index % 2 * width * DPI, (1 - index // 2) * height * DPI
+            sheet.figimage(np.asarray(figure.canvas.buffer_rgba()), left, bottom)
+            pyplot.close(figure)
+    return sheet
 
 
 def _marker(values: Sequence) -> str | None:

@@ -4,6 +4,7 @@ The run directory stays the record: a tracker gets of history.csv what it lacks,
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -50,38 +51,34 @@ class MLflow:
     def connect(self, key: str, name: str, config: dict) -> str:
         """Finds or creates the run of this key and logs its parameters; where it is, as text."""
         self._client = client = self._mlflow.MlflowClient()
-        self._steps: dict[str, set] = {}
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         found = client.get_experiment_by_name(title)
         location = _beside_database(client.tracking_uri)
         experiment = found.experiment_id if found else client.create_experiment(title, location)
         runs = client.search_runs([experiment], f"tags.`{PROJECT}.id` = '{key}'", max_results=1)
-        tags = {f"{PROJECT}.id": key}
-        run = runs[0] if runs else client.create_run(experiment, tags=tags, run_name=name)
+        run = runs[0] if runs else client.create_run(experiment, None, {f"{PROJECT}.id": key}, name)
         self._id = run.info.run_id
         client.update_run(self._id, "RUNNING")
+        history = functools.partial(client.get_metric_history, self._id)
+        self._steps = functools.cache(lambda name: {metric.step for metric in history(name)})
         limit = self._mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
         entities, versions = self._mlflow.entities, config.get("versions", {}).items()
         flags = [entities.Param(k, str(v)[:limit]) for k, v in config["flags"].items()]
-        tags = [entities.RunTag(f"version.{package}", number) for package, number in versions]
-        if revision := config.get("git_revision"):
-            tags.append(entities.RunTag("mlflow.source.git.commit", revision))
+        known = {f"version.{package}": number for package, number in versions}
+        known["mlflow.source.git.commit"] = config.get("git_revision")
+        tags = [entities.RunTag(name, value) for name, value in known.items() if value]
         client.log_batch(self._id, params=flags, tags=tags)
         return f"{client.tracking_uri}, experiment {title}, run {self._id}"
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Logs those metrics of a step that the run lacks."""
-        now, lacking = int(1000 * time.time()), []
-        for name, value in values.items():
-            if name not in self._steps:
-                history = self._client.get_metric_history(self._id, name)
-                self._steps[name] = {metric.step for metric in history}
-            if step not in self._steps[name]:
-                lacking.append(self._mlflow.entities.Metric(name, value, now, step))
+        lacking = [name for name in values if step not in self._steps(name)]
         if lacking:
-            self._client.log_batch(self._id, metrics=lacking)
-        for metric in lacking:
-            self._steps[metric.key].add(step)
+            now, metric = int(1000 * time.time()), self._mlflow.entities.Metric
+            metrics = [metric(name, values[name], now, step) for name in lacking]
+            self._client.log_batch(self._id, metrics=metrics)
+        for name in lacking:
+            self._steps(name).add(step)
 
     def finish(self, step: int, values: dict[str, float], run: Run) -> None:
         """Logs the test metrics and the files."""
@@ -123,15 +120,9 @@ class WandB:
         mode = "offline" if self._tried else self._wandb.setup().settings.mode
         self._tried = True
         kept = {name: config.get(name) for name in ("versions", "git_revision")}
-        self._run = self._wandb.init(
-            id=key,
-            name=name,
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            dir=self._directory,
-            config=config["flags"] | kept,
-            mode=mode,
-            resume="allow" if mode == "online" else None,
-        )
+        where = {"dir": self._directory, "project": os.environ.get("WANDB_PROJECT", PROJECT)}
+        where |= {"mode": mode, "resume": "allow" if mode == "online" else None}
+        self._run = self._wandb.init(id=key, name=name, config=config["flags"] | kept, **where)
         self._next = self._run.starting_step
         if self._run.offline:
             return f"offline; `wandb sync {self._run.settings.sync_dir}` sends it"

@@ -1,1 +1,1 @@
-"""The search for flags with Optuna: the space, the trials, the picture."""
+"""The search for flags with Optuna: the space and the trials."""

@@ -3,12 +3,8 @@
 import re
 import typing
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna import distributions
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from keras_cifar.core import cli, config
 from keras_cifar.core.config import FLAGS, TrainConfig
@@ -43,11 +39,9 @@ def parse(text: str, train_flags: list[str]) -> dict[str, BaseDistribution]:
             raise unknown(f"{what} in --space:", name, SEARCHED)
         check(name not in found, f"--space has --{name} twice")
         match = _RANGE.fullmatch(values)
+        read, given = (_range, match.groups()) if match else (_alternatives, (values,))
         try:
-            if match:
-                found[name] = _range(name, *match.groups(), train_flags)
-            else:
-                found[name] = _alternatives(name, values, train_flags)
+            found[name] = read(name, *given, train_flags)
         except UsageError as error:
             raise UsageError(f"--space: {part}: {error}") from None
     check(bool(found), "--space names no flag; an example is 'learning_rate=log(1e-4,1e-1)'")
@@ -72,7 +66,8 @@ def _range(name: str, kind: str, limits: str, train_flags: list[str]) -> BaseDis
     if kind == "int":
         check(low == int(low) and high == int(high), "the limits must be whole numbers")
     whole = kind == "int" or isinstance(low, int)
-    return (IntDistribution if whole else FloatDistribution)(low, high, log=kind == "log")
+    found = distributions.IntDistribution if whole else distributions.FloatDistribution
+    return found(low, high, log=kind == "log")
 
 
 def _alternatives(name: str, text: str, train_flags: list[str]) -> CategoricalDistribution:

@@ -15,14 +15,15 @@ from optuna.trial import TrialState, create_trial
 
 from keras_cifar.core import places
 from keras_cifar.core.config import TrainConfig
-from keras_cifar.core.errors import UserError, reason
+from keras_cifar.core.errors import UsageError, UserError, reason
 from keras_cifar.core.files import replacing, write_json
 from keras_cifar.core.options import check
 from keras_cifar.core.run_directory import LOCK, Run
 from keras_cifar.distributed import strategy
+from keras_cifar.evaluation import plots
 from keras_cifar.reporting import study as records
 from keras_cifar.training import seeds, trainer
-from keras_cifar.tuning import picture, trial
+from keras_cifar.tuning import trial
 
 # Trials before TPE proposes and the pruner judges. Optuna's default for TPE, 10, is half of 20 trials.
 STARTUP = 5
@@ -73,8 +74,8 @@ class Study:
         pruner: str = "median",
         seed: int = 0,
     ):
-        is_single = not strategy.choose(config.devices).cluster
-        check(is_single, "a trial has a single worker; start tune on each machine, see --storage")
+        if strategy.choose(config.devices).cluster:
+            raise UsageError("a trial has a single worker; see --storage for several machines")
         self.path, self.config, self.space = pathlib.Path(path).expanduser(), config, space
         self.sampler, self.seed = sampler, seed
         # The flags of each trial, as far as they are known before it starts.
@@ -94,13 +95,10 @@ class Study:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             self.storage = optuna.storages.RDBStorage(url, {"connect_args": wait})
-            self.study = optuna.create_study(
-                storage=self.storage,
-                study_name=self.path.absolute().name if storage else "study",
-                direction="maximize",
-                load_if_exists=True,
-                pruner=_pruner(pruner, config.fit.epochs),
-            )
+            name = self.path.absolute().name if storage else "study"
+            options = {"direction": "maximize", "pruner": _pruner(pruner, config.fit.epochs)}
+            options |= {"storage": self.storage, "load_if_exists": True}
+            self.study = optuna.create_study(study_name=name, **options)
             self._check_settings()
             for params in given[len(self.study.trials) :]:
                 values = {"params": params, "distributions": space if params else {}}
@@ -111,11 +109,10 @@ class Study:
         flags = self.config.flags()
         ours = {f"space: {name}": str(values) for name, values in self.space.items()}
         ours |= {"sampler": self.sampler, "seed": self.seed}
-        before = self.study.user_attrs.get("settings")
-        if before is None:
-            settings = {"search": ours, "flags": flags, "paths": places.recorded(flags)}
+        settings = {"search": ours, "flags": flags, "paths": places.recorded(flags)}
+        if "settings" not in self.study.user_attrs:
             self.study.set_user_attr("settings", settings)
-            return
+        before = self.study.user_attrs["settings"]
         found = self.config.differences(before["flags"], before["paths"])
         theirs = before["search"]
         names = [n for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
@@ -182,10 +179,9 @@ class Study:
         write_json(self._record(number), found)
         self.storage.set_trial_user_attr(key, "record", found)
         # One that failed counts as pruned: the sampler, which ignores failures, is to avoid it.
-        complete = found["state"] == "complete"
-        state = TrialState.COMPLETE if complete else TrialState.PRUNED
+        state = TrialState.COMPLETE if found["state"] == "complete" else TrialState.PRUNED
+        value = found["val_accuracy"] if state is TrialState.COMPLETE else None
         # Another machine may have trained it too, if this one was killed at a bad moment.
-        value = found["val_accuracy"] if complete else None
         self.study.tell(number, value, state, skip_if_finished=True)
         print(f"trial {number:04} {records.summary(found)}\n", flush=True)
 
@@ -197,8 +193,7 @@ class Study:
             sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed)
         # Of a copy in memory: a kill in the midst of a proposal would change the rest of it.
         copy = optuna.create_study(direction="maximize", sampler=sampler)
-        others = (t for t in self.study.trials if t.number != number)
-        copy.add_trials(t for t in others if len(t.params) == len(self.space))
+        copy.add_trials(t for t in self.study.trials if len(t.params) == len(self.space))
         return copy.ask(self.space).params
 
     def _record(self, number: int) -> pathlib.Path:
@@ -236,9 +231,8 @@ class Study:
         yield "best", f"trial {best['number']:04}, validation accuracy {best['val_accuracy']:.4f}"
         with replacing(flags) as temporary:
             temporary.write_text(config.flagfile(), "utf-8")
-        with trainer.optional(image), replacing(image) as temporary:
-            picture.draw(self.study).save(temporary)
-        if image.exists():
+        with trainer.optional(image):
+            plots.save(plots.study(self.study), image)
             yield "picture", image
         if count:
             # With more trials another may be the best.
