@@ -151,7 +151,8 @@ class Convolution(keras.layers.Conv2D):
         """How many images to put side by side."""
         steps = {*self.strides, *self.dilation_rate, self.groups}
         usual = self.padding == "same" and self.data_format == "channels_last" and steps == {1}
-        is_odd = self.kernel_size[0] % 2 == self.kernel_size[1] % 2 == 1 < self.kernel_size[1]
+        # Even filters have unequal padding, and those of one pixel are a matrix multiplication.
+        is_odd = all(size % 2 for size in self.kernel_size) and self.kernel_size[1] > 1
         if not usual or not is_odd or None in inputs.shape:
             return 1
         size, _, width, channels = inputs.shape
