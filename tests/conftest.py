@@ -17,9 +17,8 @@ from keras_cifar.core import environment
 # On any machine, tests have a CPU that is slower in bfloat16, where `auto` is float32. The processes
 # that they start inherit it. Where the CPU has float16 instructions, TensorFlow asks oneDNN for kernels
 # with them whatever the limit is.
-_FLAGS = environment.CPU_INFO.read_text() if environment.CPU_INFO.exists() else ""
-_LIMIT = "AVX512_CORE_FP16" if "avx512_fp16" in _FLAGS else "AVX512_CORE_VNNI"
-os.environ["ONEDNN_MAX_CPU_ISA"] = _LIMIT
+_HAS_FLOAT16 = environment.cpu_has("avx512_fp16")
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16" if _HAS_FLOAT16 else "AVX512_CORE_VNNI"
 environment.import_tensorflow()
 
 import keras

@@ -234,10 +234,10 @@ def dtype_policy(name: str, began_with: str | None = None) -> tuple[str, str]:
 
 
 @functools.cache
-def has_amx() -> bool:
-    """Whether this CPU has Intel's AMX, which multiplies tiles of 16 x 32 bfloat16 numbers."""
+def cpu_has(flag: str) -> bool:
+    """Whether Linux names an instruction set of this CPU, such as avx512_bf16; elsewhere False."""
     with contextlib.suppress(OSError):
-        return re.search(r"\bamx_bf16\b", CPU_INFO.read_text()) is not None
+        return flag in CPU_INFO.read_text().split()
     return False
 
 

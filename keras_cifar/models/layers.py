@@ -15,7 +15,8 @@ from keras_cifar.models.batch_norm import BatchNormalization
 WHITENING_EPSILON = 5e-4
 
 # Pixels of a row to which `Convolution` puts images side by side. It does so on any CPU, and with AMX,
-# for images of so many pixels at most that have so many channels for each pixel of width.
+# for images of so many pixels at most that have so many channels for each pixel of width. The flags of
+# the CPU decide, not a measurement, so that a run has the same bits when it resumes.
 ROW = 64
 NARROW, NARROW_AMX = (2, 128), (8, 32)
 
@@ -156,7 +157,7 @@ class Convolution(keras.layers.Conv2D):
         if not usual or not is_odd or None in inputs.shape:
             return 1
         size, _, width, channels = inputs.shape
-        has_amx = inputs.dtype == tf.bfloat16 and environment.has_amx()
+        has_amx = inputs.dtype == tf.bfloat16 and environment.cpu_has("amx_bf16")
         widest, least = NARROW_AMX if has_amx else NARROW
         is_deep = min(channels, self.filters) >= least * width
         if width > widest or not is_deep or tf.config.list_physical_devices("GPU"):

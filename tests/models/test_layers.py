@@ -160,7 +160,7 @@ def test_convolution_computes_what_conv2d_does(policy, tolerance, arguments, kin
 @pytest.fixture
 def has_amx(monkeypatch):
     """Sets whether the CPU has AMX."""
-    return lambda has: monkeypatch.setattr(layers.environment, "has_amx", lambda: has)
+    return lambda has: monkeypatch.setattr(layers.environment, "cpu_has", {"amx_bf16": has}.get)
 
 
 @pytest.mark.parametrize(
@@ -215,18 +215,20 @@ def test_narrow_images_are_convolved_side_by_side(
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ((None, 2, 2, 256), {}),
-        ((8, None, 2, 256), {}),
-        ((8, 2, 2, 256), {"padding": "valid", "kernel_size": 1}),
-        ((8, 2, 2, 256), {"strides": 2}),
-        ((8, 2, 2, 256), {"dilation_rate": 2}),
-        ((8, 2, 2, 256), {"groups": 2}),
-        ((8, 2, 2, 256), {"kernel_size": 2}),
-        ((8, 2, 2, 256), {"kernel_size": 1}),
+        ((None, 4, 4, 256), {}),
+        ((8, None, 4, 256), {}),
+        ((8, 4, 4, 256), {"data_format": "channels_first"}),
+        ((8, 4, 4, 256), {"padding": "valid"}),
+        ((8, 4, 4, 256), {"strides": 2}),
+        ((8, 4, 4, 256), {"dilation_rate": 2}),
+        ((8, 4, 4, 256), {"groups": 2}),
+        ((8, 4, 4, 256), {"kernel_size": 2}),
+        ((8, 4, 4, 256), {"kernel_size": 1}),
     ],
 )
 def test_other_convolutions_are_left_to_keras(shape, options, has_amx):
     has_amx(True)
+    keras.config.set_dtype_policy("mixed_bfloat16")
     layer = layers.Convolution(256, **{"kernel_size": 3, "padding": "same"} | options)
     layer.build(shape)
 
