@@ -64,11 +64,13 @@ def measure(options: BenchmarkOptions) -> dict:
 
     Returns:
         {"clients": {contender: {clients: {rate, p50, p99, requests, share, server, client, work}}},
-        "batches": {what: rate}, "computing": {what: seconds}}. Latencies are in seconds; a share is of
-        the rate in batches of 128 without a server. Server and client are seconds of a core for each
-        request, `computing` those for each image in batches, and `work` is its share of the server's.
+        "batches": {what: rate}, "computing": {what: seconds}, "image_size": the network's, in pixels}.
+        Latencies are in seconds; a share is of the rate in batches of 128 without a server. Server and
+        client are seconds of a core for each request, `computing` those for each image in batches, and
+        `work` is its share of the server's.
     """
-    dataset = data.load(options.data, val_fraction=0)
+    size = models.variants()[options.model].image_size
+    dataset = data.load(options.data, val_fraction=0, image_size=size)
     model = models.build(options.model, dataset.image_shape, len(dataset.class_names)).deployable
     images = dataset.test.images[:IMAGES]
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
@@ -85,6 +87,7 @@ def measure(options: BenchmarkOptions) -> dict:
         else:
             show(f"{PEER}: fastapi is not installed\n")
         measured = _take_turns(options, contenders, _batches(Predictor(str(export)), images))
+    measured["image_size"] = size
     _print(options, measured)
     return measured
 
@@ -183,7 +186,8 @@ def _rate(compute: Callable, seconds: float) -> tuple[float, float]:
 
 
 def _print(options: BenchmarkOptions, measured: dict) -> None:
-    print(f"{options.model}, one image a request, {options.data}; without a server, in batches:")
+    size = "{image_size} x {image_size}".format_map(measured)
+    print(f"{options.model}, one image of {size} a request, {options.data}; in batches, no server:")
     for what, rate in measured["batches"].items():
         milliseconds = 1e3 * measured["computing"][what]
         print(f"{what:<28}{rate:>20,.0f} a second, {milliseconds:.2f} ms of a core each")

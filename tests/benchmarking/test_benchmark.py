@@ -352,7 +352,9 @@ def test_wrong_usage():
 def test_serving_is_measured_for_each_number_of_clients(tmp_path):
     for package in ("uvicorn", "grpc_health"):
         pytest.importorskip(package, reason="the extra `serve` is not installed")
-    _, result = command(tmp_path / "measurements.json", "--serving", "--seconds=0.3")
+    out = tmp_path / "measurements.json"
+    printed, result = command(out, "--serving", "--seconds=0.3", "--model=resnet18")
+    assert "resnet18, one image of 224 x 224 a request" in printed
     contenders, batches = result["serving"]["clients"], result["serving"]["batches"]
     assert {"REST images", "REST files", "gRPC tensors", "gRPC files"} <= contenders.keys()
     for name, rows in contenders.items():
