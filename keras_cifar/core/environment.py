@@ -76,9 +76,9 @@ changed: set[str] = set()
 
 def configure() -> None:
     """Sets the environment variables that the user has not set."""
-    defaults, quota = dict(DEFAULTS), cpu_quota()
-    if quota and quota < len(os.sched_getaffinity(0)):
-        defaults |= dict.fromkeys(THREADS, str(quota))
+    defaults, cpus = dict(DEFAULTS), usable_cpus()
+    if cpus < len(os.sched_getaffinity(0)):
+        defaults |= dict.fromkeys(THREADS, str(cpus))
     for name in defaults.keys() - os.environ.keys():
         os.environ[name] = defaults[name]
         changed.add(name)
@@ -91,6 +91,12 @@ def cpu_quota() -> int | None:
         return max(1, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):  # no such file, or "max"
         return None
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may use; a container may have a share of more CPUs than that."""
+    cpus = len(os.sched_getaffinity(0))
+    return min(cpus, cpu_quota() or cpus)
 
 
 def intra_op_threads() -> int:
@@ -129,8 +135,7 @@ def shares(count: int) -> list[dict[str, str]]:
     """
     # TF_CONFIG may describe another cluster.
     common = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
-    cpus = len(os.sched_getaffinity(0))
-    threads = max(1, min(cpus, cpu_quota() or cpus) // count)
+    threads = max(1, usable_cpus() // count)
     # A second inter-op thread sends and receives while the other computes. ResNet-32 in two processes
     # of one intra-op thread: 237 against 194 images/s.
     for name, number in zip(THREADS, (threads, max(2, threads)), strict=True):
@@ -326,4 +331,4 @@ def machine() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
     gpus = len(tf.config.list_physical_devices("GPU"))
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, {gpus} GPUs"
+    return f"{usable_cpus()} cores of {model}, {gpus} GPUs"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from keras_cifar.core import files
+from keras_cifar.core import environment, files
 from keras_cifar.core.errors import UsageError, UserError, check_directory, one_line, reason
 from keras_cifar.core.image_size import STRETCH
 from keras_cifar.data.cache import BLOCK, Cache, Write, in_block
@@ -334,7 +334,7 @@ def _decode(source: _Files, shape: tuple, resize: str | None, write: Write) -> N
         )
 
     length = sum(int(state.split()[0]) for state in source.states if state)
-    workers = 1 if length < SMALL * count else os.cpu_count()
+    workers = 1 if length < SMALL * count else environment.usable_cpus()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
             for _ in pool.map(decode, range(0, count, block)):

@@ -8,13 +8,14 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from keras_cifar.core import environment
 from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import reason
 from keras_cifar.core.image_size import STRETCH
 from keras_cifar.data import images
 
 AHEAD = 1  # batches that are decoded while one is classified
-THREADS = min(32, os.cpu_count() or 1)  # that decode
+MAX_THREADS = 32  # that decode
 
 
 def find(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -68,7 +69,8 @@ def decode(
     the next AHEAD are decoded, and no more: a folder of any size takes the same memory.
     """
     started = collections.deque()  # (files to decode, decoded, tasks) of each batch
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    threads = min(MAX_THREADS, environment.usable_cpus())
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         try:
             while True:
                 while len(started) <= AHEAD:
@@ -78,7 +80,7 @@ def decode(
                     waiting, decoded = collections.deque(enumerate(batch)), [None] * len(batch)
                     # A task per thread, not per file: a task costs as much as decoding a small image.
                     tasks = [
-                        pool.submit(_decode, waiting, decoded, size, rule) for _ in range(THREADS)
+                        pool.submit(_decode, waiting, decoded, size, rule) for _ in range(threads)
                     ]
                     started.append((waiting, decoded, tasks))
                 if not started:

@@ -86,6 +86,10 @@ class Batcher:
                     item.outputs.set_exception(BatcherStoppedError())
             self._items.clear()
 
+    async def between(self, work: Callable[[], object]) -> None:
+        """Runs `work()` between two batches, while none is computed."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
     async def _wait_for_batch(self) -> None:
         while not self._items:
             self._changed.clear()

@@ -13,8 +13,13 @@ import sys
 
 import numpy as np
 
-from keras_cifar.core.environment import package_environment
+from keras_cifar.core.environment import package_environment, usable_cpus
 from keras_cifar.serving import rest
+
+# Added to the "nice" value of what computes beside the event loop, so that it need not wait for a core.
+# Readiness then took 22 instead of 30 ms (99 %) under load, with as many requests a second. Only for
+# what does not hold Python's lock: the event loop would wait for a thread that gets no core.
+NICE = 5
 
 SMALL = 2**17  # bytes of a body that is parsed at once, in about 5 ms
 
@@ -23,7 +28,7 @@ class Parser:
     """Parses bodies; processes start with the first large one, and end with this process."""
 
     def __init__(self):
-        processes = min(4, len(os.sched_getaffinity(0)))
+        processes = min(4, usable_cpus())
         self._threads = concurrent.futures.ThreadPoolExecutor(processes, "parse")
         self._idle: list[subprocess.Popen] = []
 
@@ -64,6 +69,7 @@ def _start() -> subprocess.Popen:
 
 def _work() -> None:
     """Decodes what comes through stdin until it is closed."""
+    os.nice(NICE)
     while True:
         try:
             body, inputs = pickle.load(sys.stdin.buffer)

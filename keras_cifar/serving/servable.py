@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import gc
 import io
 import pathlib
 import time
@@ -197,7 +196,6 @@ class Versions:
             self._loading = None
         self._failed.pop(version, None)
         before, self.current = self.current.version, loaded
-        gc.collect()  # TensorFlow's functions are in cycles; this frees the old version's memory.
         return f"version {version} replaces {before}"
 
     def get(self, version: int | None) -> Servable:

@@ -1,17 +1,21 @@
 """Runs the servers: a listening socket, the loaded model, uvicorn and gRPC until a signal comes."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import gc
+import os
 import signal
 import socket
+import threading
 
 import uvicorn
 
 from keras_cifar.core.errors import StoppedError, UserError, reason
 from keras_cifar.serving.app import App
 from keras_cifar.serving.batching import Batcher
+from keras_cifar.serving.parsing import NICE
 from keras_cifar.serving.protocol import Protocol
 from keras_cifar.serving.servable import Versions, give_cores
 from keras_cifar.serving.service import Service
@@ -52,11 +56,22 @@ def run(
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(host, port))
         grpc = None if grpc_port is None else stack.enter_context(_listen(host, grpc_port))
-        versions = Versions(model, max_batch_size, dtype_policy, give_cores(model))
+        versions = _load(model, max_batch_size, dtype_policy)
         batcher = Batcher(max_batch_size, batch_wait)
         service = Service(name, versions, batcher, int(max_request_mb * 2**20), timeout)
         asyncio.run(_serve(service, listener, grpc, poll))
     raise UserError("the server ended by itself")
+
+
+def _load(model: str, batch_size: int, dtype_policy: str) -> Versions:
+    """Loads the model in a thread that has given way to others, as TensorFlow's threads then do."""
+
+    def load() -> Versions:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # on Linux of the thread
+        return Versions(model, batch_size, dtype_policy, give_cores(model))
+
+    with concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
+        return pool.submit(load).result()
 
 
 async def _serve(

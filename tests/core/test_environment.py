@@ -43,6 +43,7 @@ def test_threads_follow_the_containers_quota(monkeypatch, tmp_path, text, thread
     set_quota(monkeypatch, tmp_path, text)
     environment.configure()
     assert [os.environ.get(name) for name in environment.THREADS] == [threads, threads]
+    assert environment.usable_cpus() == int(threads or 4)
 
 
 @pytest.mark.parametrize(("threads", "count", "apart"), [(2, 2, 1), (2, 3, 1), (4, 2, 0)])

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from keras_cifar import data
+from keras_cifar.core import environment
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UserError
 from keras_cifar.core.run_directory import Run
@@ -622,7 +623,7 @@ def test_large_files_are_decoded_by_several_threads(tmp_path, monkeypatch, side,
         return real(workers)
 
     monkeypatch.setattr(folder.concurrent.futures, "ThreadPoolExecutor", count)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(environment, "usable_cpus", lambda: 3)
     dataset = load(tmp_path / "images", tmp_path / "cache", val_fraction=0)
     assert used == [workers, workers]
     assert_decoded(dataset.train, tmp_path / "images" / "train", dataset.class_names)

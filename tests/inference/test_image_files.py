@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_cifar.core import environment
 from keras_cifar.data.images import ImageError
 from keras_cifar.inference import image_files
 from tests.commands import hostile
@@ -125,7 +126,7 @@ class Watch:
         self.broken = {}
         monkeypatch.setattr("keras_cifar.data.images.load_image", self.load)
         monkeypatch.setattr(image_files, "BATCH_SIZE", 4)
-        monkeypatch.setattr(image_files, "THREADS", threads)
+        monkeypatch.setattr(environment, "usable_cpus", lambda: threads)
 
     def load(self, name, size, rule):
         assert self.released.wait(PATIENCE)

@@ -173,6 +173,24 @@ def test_requests_that_arrive_during_a_batch_are_computed_together():
     assert double.batches == [[0], [1, 2, 3, 4], [5, 6]]
 
 
+def test_what_is_done_between_batches_waits_for_the_one_that_is_computed():
+    double = Doubler()
+
+    async def body(batcher):
+        double.go.clear()
+        future = batcher.submit(double, np.array([0]))
+        while batcher.waiting:
+            await asyncio.sleep(0.001)
+        done = asyncio.create_task(batcher.between(lambda: double.batches.append("between")))
+        await asyncio.sleep(0.05)
+        assert not done.done()
+        double.go.set()
+        await asyncio.gather(future, done)
+
+    with_batcher(body)
+    assert double.batches == [[0], "between"]
+
+
 def test_only_requests_for_the_same_function_share_a_batch():
     one, other = Doubler(), Doubler()
 

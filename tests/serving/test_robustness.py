@@ -3,16 +3,21 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import io
 import json
+import pathlib
+import re
 import shutil
 import socket
 import struct
+import threading
 import time
 import types
 import zlib
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -68,6 +73,37 @@ def test_readiness_is_that_of_the_batches_and_of_the_server():
         assert caught.value.status == 503
 
     asyncio.run(main())
+
+
+def test_the_old_versions_memory_is_freed_while_no_batch_is_computed(monkeypatch):
+    """A batch would take the cores, and all requests wait."""
+    threads, news = [], iter(["version 2 replaces 1"])
+
+    async def main():
+        one = service()
+        one.versions.refresh = lambda: next(news, None)
+        monkeypatch.setattr(gc, "collect", lambda: threads.append(threading.current_thread().name))
+        async with one.running(poll=0.01):
+            while not threads:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+    assert [name.split("_")[0] for name in threads] == ["compute"]
+
+
+def test_what_computes_gives_way_to_the_event_loop(served_run):
+    images = np.full((500, 16, 16, 3), 255).tolist()
+    assert served_run.predict({"instances": images})[0] == 200  # large enough for another process
+    server = psutil.Process(served_run.process.pid)
+    assert {child.nice() - server.nice() for child in server.children()} == {parsing.NICE}
+    nice = {"tf_Compute": set(), "python": set()}
+    for thread in server.threads():
+        text = pathlib.Path(f"/proc/{server.pid}/task/{thread.id}/stat").read_text()
+        name, rest = re.search(r"\((.*)\) (.*)", text).groups()
+        nice.setdefault(name, set()).add(int(rest.split()[16]))  # the field after `priority`
+    assert nice["tf_Compute"] == {server.nice() + parsing.NICE}
+    assert server.nice() in nice["python"]
 
 
 def test_too_many_requests_are_refused():

@@ -338,8 +338,10 @@ def failure(capsys):
         assert line.startswith("serve: error: ")
         return status, line
 
+    usual = gc.get_threshold()
     yield run
     gc.unfreeze()
+    gc.set_threshold(*usual)
 
 
 WRONG = "grpc_port=-1 port=70000 port=-1 name=a/b name= poll=0 poll=nan timeout=inf model="
@@ -438,13 +440,11 @@ def test_cores_are_shared_where_tensorflow_computes_already(trained_run):
 
 
 def test_what_lives_long_is_rarely_looked_through_while_requests_wait(failure, tmp_path):
-    before, usual = gc.get_freeze_count(), gc.get_threshold()
-    try:
-        assert failure(f"--model={tmp_path}", "--port=0")[0] == 1
-        assert gc.get_freeze_count() > before + 100_000
-        assert gc.get_threshold() == (*usual[:2], 100 * usual[2])
-    finally:
-        gc.set_threshold(*usual)
+    before = gc.get_freeze_count()
+    gc.set_threshold(600, 9, 10)
+    assert failure(f"--model={tmp_path}", "--port=0")[0] == 1
+    assert gc.get_freeze_count() > before + 100_000
+    assert gc.get_threshold() == (600, 9, 1000)
 
 
 def test_small_responses_are_sent_at_once():
