@@ -5,6 +5,7 @@ import functools
 import io
 import pathlib
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -147,7 +148,12 @@ def _split(inputs: np.ndarray, size: int, encoded: bool) -> Iterator[np.ndarray]
 
 
 class Versions:
-    """The versions of a model: `current` answers, one may be being loaded, some have failed."""
+    """The versions of a model: one is served, one may be being loaded, some have failed.
+
+    Attributes:
+        current: the version that is served.
+        replaced: those that were served and are in memory still, perhaps for a request that goes on.
+    """
 
     def __init__(self, model: str, batch_size: int, dtype_policy: str = "float32", parts: int = 1):
         """Loads the newest version.
@@ -165,6 +171,7 @@ class Versions:
         path = find(model)
         is_base = path != pathlib.Path(model).expanduser() and path.name.isdecimal()
         self._base = path.parent if is_base else None
+        self.replaced: weakref.WeakSet[Servable] = weakref.WeakSet()
         self._loading: int | None = None
         self._failed: dict[int, tuple[float, str]] = {}  # version -> (when, why)
         self._load = functools.partial(
@@ -195,6 +202,7 @@ class Versions:
         finally:
             self._loading = None
         self._failed.pop(version, None)
+        self.replaced.add(self.current)
         before, self.current = self.current.version, loaded
         return f"version {version} replaces {before}"
 

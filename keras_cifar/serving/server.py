@@ -5,17 +5,15 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
-import os
 import signal
 import socket
-import threading
 
 import uvicorn
 
 from keras_cifar.core.errors import StoppedError, UserError, reason
+from keras_cifar.serving import parsing
 from keras_cifar.serving.app import App
 from keras_cifar.serving.batching import Batcher
-from keras_cifar.serving.parsing import NICE
 from keras_cifar.serving.protocol import Protocol
 from keras_cifar.serving.servable import Versions, give_cores
 from keras_cifar.serving.service import Service
@@ -64,13 +62,12 @@ def run(
 
 
 def _load(model: str, batch_size: int, dtype_policy: str) -> Versions:
-    """Loads the model in a thread that has given way to others, as TensorFlow's threads then do."""
+    """Loads the model in a thread that has given way, as the threads do that TensorFlow then starts."""
 
     def load() -> Versions:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # on Linux of the thread
         return Versions(model, batch_size, dtype_policy, give_cores(model))
 
-    with concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
+    with concurrent.futures.ThreadPoolExecutor(1, "load", parsing.give_way) as pool:
         return pool.submit(load).result()
 
 

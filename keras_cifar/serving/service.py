@@ -63,8 +63,9 @@ class Service:
                 news = f"looking for a new version failed: {reason(error)}"
             if news:
                 print(one_line(news), file=sys.stderr, flush=True)
-                # TensorFlow's functions are in cycles; this frees the old version's memory. Every
-                # request waits for it: 0.04 s, and up to 0.25 s while a batch takes the cores.
+            if self.versions.replaced:
+                # TensorFlow's functions are in cycles; this frees an old version's memory. All requests
+                # wait for it: 0.04 s, and up to 0.25 s if batches took the cores meanwhile.
                 await self.batcher.between(gc.collect)
 
     @contextlib.contextmanager

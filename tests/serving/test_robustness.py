@@ -29,7 +29,7 @@ pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 from keras_cifar.serving import parsing, rest, servable
 from keras_cifar.serving.app import App
 from keras_cifar.serving.batching import Batcher
-from keras_cifar.serving.servable import Servable
+from keras_cifar.serving.servable import Servable, Versions
 from keras_cifar.serving.service import MAX_REQUESTS, Service
 from tests.serving.server import serving
 
@@ -77,19 +77,38 @@ def test_readiness_is_that_of_the_batches_and_of_the_server():
 
 def test_the_old_versions_memory_is_freed_while_no_batch_is_computed(monkeypatch):
     """A batch would take the cores, and all requests wait."""
-    threads, news = [], iter(["version 2 replaces 1"])
+    threads, replaced = [], ["a version that a request still uses"]
+
+    def collect():
+        threads.append(threading.current_thread().name)
+        if len(threads) == 2:  # The request has its answer.
+            replaced.clear()
 
     async def main():
         one = service()
-        one.versions.refresh = lambda: next(news, None)
-        monkeypatch.setattr(gc, "collect", lambda: threads.append(threading.current_thread().name))
+        one.versions.refresh, one.versions.replaced = lambda: None, replaced
+        monkeypatch.setattr(gc, "collect", collect)
         async with one.running(poll=0.01):
-            while not threads:
+            while replaced:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
 
     asyncio.run(asyncio.wait_for(main(), 10))
-    assert [name.split("_")[0] for name in threads] == ["compute"]
+    assert [name.split("_")[0] for name in threads] == ["compute"] * 2
+
+
+def test_a_replaced_version_is_known_until_its_memory_is_freed(trained_run, tmp_path):
+    base = shutil.copytree(trained_run.path / "export", tmp_path / "base")
+    versions = Versions(str(base), 4)
+    old = versions.current
+    shutil.copytree(base / "1", base / "2")
+    assert versions.refresh() == "version 2 replaces 1"
+    assert set(versions.replaced) == {old}
+    gc.collect()
+    assert len(versions.replaced) == 1  # a request may use it
+    del old
+    gc.collect()
+    assert not versions.replaced
 
 
 def test_what_computes_gives_way_to_the_event_loop(served_run):
