@@ -70,6 +70,10 @@ DEPTHWISE_POLICY = "float32", "its depthwise convolutions are slower in bfloat16
 # vgg_bn_drop had 0.85 of one device's speed instead of 0.93.
 MALLOC = {-8: 1, -1: 2**31 - 1, -3: 2**31 - 1}
 
+# Added to the "nice" value of what computes beside an event loop, which then need not wait for a core.
+# Readiness of `serve` took 22 instead of 30 ms (99 %) under load, with as many requests a second.
+NICE = 5
+
 # The variables that `configure` has set in this process.
 changed: set[str] = set()
 
@@ -97,6 +101,15 @@ def usable_cpus() -> int:
     """The CPUs that this process may use; a container may have a share of more CPUs than that."""
     cpus = len(os.sched_getaffinity(0))
     return min(cpus, cpu_quota() or cpus)
+
+
+def give_way() -> None:
+    """Gives this thread, and the threads that it starts, a lower priority than the event loop has.
+
+    Only for what does not hold Python's lock: the event loop would wait for a thread without a core.
+    """
+    with contextlib.suppress(OSError):  # A sandbox may forbid it.
+        os.nice(NICE)  # on Linux of the thread alone
 
 
 def intra_op_threads() -> int:

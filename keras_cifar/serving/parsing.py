@@ -6,20 +6,14 @@ thread would stop all others for that time, so large bodies are parsed in proces
 
 import asyncio
 import concurrent.futures
-import contextlib
-import os
 import pickle
 import subprocess
 import sys
 
 import numpy as np
 
-from keras_cifar.core.environment import package_environment, usable_cpus
+from keras_cifar.core.environment import give_way, package_environment, usable_cpus
 from keras_cifar.serving import rest
-
-# Added to the "nice" value of what computes beside the event loop, so that it need not wait for a core.
-# Readiness then took 22 instead of 30 ms (99 %) under load, with as many requests a second.
-NICE = 5
 
 SMALL = 2**17  # bytes of a body that is parsed at once, in about 5 ms
 
@@ -55,15 +49,6 @@ class Parser:
         if isinstance(decoded, rest.RequestError):
             raise decoded
         return decoded
-
-
-def give_way() -> None:
-    """Gives this thread, and the threads that it starts, a lower priority than the event loop has.
-
-    Only for what does not hold Python's lock: the event loop would wait for a thread without a core.
-    """
-    with contextlib.suppress(OSError):  # A sandbox may forbid it.
-        os.nice(NICE)  # on Linux of the thread alone
 
 
 def _start() -> subprocess.Popen:

@@ -10,8 +10,8 @@ import socket
 
 import uvicorn
 
+from keras_cifar.core.environment import give_way
 from keras_cifar.core.errors import StoppedError, UserError, reason
-from keras_cifar.serving import parsing
 from keras_cifar.serving.app import App
 from keras_cifar.serving.batching import Batcher
 from keras_cifar.serving.protocol import Protocol
@@ -24,7 +24,7 @@ GRACE = 25
 
 # A look through all objects stops every request: 0.02 to 0.07 s with a model loaded, and readiness was
 # answered within 116 ms at most. Python did so every 6 s of a load; with this, which is a hundred times
-# its default, that is rare, and readiness took 54 ms at most. Replacing a version does so once.
+# its default, that is rare, and readiness took 54 ms at most (both in two minutes of load).
 FULL_COLLECTION = 1000
 
 
@@ -67,7 +67,7 @@ def _load(model: str, batch_size: int, dtype_policy: str) -> Versions:
     def load() -> Versions:
         return Versions(model, batch_size, dtype_policy, give_cores(model))
 
-    with concurrent.futures.ThreadPoolExecutor(1, "load", parsing.give_way) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1, "load", give_way) as pool:
         return pool.submit(load).result()
 
 

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from keras_cifar.core import environment
 from keras_cifar.data.images import MAX_PIXELS, decoding_work
 from tests.conftest import ROUNDING, colour_images, encoded
 
@@ -115,13 +116,13 @@ def test_what_computes_gives_way_to_the_event_loop(served_run):
     images = np.full((500, 16, 16, 3), 255).tolist()
     assert served_run.predict({"instances": images})[0] == 200  # large enough for another process
     server = psutil.Process(served_run.process.pid)
-    assert {child.nice() - server.nice() for child in server.children()} == {parsing.NICE}
+    assert {child.nice() - server.nice() for child in server.children()} == {environment.NICE}
     nice = {"tf_Compute": set(), "python": set()}
     for thread in server.threads():
         text = pathlib.Path(f"/proc/{server.pid}/task/{thread.id}/stat").read_text()
         name, rest = re.search(r"\((.*)\) (.*)", text).groups()
         nice.setdefault(name, set()).add(int(rest.split()[16]))  # the field after `priority`
-    assert nice["tf_Compute"] == {server.nice() + parsing.NICE}
+    assert nice["tf_Compute"] == {server.nice() + environment.NICE}
     assert server.nice() in nice["python"]
 
 
