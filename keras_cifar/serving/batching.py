@@ -44,6 +44,7 @@ class Batcher:
         self._items: collections.deque[_Item] = collections.deque()
         self._changed = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "compute")
+        self._computing = asyncio.Lock()
         self._arriving = 0
         self.stopped = False
 
@@ -77,8 +78,9 @@ class Batcher:
         try:
             while True:
                 await self._wait_for_batch()
-                taken = self._take()
-                await self._compute(taken)
+                async with self._computing:
+                    taken = self._take()
+                    await self._compute(taken)
         finally:
             self.stopped = True
             for item in (*taken, *self._items):
@@ -87,8 +89,13 @@ class Batcher:
             self._items.clear()
 
     async def between(self, work: Callable[[], object]) -> None:
-        """Runs `work()` between two batches, while none is computed."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        """Runs `work()` in a thread between two batches, while none is computed.
+
+        It is not the thread that computes: that one may have a lower priority, and would keep Python's
+        lock while others have the cores.
+        """
+        async with self._computing:
+            await asyncio.to_thread(work)
 
     async def _wait_for_batch(self) -> None:
         while not self._items:

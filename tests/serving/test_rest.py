@@ -181,14 +181,24 @@ def test_what_is_done_between_batches_waits_for_the_one_that_is_computed():
         future = batcher.submit(double, np.array([0]))
         while batcher.waiting:
             await asyncio.sleep(0.001)
-        done = asyncio.create_task(batcher.between(lambda: double.batches.append("between")))
+        answered = threading.Event()
+
+        def work():
+            assert answered.wait(10), "the event loop stands still"
+            double.batches.append(threading.current_thread().name.partition("_")[0])
+
+        done = asyncio.create_task(batcher.between(work))
         await asyncio.sleep(0.05)
         assert not done.done()
         double.go.set()
-        await asyncio.gather(future, done)
+        await future
+        after = batcher.submit(double, np.array([1]))
+        await asyncio.sleep(0.05)
+        answered.set()
+        await asyncio.gather(done, after)
 
     with_batcher(body)
-    assert double.batches == [[0], "between"]
+    assert double.batches == [[0], "asyncio", [1]]
 
 
 def test_only_requests_for_the_same_function_share_a_batch():
