@@ -34,7 +34,7 @@ class ServeOptions(Options):
     max_batch_size: int = option(BATCH_SIZE, "images computed together", "Batches", limit=POSITIVE)
     batch_wait: float = option(
         0.002,
-        "seconds that a batch waits for requests that are arriving; a single client never waits",
+        "seconds that a batch waits for the next request of a client; a single client never waits",
         "Batches",
         limit=NOT_NEGATIVE,
     )

@@ -120,8 +120,7 @@ class App:
 
     async def _predict(self, request: Request, version: int | None) -> Response:
         servable = self._service.versions.get(version)  # before the body, which may arrive slowly
-        with self._service.batcher.expected():
-            call, inputs = await self._parser.decode(await self._body(request), servable.inputs)
+        call, inputs = await self._parser.decode(await self._body(request), servable.inputs)
         outputs = await self._service.predict(servable, call.signature, inputs)
         if sum(values.size for values in outputs.values()) > SMALL_RESPONSE:
             text = await asyncio.to_thread(rest.response, call, outputs)

@@ -5,9 +5,13 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
+
+# Rows for which a batch waits at most. On 2 cores larger ones compute no faster (ResNet-32: 1.3 ms an
+# image from 8 a core): with 64 clients 807 requests/s, and 766 if a batch waits for all of them.
+ENOUGH = 16
 
 
 class BatcherStoppedError(Exception):
@@ -29,9 +33,10 @@ class _Item:
 class Batcher:
     """Collects requests into batches.
 
-    A batch starts when the previous one is done and no request is arriving, and at the latest `wait`
-    seconds after its first request could have started. A single client never waits for others, and
-    many clients fill a batch while another is computed. `observe` gets the rows of each batch.
+    A batch starts when the previous one is done and as many rows wait as were computed or waiting at
+    its end, up to ENOUGH: a client that has its answer often asks again. If no request comes for
+    `wait` seconds, it starts with those that wait. A single client never waits for others. `observe`
+    gets the rows of each batch.
 
     Attributes:
         stopped: whether `work` has ended; a request then fails with BatcherStoppedError.
@@ -45,18 +50,8 @@ class Batcher:
         self._changed = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "compute")
         self._computing = asyncio.Lock()
-        self._arriving = 0
+        self._in_flight = 0  # rows at the end of the last batch
         self.stopped = False
-
-    @contextlib.contextmanager
-    def expected(self) -> Iterator[None]:
-        """Counts a request as arriving while the context is open."""
-        self._arriving += 1
-        try:
-            yield
-        finally:
-            self._arriving -= 1
-            self._changed.set()
 
     @property
     def waiting(self) -> int:
@@ -81,6 +76,7 @@ class Batcher:
                 async with self._computing:
                     taken = self._take()
                     await self._compute(taken)
+                    self._in_flight = sum(len(item.inputs) for item in taken) + self.waiting
         finally:
             self.stopped = True
             for item in (*taken, *self._items):
@@ -99,13 +95,16 @@ class Batcher:
 
     async def _wait_for_batch(self) -> None:
         while not self._items:
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change()
+        enough = min(self._in_flight, self._size, ENOUGH)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._wait):
-                while self._arriving and self.waiting < self._size:
-                    self._changed.clear()
-                    await self._changed.wait()
+            while self.waiting < enough:
+                async with asyncio.timeout(self._wait):
+                    await self._change()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
     def _take(self) -> list[_Item]:
         """The first request and later ones for the same function; the others keep their order."""

@@ -130,15 +130,14 @@ class GrpcServer:
         return spec.version.value if spec.HasField("version") else None
 
     async def _predict(self, message: Awaitable[bytes]) -> PredictResponse:
-        with self._service.batcher.expected():
-            request = _parsed(PredictRequest, await message)
-            servable = self._service.versions.get(self._version(request.model_spec))
-            signature = request.model_spec.signature_name or rest.DEFAULT_SIGNATURE
-            expected = rest.input_of(servable.inputs, signature, 412)
-            if request.inputs.keys() != {expected.name}:
-                found = ", ".join(map(repr, sorted(request.inputs))) or "none"
-                raise RequestError(f"the input must be {expected.name!r} alone; it is {found}")
-            inputs = await _array(request.inputs[expected.name], expected)
+        request = _parsed(PredictRequest, await message)
+        servable = self._service.versions.get(self._version(request.model_spec))
+        signature = request.model_spec.signature_name or rest.DEFAULT_SIGNATURE
+        expected = rest.input_of(servable.inputs, signature, 412)
+        if request.inputs.keys() != {expected.name}:
+            found = ", ".join(map(repr, sorted(request.inputs))) or "none"
+            raise RequestError(f"the input must be {expected.name!r} alone; it is {found}")
+        inputs = await _array(request.inputs[expected.name], expected)
         outputs = await self._service.predict(servable, signature, inputs)
         wanted = list(request.output_filter) or list(outputs)
         if missing := set(wanted) - outputs.keys():

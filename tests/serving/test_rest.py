@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keras_cifar.serving import rest
-from keras_cifar.serving.batching import Batcher, BatcherStoppedError
+from keras_cifar.serving.batching import ENOUGH, Batcher, BatcherStoppedError
 
 SHAPE = (None, 2, 2, 3)
 IMAGE = [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 255]]]
@@ -280,19 +280,41 @@ def test_without_the_task_requests_fail_at_once():
     asyncio.run(main())
 
 
-def test_a_batch_waits_for_arriving_requests_up_to_its_limit():
+def test_a_batch_waits_for_those_who_asked_before():
     double = Doubler()
 
     async def body(batcher):
-        with batcher.expected():
-            first = batcher.submit(double, np.array([1]))
-            await asyncio.sleep(0.05)
-            assert not first.done()
-            second = batcher.submit(double, np.array([2]))
+        double.go.clear()
+        first = batcher.submit(double, np.array([1]))
+        while batcher.waiting:
+            await asyncio.sleep(0.001)
+        others = [batcher.submit(double, np.array([n])) for n in (2, 3)]
+        double.go.set()
         await first
-        await second
-        with batcher.expected():
-            await batcher.submit(double, np.array([3]))  # after the wait, alone
+        await asyncio.sleep(0.05)
+        assert double.batches == [[1]]
+        await asyncio.gather(*others, batcher.submit(double, np.array([4])))
+        alone = batcher.submit(double, np.array([5]))
+        await asyncio.sleep(0.05)
+        assert double.batches == [[1], [2, 3, 4]]
+        await alone  # after the wait
+        batcher.submit(double, np.array([6]))
+        await asyncio.sleep(0.1)
+        assert double.batches == [[1], [2, 3, 4], [5], [6]]
 
-    with_batcher(body, wait=0.5)
-    assert double.batches == [[1, 2], [3]]
+    with_batcher(body, wait=1.0)
+
+
+def test_a_batch_waits_for_no_more_rows_than_are_enough():
+    double = Doubler()
+
+    async def body(batcher):
+        double.go.clear()
+        futures = [batcher.submit(double, np.arange(2 * ENOUGH))]
+        while batcher.waiting:
+            await asyncio.sleep(0.001)
+        futures.append(batcher.submit(double, np.arange(ENOUGH)))
+        double.go.set()
+        await asyncio.gather(*futures)
+
+    with_batcher(body, size=4 * ENOUGH, wait=60)

@@ -77,25 +77,34 @@ def test_readiness_is_that_of_the_batches_and_of_the_server():
 
 
 def test_the_old_versions_memory_is_freed_while_no_batch_is_computed(monkeypatch):
-    """A batch would take the cores, and all requests wait."""
-    threads, replaced = [], ["a version that a request still uses"]
+    """A batch would take the cores."""
+    started, events, replaced = threading.Event(), [], ["a version that a request still uses"]
 
     def collect():
-        threads.append(threading.current_thread().name)
-        if len(threads) == 2:  # The request has its answer.
+        started.set()
+        time.sleep(0.1)
+        events.append("collected")
+        if len(events) > 1:  # The request has its answer.
             replaced.clear()
+
+    def compute(inputs):
+        events.append("computed")
+        return {"y": inputs}
 
     async def main():
         one = service()
         one.versions.refresh, one.versions.replaced = lambda: None, replaced
         monkeypatch.setattr(gc, "collect", collect)
         async with one.running(poll=0.01):
+            while not started.is_set():
+                await asyncio.sleep(0.001)
+            await one.batcher.submit(compute, np.zeros(1))
             while replaced:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
 
     asyncio.run(asyncio.wait_for(main(), 10))
-    assert [name.split("_")[0] for name in threads] == ["compute"] * 2
+    assert events == ["collected", "computed", "collected"]
 
 
 def test_a_replaced_version_is_known_until_its_memory_is_freed(trained_run, tmp_path):
