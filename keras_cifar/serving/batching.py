@@ -77,6 +77,7 @@ class Batcher:
                     taken = self._take()
                     await self._compute(taken)
                     self._in_flight = sum(len(item.inputs) for item in taken) + self.waiting
+                    taken = []  # which would keep a replaced version in memory
         finally:
             self.stopped = True
             for item in (*taken, *self._items):

@@ -31,6 +31,8 @@ class Metrics:
         waiting.set_function(lambda: batcher.waiting)
         version = prometheus.Gauge("model_version", "The version being served.", **common)
         version.set_function(lambda: versions.current.version)
+        loaded = prometheus.Gauge("versions_in_memory", "Replaced ones are freed soon.", **common)
+        loaded.set_function(lambda: 1 + len(versions.replaced))
 
     def count(self, kind: str, code: int | str, seconds: float) -> None:
         """Counts a request of a kind that was answered with a status."""

@@ -87,17 +87,21 @@ async def _serve(
     server = _Server(config, service)
     async with service.running(poll):
         listener.listen(config.backlog)  # Whoever reads the printed address can connect at once.
-        current = service.versions.current
-        print(f"serving   {current.path} (version {current.version})")
-        print(f"address   http://{_address(listener)}/v1/models/{service.name}")
-        if grpc is not None:
-            print(f"grpc      grpc://{await server.start_grpc(grpc)}/{service.name}")
-        print("precision {} ({})".format(*current.precision))
-        print(f"try it    http://{_address(listener)}", flush=True)
+        _announce(service, _address(listener), grpc and await server.start_grpc(grpc))
         # uvicorn takes over the signals, answers what is in flight, and raises them again then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
         await server.serve(sockets=[listener])
+
+
+def _announce(service: Service, http: str, grpc: str | None) -> None:
+    current = service.versions.current
+    print(f"serving   {current.path} (version {current.version})")
+    print(f"address   http://{http}/v1/models/{service.name}")
+    if grpc is not None:
+        print(f"grpc      grpc://{grpc}/{service.name}")
+    print("precision {} ({})".format(*current.precision))
+    print(f"try it    http://{http}", flush=True)
 
 
 class _Server(uvicorn.Server):

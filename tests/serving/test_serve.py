@@ -275,6 +275,7 @@ def test_a_new_version_takes_over_between_requests(server, base, images):
     assert responses[0][0] == 200
     assert equal_but_for_rounding(*map(json.dumps, responses))
     assert server.metric("keras_cifar_model_version") == current + 1
+    until(lambda: server.metric("keras_cifar_versions_in_memory") == 1)
     assert server.request("GET", f"/v1/models/model/versions/{current}")[0] == 404
 
 
@@ -294,8 +295,10 @@ def test_an_invalid_version_is_not_served(server, base, images, tmp_path):
 
 def test_when_the_newest_version_is_removed_the_previous_one_is_served(server, base, images):
     (current,) = states(server)
+    assert server.predict({"instances": images.tolist()})[0] == 200
     add_version(base, base / str(current), current + 1)
     until(lambda: states(server) == {current + 1: "AVAILABLE"})
+    until(lambda: server.metric("keras_cifar_versions_in_memory") == 1)
     shutil.rmtree(base / str(current + 1))
     until(lambda: states(server) == {current: "AVAILABLE"})
     assert server.predict({"instances": images.tolist()})[0] == 200
