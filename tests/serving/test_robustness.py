@@ -78,11 +78,13 @@ def test_readiness_is_that_of_the_batches_and_of_the_server():
 
 def test_the_old_versions_memory_is_freed_while_no_batch_is_computed(monkeypatch):
     """A batch would take the cores."""
-    started, events, replaced = threading.Event(), [], ["a version that a request still uses"]
+    started, submitted = threading.Event(), threading.Event()
+    events, replaced = [], ["a version that a request still uses"]
 
     def collect():
         started.set()
-        time.sleep(0.1)
+        submitted.wait(10)
+        time.sleep(0.05)
         events.append("collected")
         if len(events) > 1:  # The request has its answer.
             replaced.clear()
@@ -98,7 +100,9 @@ def test_the_old_versions_memory_is_freed_while_no_batch_is_computed(monkeypatch
         async with one.running(poll=0.01):
             while not started.is_set():
                 await asyncio.sleep(0.001)
-            await one.batcher.submit(compute, np.zeros(1))
+            answer = one.batcher.submit(compute, np.zeros(1))
+            submitted.set()
+            await answer
             while replaced:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
