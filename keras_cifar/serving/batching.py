@@ -33,8 +33,8 @@ class _Item:
 class Batcher:
     """Collects requests into batches.
 
-    A batch starts when the previous one is done and as many rows wait as were computed or waiting at
-    its end, up to ENOUGH: a client that has its answer often asks again. If no request comes for
+    A batch starts when the previous one is done and as many requests wait as were computed or waiting
+    at its end, or ENOUGH rows: a client that has its answer often asks again. If no request comes for
     `wait` seconds, it starts with those that wait. A single client never waits for others. `observe`
     gets the rows of each batch.
 
@@ -50,7 +50,7 @@ class Batcher:
         self._changed = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "compute")
         self._computing = asyncio.Lock()
-        self._in_flight = 0  # rows at the end of the last batch
+        self._in_flight = 0  # requests at the end of the last batch
         self.stopped = False
 
     @property
@@ -76,7 +76,7 @@ class Batcher:
                 async with self._computing:
                     taken = self._take()
                     await self._compute(taken)
-                    self._in_flight = sum(len(item.inputs) for item in taken) + self.waiting
+                    self._in_flight = len(taken) + len(self._items)
                     taken = []  # which would keep a replaced version in memory
         finally:
             self.stopped = True
@@ -97,9 +97,9 @@ class Batcher:
     async def _wait_for_batch(self) -> None:
         while not self._items:
             await self._change()
-        enough = min(self._in_flight, self._size, ENOUGH)
+        enough = min(self._size, ENOUGH)
         with contextlib.suppress(TimeoutError):
-            while self.waiting < enough:
+            while len(self._items) < self._in_flight and self.waiting < enough:
                 async with asyncio.timeout(self._wait):
                     await self._change()
 

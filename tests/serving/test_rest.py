@@ -318,3 +318,15 @@ def test_a_batch_waits_for_no_more_rows_than_are_enough():
         await asyncio.gather(*futures)
 
     with_batcher(body, size=4 * ENOUGH, wait=60)
+    assert [len(batch) for batch in double.batches] == [2 * ENOUGH, ENOUGH]
+
+
+def test_a_single_client_never_waits_however_many_rows_it_sent_before():
+    double = Doubler()
+
+    async def body(batcher):
+        await batcher.submit(double, np.array([1, 2, 3]))
+        await batcher.submit(double, np.array([4]))
+
+    with_batcher(body, wait=60)
+    assert double.batches == [[1, 2, 3], [4]]
