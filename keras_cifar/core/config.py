@@ -8,20 +8,16 @@ import dataclasses
 import functools
 import typing
 
-from keras_cifar.core import places
-from keras_cifar.core.image_size import RESIZE, SMALL_IMAGE, STRETCH, resize_rule, size_text
-from keras_cifar.core.options import (
-    FRACTION,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SEED,
-    SHARE,
-    Options,
-    build,
-    check,
-    fields,
-    option,
+from keras_cifar.core import options, places
+from keras_cifar.core.image_size import (
+    RESIZE,
+    SMALL_IMAGE,
+    STRETCH,
+    resize_rule,
+    resizing_stages,
+    size_text,
 )
+from keras_cifar.core.options import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Options, option
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
 STRATEGIES = ("auto", "none", "mirrored", "multiworker")
@@ -152,6 +148,11 @@ class FitConfig(Options):
     steps_per_epoch: int | None = _training(
         None, "steps between validations (default: one pass)", limit=POSITIVE
     )
+    progressive_resizing: str = _training(
+        "",
+        "train on smaller images at first, which is faster: PIXELS:SHARE,... such as 24:0.4,28:0.7, 24 "
+        "pixels for 0.4 of the epochs, 28 until 0.7, then --image_size",
+    )
     batch_size: int = _training(128, "images a step, over all replicas together", limit=POSITIVE)
     accumulate_steps: int = _training(
         1,
@@ -197,12 +198,13 @@ class FitConfig(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        check(
+        resizing_stages(self.progressive_resizing)
+        options.check(
             self.batch_size % self.accumulate_steps == 0,
             f"--batch_size={self.batch_size} must be a multiple of "
             f"--accumulate_steps={self.accumulate_steps}",
         )
-        check(
+        options.check(
             self.norm_batch in ("auto", "whole", "fixed")
             or (self.norm_batch.isdecimal() and int(self.norm_batch) > 0),
             f"--norm_batch={self.norm_batch!r} is not auto, whole, fixed or a number of images above 0",
@@ -316,7 +318,7 @@ class DevicesConfig(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        check(
+        options.check(
             (self.workers is None) == (self.worker_index is None),
             "--workers and --worker_index belong together",
         )
@@ -375,7 +377,7 @@ class TrainConfig:
     @classmethod
     def from_flags(cls, **flags) -> "TrainConfig":
         """The configuration of flags by name; UsageError for a wrong value, TypeError for a name."""
-        return build(cls, flags)
+        return options.build(cls, flags)
 
     @classmethod
     def from_json(cls, flags: dict) -> "TrainConfig":
@@ -386,7 +388,7 @@ class TrainConfig:
             kinds = float | int if kinds is float else kinds
             # To Python, a bool is an int.
             right = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
-            check(right, f"--{name}={value!r} has the wrong type")
+            options.check(right, f"--{name}={value!r} has the wrong type")
         return cls.from_flags(**flags)
 
     def flags(self) -> dict:
@@ -428,7 +430,7 @@ class TrainConfig:
 
 
 # The flags of training by name, their defaults, and those that decide the result.
-FLAGS = {field.name: field for field in fields(TrainConfig)}
+FLAGS = {field.name: field for field in options.fields(TrainConfig)}
 DEFAULTS = {name: field.default for name, field in FLAGS.items()}
 COMPARED = frozenset(name for name, field in FLAGS.items() if field.metadata["compared"])
 _FORMER = {alias: name for name, f in FLAGS.items() for alias in f.metadata["aliases"]}

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cifar.models import batch_norm, layers, loop, training_step
+from keras_cifar.models import batch_norm, layers, loop, resizing, training_step
 from keras_cifar.models.precise_batch_norm import PreciseBatchNorm
 from keras_cifar.models.training_step import EVALUATION_METRICS, METRICS, TrainingStep
 from keras_cifar.models.weight_averaging import WeightAverages
@@ -259,6 +259,29 @@ class Classifier(keras.Model):
             self._step = dataclasses.replace(self._step, **changed)
         precise = self._precise_batch_norm
         self._precise_batch_norm = dataclasses.replace(precise, statistics=statistics)
+        self.train_function = None
+
+    def set_training_size(self, size: resizing.Size | None) -> None:
+        """Lets `fit`, from its next epoch on, shrink images to `size` (height, width); None keeps them.
+
+        Raises:
+            ValueError: the network takes no images of this size, or they are not smaller.
+        """
+        if size == self._step.image_size:
+            return
+        network, (_, height, width, channels) = self.logits_model, self.inputs[0].shape
+        if size is not None and (size[0] > height or size[1] > width):
+            raise ValueError(
+                f"images of {height} x {width} cannot be shrunk to {size[0]} x {size[1]}"
+            )
+        # Keras refuses other sizes than the model's own unless that is `input_spec`.
+        sides = (height, width) if size is None else (None, None)
+        network.input_spec = keras.InputSpec(shape=(None, *sides, channels))
+        if size is not None:
+            smaller = tf.TensorSpec((None, *size, channels), self.inputs[0].dtype)
+            with self._strategy.scope():  # A layer that takes one size raises it.
+                tf.function(network, autograph=False).get_concrete_function(smaller)
+        self._step = dataclasses.replace(self._step, image_size=size)
         self.train_function = None
 
     def request_stop(self) -> None:

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_cifar.distributed.exchange import all_reduce
 from keras_cifar.distributed.sharding import replicas
-from keras_cifar.models import batch_norm
+from keras_cifar.models import batch_norm, resizing
 from keras_cifar.models.weight_averaging import WeightAverages
 
 # The weight of each auxiliary classifier's loss: Szegedy et al. 2014, arXiv:1409.4842, section 5.
@@ -45,6 +45,7 @@ class TrainingStep:
         label_smoothing, weight_decay, accumulate_steps, class_weight: as in `Classifier.compile`.
         statistics: moving averages that differ between replicas after the forward pass; the step
             averages them.
+        image_size: to which images are shrunk; None keeps theirs.
     """
 
     network: keras.Model
@@ -57,6 +58,7 @@ class TrainingStep:
     accumulate_steps: int = 1
     statistics: Sequence = ()
     class_weight: Sequence[float] | None = None
+    image_size: resizing.Size | None = None
 
     def __post_init__(self):
         weights, classes = self.class_weight, self.network.outputs[0].shape[-1]
@@ -136,7 +138,7 @@ class TrainingStep:
         targets = targets * (1 - smooth) + smooth / labels.shape[-1] if smooth else targets
         if self.class_weight is not None:
             weights = tf.reduce_sum(labels * tf.constant(self.class_weight, self.dtype), axis=1)
-        weight = tf.reduce_sum(weights)
+        weight, images = tf.reduce_sum(weights), resizing.shrink(images, self.image_size)
         with tf.GradientTape() as tape:
             logits, *auxiliary = compute_logits(self.network, images, training=True)
             losses = cross_entropy(targets, logits)

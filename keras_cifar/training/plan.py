@@ -28,7 +28,7 @@ from keras_cifar.distributed.strategy import DistributedContext
 from keras_cifar.models.batch_norm import FIXED, REPLICA, WHOLE, norms
 from keras_cifar.models.classifier import Classifier
 from keras_cifar.pretrained import weights
-from keras_cifar.training import optimizers, transfer
+from keras_cifar.training import optimizers, resizing, transfer
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.first_lines import describe_classes, describe_frozen, describe_sizes
 from keras_cifar.training.optimizers import Schedule
@@ -51,6 +51,7 @@ class Plan:
         norm_batch: (that of `Classifier.compile`, what it means).
         origin: what the weights of --init_from are, as text; empty without.
         frozen: the layers of --freeze; None without.
+        stages: those of --progressive_resizing.
     """
 
     config: TrainConfig
@@ -65,6 +66,7 @@ class Plan:
     deterministic: bool
     origin: str
     frozen: FrozenLayers | None
+    stages: list[resizing.Stage]
 
     def shards(
         self, replicas: ReplicaRange, start_step: int, microbatches: int | None = None
@@ -93,7 +95,11 @@ class Plan:
         return iter(self.batches(epoch * self.config.fit.precise_bn_batches))
 
     def begin_epoch(self, epoch: int) -> bool:
-        """Freezes or unfreezes layers for an epoch, from 0; returns whether that changes anything."""
+        """Sets the size of images and what is frozen for an epoch, from 0.
+
+        Returns whether other layers are trained than before.
+        """
+        self.model.set_training_size(resizing.size_of(self.stages, epoch))
         epochs = self.config.model.unfreeze_epoch
         if not (self.frozen and epochs and self.frozen.set_trainable(epoch >= epochs)):
             return False
@@ -154,6 +160,7 @@ class Plan:
                 *([f"norm      by the statistics of {self.norm_batch[1]}"] if normalized else []),
                 *([f"weights   {self.origin}"] if self.origin else []),
                 *describe_frozen(config),
+                *resizing.describe(self.stages, config, (height, width)),
                 f"devices   strategy {spec.name} ({spec.reason}), {shards}, "
                 f"{policy} ({why_policy}), XLA {'on' if xla else 'off'} ({why_xla})",
             ]
@@ -306,7 +313,7 @@ def prepare(
         rate = optimizers.schedule(config.optimizer, fit.epochs, steps)
         optimizers.compile_model(model, config.optimizer, rate, **options)
     how = dtype_policy, xla, norm_batch, deterministic, origin, frozen
-    return Plan(config, dataset, model, rate, steps, context, *how)
+    return Plan(config, dataset, model, rate, steps, context, *how, resizing.stages(config, model))
 
 
 def _load_data(config: TrainConfig) -> data.Dataset:
@@ -387,7 +394,8 @@ def estimate(config: TrainConfig) -> str:
     else:
         memory = tf.config.experimental.get_memory_info(spec.devices[0])["peak"]
     total = seconds * plan.steps_per_epoch * config.fit.epochs
-    at_most = "at most " if config.model.unfreeze_epoch else ""  # The frozen epochs are faster.
+    # Frozen epochs and those of smaller images are faster.
+    at_most = "at most " if config.model.unfreeze_epoch or plan.stages else ""
     return (
         f"{plan.summary()}\n"
         f"estimate  {seconds:.3g} s a step, {seconds * plan.steps_per_epoch:.3g} s an epoch, "

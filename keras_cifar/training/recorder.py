@@ -64,9 +64,12 @@ class Recorder(keras.callbacks.Callback):
         return best_epoch(self.history)
 
     def is_finished(self) -> bool:
-        """Whether all epochs are done, or early stopping applies: not before all is trained."""
-        fit, frozen_epochs = self.plan.config.fit, self.plan.config.model.unfreeze_epoch or 0
-        waited = self.epochs_done - max(self.best_epoch(), frozen_epochs)
+        """Whether all epochs are done, or early stopping applies: not before all is trained, and on
+        images of full size.
+        """
+        fit, changes = self.plan.config.fit, [self.plan.config.model.unfreeze_epoch or 0]
+        changes += [end for _, end in self.plan.stages]
+        waited = self.epochs_done - max(self.best_epoch(), *changes)
         return self.epochs_done >= fit.epochs or 0 < fit.early_stopping <= waited
 
     @property

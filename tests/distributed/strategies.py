@@ -89,6 +89,7 @@ RUNS = {
     "auxiliary heads": SGD | {"model": "tiny_heads"},
     "steps_per_execution": SGD | {"steps_per_execution": 3},
     "l2": SGD | {"weight_decay": 0.01},
+    "progressive_resizing": SGD | {"progressive_resizing": "6:0.5"},
 }
 RUNS["all at once"] = functools.reduce(operator.or_, list(RUNS.values())[4:])
 GROUPS = {"norm_batch": "8"}

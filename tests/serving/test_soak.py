@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ import tensorflow as tf
 from PIL import Image
 from tensorflow_serving.apis import prediction_service_pb2_grpc
 
+from keras_cifar.core.environment import give_way
 from keras_cifar.inference.predictor import Predictor
 from tests.conftest import colour_images, encoded
 from tests.serving.server import serving
@@ -40,6 +42,7 @@ BAD = 0.2  # of the requests
 PATIENCE = 1  # seconds that the server waits for heads and bodies
 LIMIT = 8 * 2**20  # bytes of a request
 TOO_LARGE = 2 * LIMIT
+READY_MS = 100  # within which readiness is to answer
 PREDICT = "/v1/models/model:predict"
 VERSION_SECONDS = min(60, SECONDS / 4)  # between new versions
 BOMB_SECONDS = 10  # between images that are just below the limit of pixels
@@ -58,6 +61,40 @@ while time.monotonic() < end:
     time.sleep(0.02)
 print(json.dumps(taken))
 """
+
+
+@contextlib.contextmanager
+def idle_server(folder: pathlib.Path):
+    """The port of a server that answers readiness alone: as long do probes wait for a processor."""
+    (folder / READY.lstrip("/")).parent.mkdir(parents=True)
+    (folder / READY.lstrip("/")).write_text("{}")
+    command = [
+        sys.executable,
+        "-um",
+        "http.server",
+        "0",
+        "--bind=127.0.0.1",
+        f"--directory={folder}",
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        yield int(re.search(r"port (\d+)", process.stdout.readline())[1])
+        process.terminate()
+
+
+def probing(host: str, port: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROBE, host, str(port), str(SECONDS)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def answers(prober: subprocess.Popen) -> np.ndarray:
+    """Milliseconds of each answer."""
+    return 1e3 * np.array(json.loads(prober.communicate(timeout=60)[0]))
+
+
+def spread(taken: np.ndarray) -> str:
+    parts = np.median(taken), np.percentile(taken, 99), taken.max(), (taken >= READY_MS).sum()
+    return "median {:.1f}, 99 % {:.1f}, at most {:.1f} ms, {} late".format(*parts)
 
 
 NOT_JSON = b"{'instances'"
@@ -225,11 +262,13 @@ def test_good_requests_succeed_whatever_else_comes(trained_run, tmp_path):
     with serving(base, *flags) as server:
         client, memory, stopped = Client(server, Predictor(str(base))), [], threading.Event()
         end = time.monotonic() + SECONDS
-        probe = [sys.executable, "-c", PROBE, server.host, str(server.port), str(SECONDS)]
         with (
-            subprocess.Popen(probe, stdout=subprocess.PIPE, text=True) as prober,
-            concurrent.futures.ThreadPoolExecutor(CLIENTS + 1) as pool,
+            idle_server(tmp_path / "idle") as idle_port,
+            probing(server.host, server.port) as prober,
+            probing("127.0.0.1", idle_port) as idle_prober,
+            concurrent.futures.ThreadPoolExecutor(CLIENTS + 1, "client", give_way) as pool,
         ):
+            # Clients on other machines would not take the server's cores either.
             tasks = [pool.submit(client.work, seed, end) for seed in range(CLIENTS)]
             versions = pool.submit(change_versions, base, end, stopped)
             try:
@@ -240,7 +279,7 @@ def test_good_requests_succeed_whatever_else_comes(trained_run, tmp_path):
                 stopped.set()
             for task in tasks:
                 task.result()
-            taken = np.array(json.loads(prober.communicate(timeout=60)[0]))
+            taken, idle = answers(prober), answers(idle_prober)
         assert server.request("GET", READY) == (200, {"ready": True})
         server.process.send_signal(signal.SIGTERM)
         _, errors = server.process.communicate(timeout=60)
@@ -248,13 +287,11 @@ def test_good_requests_succeed_whatever_else_comes(trained_run, tmp_path):
     before, after = np.median(memory[third : 2 * third]), np.median(memory[2 * third :])
     print(dict(client.counts), f"versions changed {versions.result()} times")
     print(f"memory, MiB: {before / 2**20:.0f}, then {after / 2**20:.0f}; at most", end=" ")
-    print(
-        f"{max(memory) / 2**20:.0f}; readiness, ms: median {1e3 * np.median(taken):.1f}", end=", "
-    )
-    print(f"99 % {1e3 * np.percentile(taken, 99):.1f}, at most {1e3 * taken.max():.1f}")
+    print(f"{max(memory) / 2**20:.0f}")
+    print(f"readiness: {spread(taken)}; of a server without work: {spread(idle)}")
     assert {kind for kind, _ in client.counts} == {"good", "bad"}
     assert versions.result() >= 3
     assert "Traceback" not in errors
-    assert np.median(taken) < 0.1
-    assert np.percentile(taken, 99) < 1
+    assert np.median(taken) < READY_MS
+    assert np.percentile(taken, 99) < 10 * READY_MS
     assert after < 1.1 * before + 50 * 2**20

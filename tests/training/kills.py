@@ -52,6 +52,7 @@ CASES = {
     "tiny, 2 replicas": SMALL | {"replicas": 2, "accumulate_steps": 2, "steps_per_execution": 2},
     "tiny, 2 replicas, unfrozen": SMALL
     | {"replicas": 2, "accumulate_steps": 2, "freeze": "stage0_relu", "unfreeze_epoch": 1},
+    "tiny, resized": SMALL | {"progressive_resizing": "4:0.4,6:0.7"},
     "tiny, crops of files": SMALL
     | {"data": "folder:photos", "batch_size": 8, "augment": "resized_crop|flip|mixup(0.3)"},
     "resnet20": {"model": "resnet20"},

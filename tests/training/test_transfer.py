@@ -222,7 +222,7 @@ def test_dry_run_measures_the_slower_epochs(image_folder):
 def test_early_stopping_waits_for_unfrozen_epochs(image_folder):
     def is_finished(epochs_done: int, best: int, **flags) -> bool:
         plan = types.SimpleNamespace(
-            config=config(image_folder, early_stopping=2, epochs=9, **flags)
+            config=config(image_folder, early_stopping=2, epochs=9, **flags), stages=[]
         )
         state = types.SimpleNamespace(plan=plan, epochs_done=epochs_done, best_epoch=lambda: best)
         return Recorder.is_finished(state)
