@@ -262,27 +262,15 @@ class Classifier(keras.Model):
         self.train_function = None
 
     def set_training_size(self, size: resizing.Size | None) -> None:
-        """Lets `fit`, from its next epoch on, shrink images to `size` (height, width); None keeps them.
+        """Lets `fit`, from its next epoch on, resize images to `size` (height, width); None keeps them.
 
-        Raises:
-            ValueError: the network takes no images of this size, or they are not smaller.
+        `resizing.takes` says whether the network can. Validation has images of their own size.
         """
-        if size == self._step.image_size:
-            return
-        network, (_, height, width, channels) = self.logits_model, self.inputs[0].shape
-        if size is not None and (size[0] > height or size[1] > width):
-            raise ValueError(
-                f"images of {height} x {width} cannot be shrunk to {size[0]} x {size[1]}"
-            )
-        # Keras refuses other sizes than the model's own unless that is `input_spec`.
-        sides = (height, width) if size is None else (None, None)
-        network.input_spec = keras.InputSpec(shape=(None, *sides, channels))
-        if size is not None:
-            smaller = tf.TensorSpec((None, *size, channels), self.inputs[0].dtype)
-            with self._strategy.scope():  # A layer that takes one size raises it.
-                tf.function(network, autograph=False).get_concrete_function(smaller)
-        self._step = dataclasses.replace(self._step, image_size=size)
-        self.train_function = None
+        if size != self._step.image_size:
+            resizing.allow(self.logits_model, self.inputs[0].shape[1:3] if size is None else None)
+            with self._strategy.scope():
+                self._step = dataclasses.replace(self._step, image_size=size)
+            self.train_function = None
 
     def request_stop(self) -> None:
         """Makes every process of the run see, in `totals` after the same step, that it is to stop."""

@@ -1,13 +1,14 @@
-"""Images shrunk inside the training step, for progressive resizing."""
+"""Images resized inside the training step, for progressive resizing."""
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 Size = tuple[int, int]  # height, width in pixels
 
 
-def shrink(images: tf.Tensor, size: Size | None) -> tf.Tensor:
-    """uint8 [B, H, W, 3] -> uint8 of a smaller `size`, by an antialiased linear filter; None keeps it.
+def resize(images: tf.Tensor, size: Size | None) -> tf.Tensor:
+    """uint8 [B, H, W, 3] -> uint8 of `size`, by TensorFlow's antialiased linear filter; None keeps it.
 
     A matrix product for each side runs on every device and has static shapes.
     """
@@ -20,7 +21,25 @@ def shrink(images: tf.Tensor, size: Size | None) -> tf.Tensor:
 
 
 def _filter(before: int, after: int) -> np.ndarray:
-    """float32 [after, before]: the weights of the pixels of a row in those of the shrunk row."""
+    """float32 [after, before]: the weights of the pixels of a row in those of the resized row."""
     with tf.init_scope():  # TensorFlow's own resizing of each single pixel
         pixels = tf.eye(before)[:, :, None]
         return tf.image.resize(pixels, (after, before), antialias=True)[:, :, 0].numpy()
+
+
+def allow(network: keras.Model, size: Size | None) -> None:
+    """Lets a network be called on images of `size` only, or with None of any that its layers take."""
+    network.input_spec = keras.InputSpec(shape=(None, *(size or (None, None)), 3))
+
+
+def takes(network: keras.Model, size: Size) -> bool:
+    """Whether the layers of a network can compute images of a size other than that it is built for."""
+    images = tf.TensorSpec((None, *size, 3), network.inputs[0].dtype)
+    allow(network, None)
+    try:
+        tf.function(network, autograph=False).get_concrete_function(images)
+    except ValueError:
+        return False
+    finally:
+        allow(network, network.inputs[0].shape[1:3])
+    return True

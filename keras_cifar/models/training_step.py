@@ -45,7 +45,7 @@ class TrainingStep:
         label_smoothing, weight_decay, accumulate_steps, class_weight: as in `Classifier.compile`.
         statistics: moving averages that differ between replicas after the forward pass; the step
             averages them.
-        image_size: to which images are shrunk; None keeps theirs.
+        image_size: to which images are resized; None keeps theirs.
     """
 
     network: keras.Model
@@ -138,7 +138,7 @@ class TrainingStep:
         targets = targets * (1 - smooth) + smooth / labels.shape[-1] if smooth else targets
         if self.class_weight is not None:
             weights = tf.reduce_sum(labels * tf.constant(self.class_weight, self.dtype), axis=1)
-        weight, images = tf.reduce_sum(weights), resizing.shrink(images, self.image_size)
+        weight, images = tf.reduce_sum(weights), resizing.resize(images, self.image_size)
         with tf.GradientTape() as tape:
             logits, *auxiliary = compute_logits(self.network, images, training=True)
             losses = cross_entropy(targets, logits)

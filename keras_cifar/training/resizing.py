@@ -7,7 +7,7 @@ from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError
 from keras_cifar.core.image_size import resizing_stages
 from keras_cifar.models.classifier import Classifier
-from keras_cifar.models.resizing import Size
+from keras_cifar.models.resizing import Size, takes
 
 Stage = tuple[Size, int]  # images' height and width, and the epochs done when it ends
 
@@ -26,18 +26,15 @@ def stages(config: TrainConfig, model: Classifier) -> list[Stage]:
                 f"--progressive_resizing={text} must be below the images' own {min(sides)} pixels"
             )
         size = tuple(round(side * pixels / min(sides)) for side in sides)
-        try:
-            model.set_training_size(size)
-        except ValueError:
+        if not takes(model.logits_model, size):
             raise UsageError(
-                f"--progressive_resizing={text}: {model.name} cannot take {pixels} pixels where it was "
-                f"built for {min(sides)}; give more, or a network with global pooling, such as resnet32"
-            ) from None
+                f"--progressive_resizing={text}: {model.name} for {min(sides)} pixels cannot take "
+                f"{pixels}; give more, or a network with global pooling, such as resnet32"
+            )
         # The product of the decimals may be just below the number that is meant.
         end = int(share * config.fit.epochs + 1e-9)
         if end > (found[-1][1] if found else 0):
             found.append((size, end))
-    model.set_training_size(None)
     return found
 
 
