@@ -109,7 +109,7 @@ def test_a_signal_at_any_instant_is_one_line_and_the_command_can_be_given_again(
     shutil.rmtree(directory / "default_cache", ignore_errors=True)
     shutil.rmtree(directory / "cache", ignore_errors=True)
     stopped = 0
-    for _ in range(max(1, INSTANTS // len(COMMANDS))):
+    for _ in range(-(-INSTANTS // len(COMMANDS))):
         number, seconds = choose.choice(SIGNALS), choose.uniform(0, whole)
         status, error, took = command.run(seconds, number)
         print(f"{name}: {signal.Signals(number).name} after {seconds:.2f} s: {status} {took:.2f}")
