@@ -16,7 +16,7 @@ from keras_cifar.core.run_directory import Run
 from keras_cifar.core.signals import STOP
 from keras_cifar.evaluation import plots
 from keras_cifar.reporting.comparison import duration
-from keras_cifar.training import checkpoint
+from keras_cifar.training import checkpoint, resizing
 from keras_cifar.training.checkpoint import TrainingProgress
 from keras_cifar.training.plan import Plan
 from keras_cifar.training.tensorboard import Scalars
@@ -127,8 +127,11 @@ class Recorder(keras.callbacks.Callback):
         """The estimated time of the epochs that remain as text; empty after the last."""
         if self.is_finished():
             return ""
-        seconds = np.mean([row["seconds"] for row in self.history[self._first :]])
-        return f", {duration(seconds * (self.plan.config.fit.epochs - self.epochs_done))} left"
+        plan, first, done = self.plan, self._first, self.epochs_done
+        sides, epochs = plan.dataset.image_shape[:2], range(plan.config.fit.epochs)
+        costs = [resizing.pixels(plan.stages, epoch, sides) for epoch in epochs]
+        seconds = sum(row["seconds"] for row in self.history[first:]) / sum(costs[first:done])
+        return f", {duration(seconds * sum(costs[done:]))} left"
 
     def _validate(self, epoch: int, logs: dict) -> dict:
         """Validates and selects the model; appends a row to the history and returns it."""

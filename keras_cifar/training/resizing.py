@@ -3,6 +3,8 @@
 Howard et al. 2018, "Training Imagenet in 3 hours for USD 25", fast.ai.
 """
 
+import math
+
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError
 from keras_cifar.core.image_size import resizing_stages
@@ -41,6 +43,13 @@ def stages(config: TrainConfig, model: Classifier) -> list[Stage]:
 def size_of(found: list[Stage], epoch: int) -> Size | None:
     """The size of an epoch's images, the first being 0; None: their own."""
     return next((size for size, end in found if epoch < end), None)
+
+
+def pixels(found: list[Stage], epoch: int, sides: Size) -> int:
+    """Of an image in an epoch, where `sides` are its own height and width: what an epoch's time is in
+    proportion to.
+    """
+    return math.prod(size_of(found, epoch) or sides)
 
 
 def describe(found: list[Stage], config: TrainConfig, sides: Size) -> list[str]:

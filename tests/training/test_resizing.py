@@ -171,3 +171,16 @@ def test_early_stopping_waits_for_whole_images(image_folder):
 
     assert not is_finished(5)
     assert is_finished(6)
+
+
+def test_the_time_left_grows_with_the_pixels(image_folder):
+    """Epochs of 16, 36 and 36 pixels took 88 seconds; two of 36 and three of 64 are left."""
+    plan = types.SimpleNamespace(
+        config=config(image_folder, epochs=9), stages=[((4, 4), 2), ((6, 6), 6)]
+    )
+    plan.dataset = types.SimpleNamespace(image_shape=(8, 8, 3))
+    history = [{"seconds": seconds} for seconds in (999, 14, 39, 35)]  # the first: another process
+    state = types.SimpleNamespace(
+        plan=plan, history=history, epochs_done=4, _first=1, is_finished=lambda: False
+    )
+    assert Recorder._time_left(state) == ", 4.4 min left"
