@@ -129,7 +129,7 @@ class Recorder(keras.callbacks.Callback):
             return ""
         plan, first, done = self.plan, self._first, self.epochs_done
         sides, epochs = plan.dataset.image_shape[:2], range(plan.config.fit.epochs)
-        costs = [resizing.pixels(plan.stages, epoch, sides) for epoch in epochs]
+        costs = [resizing.pixels_of(plan.stages, epoch, sides) for epoch in epochs]
         seconds = sum(row["seconds"] for row in self.history[first:]) / sum(costs[first:done])
         return f", {duration(seconds * sum(costs[done:]))} left"
 

@@ -45,10 +45,8 @@ def size_of(found: list[Stage], epoch: int) -> Size | None:
     return next((size for size, end in found if epoch < end), None)
 
 
-def pixels(found: list[Stage], epoch: int, sides: Size) -> int:
-    """Of an image in an epoch, where `sides` are its own height and width: what an epoch's time is in
-    proportion to.
-    """
+def pixels_of(found: list[Stage], epoch: int, sides: Size) -> int:
+    """The pixels of an epoch's images, whose own height and width are `sides`; its time is in proportion."""
     return math.prod(size_of(found, epoch) or sides)
 
 
