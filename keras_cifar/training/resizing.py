@@ -46,7 +46,7 @@ def size_of(found: list[Stage], epoch: int) -> Size | None:
 
 
 def pixels_of(found: list[Stage], epoch: int, sides: Size) -> int:
-    """The pixels of an epoch's images, whose own height and width are `sides`; its time is in proportion."""
+    """The pixels of an epoch's images, whose own sides are `sides`; its time is in proportion."""
     return math.prod(size_of(found, epoch) or sides)
 
 
