@@ -62,6 +62,7 @@ class Classifier(keras.Model):
         label_smoothing: float = 0.0,
         class_weight: Sequence[float] | None = None,
         weight_decay: float = 0.0,
+        bias_decay: float = 0.0,
         ema: float = 0.0,
         accumulate_steps: int = 1,
         norm_batch: str | int = batch_norm.WHOLE,
@@ -78,11 +79,10 @@ class Classifier(keras.Model):
                 classes' weights in the shares of its label, and the loss of a batch is the weighted
                 mean: the sum of w_i l_i over the sum of w_i, as of PyTorch's CrossEntropyLoss(weight).
                 The reported loss and accuracy stay those without weights. None weighs all alike.
-            weight_decay: factor of the L2 penalty, half the sum of the squared kernels; not on
-                biases and normalization. (Decoupled decay is an option of the optimizer.)
+            weight_decay, bias_decay: factors of the L2 penalty, half the sum of squares, of kernels and
+                of all else. (Decoupled decay is an option of the optimizer.)
             ema: decay of averaged weights in each step; 0 keeps none. `averaged` uses them.
-            accumulate_steps: microbatches, one after another, in which a batch is computed; only
-                batch normalization differs.
+            accumulate_steps: microbatches in which a batch is computed; only normalization differs.
             norm_batch: the examples that are normalized together in training: the "whole" batch or
                 microbatch, each "replica"'s shard of it, or groups of so many consecutive examples.
             jit_compile: compiles the step with XLA; on one device only.
@@ -108,8 +108,8 @@ class Classifier(keras.Model):
             self.averages = self._averages.variables  # a checkpoint has them
             network, variables = self.logits_model, self.trainable_variables
             statistics = batch_norm.configure(network, norm_batch)
-            loss = self._loss_dtype, label_smoothing, weight_decay
-            options = *loss, accumulate_steps, statistics, class_weight
+            options = self._loss_dtype, label_smoothing, weight_decay, accumulate_steps
+            options += statistics, class_weight, bias_decay
             self._step = TrainingStep(network, variables, self.optimizer, self._averages, *options)
         self._norm_batch, eager = norm_batch, self.run_eagerly
         self._precise_batch_norm = PreciseBatchNorm(network, strategy, statistics, eager)

@@ -42,7 +42,8 @@ class TrainingStep:
         variables: the trainable ones.
         optimizer: a built one.
         dtype: of losses and metrics.
-        label_smoothing, weight_decay, accumulate_steps, class_weight: as in `Classifier.compile`.
+        label_smoothing, weight_decay, accumulate_steps, class_weight, bias_decay: as in
+            `Classifier.compile`.
         statistics: moving averages that differ between replicas after the forward pass; the step
             averages them.
         image_size: to which images are resized; None keeps theirs.
@@ -58,6 +59,7 @@ class TrainingStep:
     accumulate_steps: int = 1
     statistics: Sequence = ()
     class_weight: Sequence[float] | None = None
+    bias_decay: float = 0.0
     image_size: resizing.Size | None = None
 
     def __post_init__(self):
@@ -167,10 +169,12 @@ class TrainingStep:
         if not divided:
             factor = NOMINAL_BATCH / metrics[4]
             gradients = [g * tf.cast(factor, g.dtype) for g in gradients]
-        if self.weight_decay:
-            decay = optimizer.scale_loss(tf.constant(self.weight_decay, self.dtype))
+        for decay, of_kernels in ((self.weight_decay, True), (self.bias_decay, False)):
+            scaled = optimizer.scale_loss(tf.constant(decay, self.dtype))
             gradients = [
-                g + tf.cast(decay, g.dtype) * v.value if is_kernel(v) else g
+                g + tf.cast(scaled, g.dtype) * v.value
+                if decay and is_kernel(v) == of_kernels
+                else g
                 for g, v in zip(gradients, variables, strict=True)
             ]
         norm = self._norm(gradients)

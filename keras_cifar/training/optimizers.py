@@ -240,8 +240,9 @@ def compile_model(
 ) -> None:
     """Compiles a model with the optimizer and the loss that the flags describe.
 
-    Weight decay applies to kernels only: decoupled with adamw (Loshchilov and Hutter 2017,
-    arXiv:1711.05101), as L2 in the gradient with the others.
+    Weight decay is decoupled with adamw (Loshchilov and Hutter 2017, arXiv:1711.05101), and L2 in the
+    gradient with the others. It applies to kernels, and with `decay_biases` to all else too, which
+    then shrinks as much in a step as kernels do.
 
     Args:
         late: layers that are frozen for the first `start` iterations.
@@ -256,17 +257,19 @@ def compile_model(
             f"and {model.name} has none; use adam, adamw or sgd"
         )
     l2, clipping = config.weight_decay, {"global_clipnorm": config.global_clipnorm or None}
+    bias_decay = l2 if config.decay_biases else 0.0
     if config.optimizer == "adam":
         optimizer = Adam(rate, **clipping)
     elif config.optimizer in ("sgd", "muon"):
         clipping["bias_rate"] = config.bias_rate
+        bias_decay /= config.bias_rate or 1.0  # With 0 biases stay as they are.
         kind = SGD if config.optimizer == "sgd" else Muon
         optimizer = kind(rate, config.momentum, config.nesterov, **clipping)
     else:
-        optimizer, l2 = AdamW(rate, config.weight_decay, **clipping), 0.0
+        optimizer, l2, bias_decay = AdamW(rate, config.weight_decay, **clipping), 0.0, 0.0
         others = [v for v in model.trainable_variables if not is_kernel(v)]
-        optimizer.exclude_from_weight_decay(others)
-    loss = {"label_smoothing": config.label_smoothing, "weight_decay": l2}
+        optimizer.exclude_from_weight_decay([] if config.decay_biases else others)
+    loss = {"label_smoothing": config.label_smoothing, "weight_decay": l2, "bias_decay": bias_decay}
     model.compile(optimizer, ema=config.ema, **loss, **kwargs)
     if config.layer_decay != 1 or config.head_rate != 1:
         optimizer.factors = rate_factors(model, config.layer_decay, config.head_rate)

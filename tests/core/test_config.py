@@ -107,7 +107,7 @@ def parsed(flags: str) -> dict:
 OTHER = parsed(
     "model=lenet5 data=digits image_size=24 resize=crop val_fraction=0.2 on_bad_image=skip "
     "augment=flip epochs=11 steps_per_epoch=5 batch_size=64 accumulate_steps=2 precise_bn_batches=3 "
-    "progressive_resizing=12:0.5 "
+    "progressive_resizing=12:0.5 decay_biases "
     "early_stopping=3 seed=1 optimizer=sgd learning_rate=0.5 momentum=0.5 nesterov bias_rate=2 "
     "layer_decay=0.75 head_rate=10 "
     "lr_schedule=cosine warmup_epochs=1 weight_decay=1e-4 label_smoothing=0.1 ema=0.5 "

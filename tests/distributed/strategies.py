@@ -88,7 +88,7 @@ RUNS = {
     "mixup": SGD | {"augment": "crop(1)|flip|mixup(0.5)"},
     "auxiliary heads": SGD | {"model": "tiny_heads"},
     "steps_per_execution": SGD | {"steps_per_execution": 3},
-    "l2": SGD | {"weight_decay": 0.01},
+    "l2": SGD | {"weight_decay": 0.01, "decay_biases": True},
     "progressive_resizing": SGD | {"progressive_resizing": "6:0.5"},
 }
 RUNS["all at once"] = functools.reduce(operator.or_, list(RUNS.values())[4:])

@@ -67,6 +67,7 @@ def stepped(ema: float = 0.0, norm_batch: str | int = "whole", **options) -> lis
         ({"label_smoothing": 0.3}, {"label_smoothing": 0.3}),
         ({"class_weight": (0.5, 2.0, 4.0)}, {"class_weight": (0.5, 2.0, 4.0)}),
         ({"weight_decay": 0.2}, {"weight_decay": 0.2}),
+        ({"bias_decay": 0.2}, {"bias_decay": 0.2}),
         ({"ema": 0.5}, {"ema": 0.5}),
         ({"norm_batch": 2}, {"norm_batch": 2}),
         ({"steps_per_execution": 2}, {}),

@@ -134,14 +134,18 @@ def test_class_weights_that_are_not_one_positive_number_a_class_are_refused(weig
     assert "\n" not in str(error.value)
 
 
-def test_weight_decay_pulls_kernels_alone_and_is_not_in_the_reported_loss():
+@pytest.mark.parametrize(("of_kernels", "of_others"), [(0.2, 0.0), (0.0, 0.3), (0.2, 0.3)])
+def test_decay_pulls_kernels_and_others_and_is_not_in_the_reported_loss(of_kernels, of_others):
     images, labels = examples()
-    plain, decayed = step_of(), step_of(weight_decay=0.2)
-    before = values(plain.network)
+    plain, decayed = step_of(), step_of(weight_decay=of_kernels, bias_decay=of_others)
+    for step in (plain, decayed):
+        step.network.get_layer("logits").bias.assign([1.0, -2.0, 3.0])
+    before, averages = values(plain.network), ("moving_mean", "moving_variance")
     np.testing.assert_array_equal(*(step(images, labels)[:3] for step in (plain, decayed)))
     without = values(plain.network)
     for path, value in values(decayed.network).items():
-        pull = 0.1 * 0.2 * before[path] if path.endswith("kernel") else 0.0
+        decay = of_kernels if path.endswith("kernel") else of_others
+        pull = 0.0 if path.endswith(averages) else 0.1 * decay * before[path]
         np.testing.assert_allclose(value, without[path] - pull, atol=1e-6, err_msg=path)
     assert sum(path.endswith("kernel") for path in before) == 2
 

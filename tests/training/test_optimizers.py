@@ -264,14 +264,31 @@ def test_decay_of_adamw_follows_the_rate_of_each_layer():
         np.testing.assert_allclose(after, before * (1 - 0.05 * factor), rtol=1e-6, err_msg=path)
 
 
-def test_decay_of_adamw_is_decoupled_and_on_kernels_alone():
-    network = model(optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
+@pytest.mark.parametrize("all_decay", [False, True])
+def test_decay_of_adamw_is_decoupled_and_on_kernels_unless_told(all_decay):
+    flags = {"learning_rate": 0.1, "weight_decay": 0.5, "decay_biases": all_decay}
+    network = model(optimizer="adamw", **flags)
     network.get_layer("conv_conv").bias.assign([1.0, 2, 3, 4])
     moved = move(network, gradient=0.0)
     for path, (before, after) in moved.items():
-        share = 1 - 0.1 * 0.5 if path.endswith("kernel") else 1
+        share = 1 - 0.1 * 0.5 if all_decay or path.endswith("kernel") else 1
         np.testing.assert_allclose(after, before * share, rtol=1e-6, err_msg=path)
-    assert network._step.weight_decay == 0
+    assert network._step.weight_decay == network._step.bias_decay == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "decay"),
+    [
+        ({"optimizer": "sgd", "bias_rate": 4.0}, 0.0),
+        ({"optimizer": "sgd", "bias_rate": 4.0, "decay_biases": True}, 0.125),
+        ({"optimizer": "sgd", "bias_rate": 0.0, "decay_biases": True}, 0.5),
+        ({"optimizer": "muon", "bias_rate": 4.0, "decay_biases": True}, 0.125),
+        ({"optimizer": "adam", "bias_rate": 4.0, "decay_biases": True}, 0.5),
+    ],
+)
+def test_biases_shrink_as_much_in_a_step_as_kernels(flags, decay):
+    step = model(**flags, weight_decay=0.5)._step
+    assert (step.weight_decay, step.bias_decay) == (0.5, decay)
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
