@@ -232,7 +232,7 @@ class OptimizerConfig(Options):
         "on kernels, not on biases and normalization: decoupled with adamw, else L2 in the gradient",
         limit=NOT_NEGATIVE,
     )
-    decay_biases: bool = _optimizer(False, "--weight_decay on them too, divided by --bias_rate")
+    decay_biases: bool = _optimizer(False, "--weight_decay on biases and normalization, too")
     label_smoothing: float = _optimizer(
         0.0, "share of each label spread over all classes", limit=FRACTION
     )

@@ -1,4 +1,4 @@
-"""The first lines of a run: the sizes of its images, its classes, what is frozen."""
+"""The first lines of a run: the sizes of its images, its classes, what is frozen or resized."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ from keras_cifar import data
 from keras_cifar.core.config import BALANCED, TrainConfig
 from keras_cifar.core.image_size import CROP
 from keras_cifar.data.images import covered
+from keras_cifar.models.resizing import Size
+from keras_cifar.training.resizing import Stage
 
 # So many times as many images in the largest class as in the smallest are worth a line. Below that the
 # held-out fraction of each class, rounded, may be the reason. No measurement is behind it.
@@ -31,7 +33,7 @@ def describe_sizes(dataset: data.Dataset, rule: str) -> list[str]:
     return [f"images    {' to '.join(ends)} pixels (of {len(by_area)} sampled), {how}"]
 
 
-def _by(size: tuple[int, int]) -> str:
+def _by(size: Size) -> str:
     return f"{size[1]:,} x {size[0]:,}"
 
 
@@ -62,3 +64,11 @@ def describe_frozen(config: TrainConfig) -> list[str]:
     name, epochs = config.model.freeze, config.model.unfreeze_epoch
     for_epochs = f", for the first {epochs} of {config.fit.epochs} epochs" if epochs else ""
     return [f"frozen    up to {name}{for_epochs}"] if name else []
+
+
+def describe_resizing(stages: Sequence[Stage], size: Size, config: TrainConfig) -> list[str]:
+    """A line with --progressive_resizing: the sizes of images and their ends; `size` is their own."""
+    if not config.fit.progressive_resizing:
+        return []
+    parts = [f"{_by(smaller)} up to epoch {end}" for smaller, end in stages]
+    return [f"resizing  {', '.join([*parts, f'{_by(size)} to the end'])}"]

@@ -28,9 +28,8 @@ from keras_cifar.distributed.strategy import DistributedContext
 from keras_cifar.models.batch_norm import FIXED, REPLICA, WHOLE, norms
 from keras_cifar.models.classifier import Classifier
 from keras_cifar.pretrained import weights
-from keras_cifar.training import optimizers, resizing, transfer
+from keras_cifar.training import first_lines, optimizers, resizing, transfer
 from keras_cifar.training.checkpoint import TrainingProgress
-from keras_cifar.training.first_lines import describe_classes, describe_frozen, describe_sizes
 from keras_cifar.training.optimizers import Schedule
 from keras_cifar.training.transfer import FrozenLayers
 
@@ -151,16 +150,16 @@ class Plan:
                 f"{models.count_multiply_adds(network) / 1e6:,.1f} million multiply-adds an image",
                 f"data      {config.data.data}: {counts} images of {width} x {height}{resized}, "
                 f"{len(dataset.class_names)} classes",
-                *describe_sizes(dataset, config.data.rule),
-                *describe_classes(dataset.train.labels, dataset.class_names, config),
+                *first_lines.describe_sizes(dataset, config.data.rule),
+                *first_lines.describe_classes(dataset.train.labels, dataset.class_names, config),
                 f"training  {config.fit.epochs} epochs of {self.steps_per_epoch} steps of "
                 f"{config.fit.batch_size} images ({left_out} are left out of each pass), "
                 f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g} "
                 f"{optimizer.lr_schedule}",
                 *([f"norm      by the statistics of {self.norm_batch[1]}"] if normalized else []),
                 *([f"weights   {self.origin}"] if self.origin else []),
-                *describe_frozen(config),
-                *resizing.describe(self.stages, config, (height, width)),
+                *first_lines.describe_frozen(config),
+                *first_lines.describe_resizing(self.stages, (height, width), config),
                 f"devices   strategy {spec.name} ({spec.reason}), {shards}, "
                 f"{policy} ({why_policy}), XLA {'on' if xla else 'off'} ({why_xla})",
             ]

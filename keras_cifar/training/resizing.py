@@ -48,11 +48,3 @@ def size_of(found: list[Stage], epoch: int) -> Size | None:
 def pixels_of(found: list[Stage], epoch: int, sides: Size) -> int:
     """The pixels of an epoch's images, whose own sides are `sides`; its time is in proportion."""
     return math.prod(size_of(found, epoch) or sides)
-
-
-def describe(found: list[Stage], config: TrainConfig, sides: Size) -> list[str]:
-    """A line if images are resized: their sizes and when."""
-    if not config.fit.progressive_resizing:
-        return []
-    parts = [f"{width} x {height} up to epoch {end}" for (height, width), end in found]
-    return [f"resizing  {', '.join([*parts, f'{sides[1]} x {sides[0]} to the end'])}"]
