@@ -35,11 +35,12 @@ def allow(network: keras.Model, size: Size | None) -> None:
 def takes(network: keras.Model, size: Size) -> bool:
     """Whether the layers of a network can compute images of a size other than that it is built for."""
     images = tf.TensorSpec((None, *size, 3), network.inputs[0].dtype)
+    before = network.input_spec
     allow(network, None)
     try:
         tf.function(network, autograph=False).get_concrete_function(images)
     except ValueError:
         return False
     finally:
-        allow(network, network.inputs[0].shape[1:3])
+        network.input_spec = before
     return True

@@ -169,14 +169,12 @@ class TrainingStep:
         if not divided:
             factor = NOMINAL_BATCH / metrics[4]
             gradients = [g * tf.cast(factor, g.dtype) for g in gradients]
-        for decay, of_kernels in ((self.weight_decay, True), (self.bias_decay, False)):
-            scaled = optimizer.scale_loss(tf.constant(decay, self.dtype))
-            gradients = [
-                g + tf.cast(scaled, g.dtype) * v.value
-                if decay and is_kernel(v) == of_kernels
-                else g
-                for g, v in zip(gradients, variables, strict=True)
-            ]
+        decays = [self.weight_decay if is_kernel(v) else self.bias_decay for v in variables]
+        scaled = {d: optimizer.scale_loss(tf.constant(d, self.dtype)) for d in set(decays) - {0}}
+        gradients = [
+            g + tf.cast(scaled[d], g.dtype) * v.value if d else g
+            for g, v, d in zip(gradients, variables, decays, strict=True)
+        ]
         norm = self._norm(gradients)
         if replicas() == 1:
             optimizer.apply(gradients, variables)

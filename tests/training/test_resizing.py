@@ -50,6 +50,7 @@ def test_a_step_is_that_of_a_network_for_small_images(small_network, options):
     model, smaller = compiled(8, **options), compiled(6, **options)
     smaller.set_weights(model.get_weights())
     model.set_training_size((6, 6))
+    assert resizing.takes(model.logits_model, (4, 4))  # which changes nothing
     for each, x in (
         (model, images),
         (smaller, resizing.resize(tf.constant(images), (6, 6)).numpy()),
