@@ -78,8 +78,10 @@ def idle_server(folder: pathlib.Path):
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, **pipes) as process:
-        yield int(re.search(r"port (\d+)", process.stdout.readline())[1])
-        process.terminate()
+        try:
+            yield int(re.search(r"port (\d+)", process.stdout.readline())[1])
+        finally:
+            process.terminate()
 
 
 def probing(host: str, port: int) -> subprocess.Popen:
