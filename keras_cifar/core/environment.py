@@ -71,8 +71,8 @@ DEPTHWISE_POLICY = "float32", "its depthwise convolutions are slower in bfloat16
 MALLOC = {-8: 1, -1: 2**31 - 1, -3: 2**31 - 1}
 
 # Added to the "nice" value of what computes beside an event loop, which then need not wait for a core.
-# Readiness of `serve` took at most 46 ms under load with 10, and 91 with 5 (99 %: 17 and 22). Requests
-# a second were as many with 5, 10 and 19.
+# Readiness of `serve` took at most 46 ms in four minutes of load with 10, and 91 with 5 (99 %: 17 and
+# 22). Requests a second were as many with 5, 10 and 19.
 NICE = 10
 
 # The variables that `configure` has set in this process.
