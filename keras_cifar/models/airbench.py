@@ -69,6 +69,10 @@ VARIANTS = {
     f"{name}{suffix}": Variant(
         functools.partial(airbench, widths, shift), _PAPER, 32, 10, min_size=9
     )
-    for name, widths in (("airbench94", (64, 256, 256)), ("airbench_small", (64, 128, 128)))
+    for name, widths in (
+        ("airbench94", (64, 256, 256)),
+        ("airbench95", (128, 384, 384)),
+        ("airbench_small", (64, 128, 128)),
+    )
     for suffix, shift in (("", 0), ("_views", 1))
 }

@@ -40,8 +40,9 @@ PARAMETERS = {
     "resnet110": 1_730_714, "resnet1202": 19_424_026, "nin": 966_986, "lenet5": 62_006,
     "efficientnet_lite0": 4_652_008, "efficientnet_lite1": 5_416_680,
     "efficientnet_lite2": 6_092_072, "efficientnet_lite3": 8_197_096,
-    "efficientnet_lite4": 13_006_568, "vgg_bn_drop": 15_254_602, "airbench94": 1_971_352,
-    "airbench_small": 568_728, "airbench94_views": 1_971_352, "airbench_small_views": 568_728,
+    "efficientnet_lite4": 13_006_568, "vgg_bn_drop": 15_254_602,
+    "airbench_small": 568_728, "airbench94": 1_971_352, "airbench95": 4_604_440,
+    "airbench_small_views": 568_728, "airbench94_views": 1_971_352, "airbench95_views": 4_604_440,
 }  # fmt: skip
 MULTIPLY_ADDS = {
     "resnet18": (1.81e9, 0.01e9),

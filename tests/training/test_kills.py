@@ -14,7 +14,7 @@ from tests.conftest import WITHOUT_THREADS
 from tests.training.kills import CASES
 
 KILLS = int(os.environ.get("KILLS", "20"))
-QUICK = 3  # kills in the default run
+QUICK = 2  # kills in the default run
 EACH = [pytest.param(case, marks=() if case == "tiny" else pytest.mark.slow) for case in CASES]
 
 
