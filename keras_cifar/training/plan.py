@@ -91,7 +91,8 @@ class Plan:
 
     def precise_bn_batches(self, epoch: int) -> Iterator:
         """Those from which batch normalization is recomputed after an epoch, from 0, and the next."""
-        return iter(self.batches(epoch * self.config.fit.precise_bn_batches))
+        # Lazily: a network without it reads none.
+        yield from self.batches(epoch * self.config.fit.precise_bn_batches)
 
     def begin_epoch(self, epoch: int) -> bool:
         """Sets the size of images and what is frozen for an epoch, from 0.
