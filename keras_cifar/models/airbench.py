@@ -10,8 +10,9 @@ views, at six times. At 32 x 32 with 10 classes:
 | name | widths | trainable parameters | multiply-adds |
 |---|---|---|---|
 | airbench94 | 64, 256, 256 | 1,971,352 | 118.1 million |
+| airbench95 | 128, 384, 384 | 4,604,440 | 301.6 million |
 | airbench_small | 64, 128, 128 | 568,728 | 54.2 million |
-| airbench94_views, airbench_small_views | as above | as above | as above |
+| each with `_views` | as above | as above | as above |
 
 The small one, which is not in the paper, is more accurate after five minutes on two CPU cores. Unlike
 the paper's, GELU is approximated by a sigmoid, and the whitening's bias is trained to the end.

@@ -28,7 +28,7 @@ from keras_cifar.evaluation import evaluator, plots
 from keras_cifar.models import applications
 from keras_cifar.reporting import gallery, record
 from keras_cifar.training import checkpoint, recorder, trainer
-from keras_cifar.training.plan import describe_run, prepare
+from keras_cifar.training.plan import Plan, describe_run, prepare
 from tests.conftest import write_folder
 from tests.evaluation.test_plots import place
 from tests.training.kills import scalars, trained
@@ -194,6 +194,21 @@ def test_precise_bn_batches_recompute_the_statistics(tmp_path, image_folder, sma
     moving, precise = (m.get_layer("conv_bn").moving_variance.numpy() for m in (moving, precise))
     # After two steps the moving average is still near its first value.
     assert np.abs(moving - 1).mean() < np.abs(precise - 1).mean()
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_only_batch_normalization_has_batches_made_for_its_statistics(
+    tmp_path, image_folder, small_network, monkeypatch, normalized
+):
+    original, starts = Plan.batches, []
+
+    def batches(plan, start_step):
+        starts.append(start_step)
+        return original(plan, start_step)
+
+    monkeypatch.setattr(Plan, "batches", batches)
+    fit_to(tmp_path, image_folder, model=small_network if normalized else "lenet5", epochs=1)
+    assert starts == [0] * (1 + normalized)
 
 
 def test_early_stopping_ends_the_run(tmp_path, image_folder):
