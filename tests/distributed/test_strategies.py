@@ -28,7 +28,10 @@ PLANS = {
     "quick": {
         "one device": COMPARED,
         "mirrored 2": [*COMPARED, "dropout", "each replica by itself", "masks", "outside"],
-        "2 workers": ["adam", "all at once", "mixed_float16", "groups, all at once"],
+        "2 workers": [
+            *("adam", "all at once", "mixed_float16"),
+            *("groups, all at once", "groups, unfrozen", "each replica by itself"),
+        ],
     },
     "all": dict.fromkeys(STRATEGIES, ALL),
     "large": {
