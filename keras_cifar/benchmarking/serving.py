@@ -8,6 +8,7 @@ import http.client
 import importlib.util
 import io
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -64,11 +65,33 @@ def measure(options: BenchmarkOptions) -> dict:
 
     Returns:
         {"clients": {contender: {clients: {rate, p50, p99, requests, share, server, client, work}}},
-        "batches": {what: rate}, "computing": {what: seconds}, "image_size": the network's, in pixels}.
-        Latencies are in seconds; a share is of the rate in batches of 128 without a server. Server and
-        client are seconds of a core for each request, `computing` those for each image in batches, and
-        `work` is its share of the server's.
+        "batches": {what: rate}, "computing": {what: seconds}, "image_size": the network's, in pixels,
+        "cores": the server's}. Latencies are in seconds; a share is of the rate in batches of 128
+        without a server, on the server's cores. Server and client are seconds of a core for each
+        request, `computing` those for each image in batches, and `work` is its share of the server's.
     """
+    with _core_of_clients() as core:
+        measured = _measure(options, core)
+    _print(options, measured)
+    return measured
+
+
+@contextlib.contextmanager
+def _core_of_clients() -> Iterator[set[int]]:
+    """Leaves this process and its servers all cores but the last, and yields that one, for clients.
+
+    Clients of a real server do not compute on its cores. Here they are one process, in which Python
+    computes in one thread at a time. A single core is shared. Call it before TensorFlow computes.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[:-1] or cores)
+    try:
+        yield set(cores[-1:])
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _measure(options: BenchmarkOptions, core: set[int]) -> dict:
     size = models.variants()[options.model].image_size
     dataset = data.load(options.data, val_fraction=0, image_size=size)
     model = models.build(options.model, dataset.image_shape, len(dataset.class_names)).deployable
@@ -86,10 +109,9 @@ def measure(options: BenchmarkOptions) -> dict:
             contenders[PEER] = contenders["REST files"]._replace(connect=connect, cpu=cpu)
         else:
             show(f"{PEER}: fastapi is not installed\n")
-        measured = _take_turns(options, contenders, _batches(Predictor(str(export)), images))
-    measured["image_size"] = size
-    _print(options, measured)
-    return measured
+        batches = _batches(Predictor(str(export)), images)
+        measured = _take_turns(options, contenders, batches, core)
+    return measured | {"image_size": size, "cores": len(os.sched_getaffinity(0))}
 
 
 def _ours(
@@ -140,7 +162,10 @@ def _batches(predictor: Predictor, images: np.ndarray) -> dict[str, Callable]:
 
 
 def _take_turns(
-    options: BenchmarkOptions, contenders: dict[str, Contender], batches: dict[str, Callable]
+    options: BenchmarkOptions,
+    contenders: dict[str, Contender],
+    batches: dict[str, Callable],
+    core: set[int],
 ) -> dict:
     turns = {}  # (contender, clients) -> the Turn of each round
     alone = {what: [] for what in batches}  # (images, seconds of a core) a second of each round
@@ -151,8 +176,8 @@ def _take_turns(
         for clients in CLIENTS:
             for name, contender in contenders.items():
                 show(f"round {number + 1} of {options.rounds}: {name}, {clients} clients")
-                _load(contender, clients, WARM_UP)
-                turn = _load(contender, clients, options.seconds)
+                _load(contender, clients, WARM_UP, core)
+                turn = _load(contender, clients, options.seconds, core)
                 turns.setdefault((name, clients), []).append(turn)
     show("")
     rates = {what: statistics.median(rate for rate, _ in values) for what, values in alone.items()}
@@ -187,7 +212,9 @@ def _rate(compute: Callable, seconds: float) -> tuple[float, float]:
 
 def _print(options: BenchmarkOptions, measured: dict) -> None:
     size = "{image_size} x {image_size}".format_map(measured)
-    print(f"{options.model}, one image of {size} a request, {options.data}; in batches, no server:")
+    cores = f"{measured['cores']} core{'s' if measured['cores'] > 1 else ''}"
+    print(f"{options.model}, one image of {size} a request, {options.data}, servers on {cores}")
+    print("in batches, without a server:")
     for what, rate in measured["batches"].items():
         milliseconds = 1e3 * measured["computing"][what]
         print(f"{what:<28}{rate:>20,.0f} a second, {milliseconds:.2f} ms of a core each")
@@ -252,12 +279,13 @@ def _grpc(address: str) -> Iterator[Callable[[bytes], None]]:
         yield lambda body: call(body, timeout=60)
 
 
-def _load(contender: Contender, clients: int, seconds: float) -> Turn:
-    """Sends requests from so many clients for so long."""
+def _load(contender: Contender, clients: int, seconds: float, core: set[int]) -> Turn:
+    """Sends requests from so many clients for so long; they compute on `core`."""
     start, server, own = time.perf_counter(), contender.cpu(), time.process_time()
     end = start + seconds
 
     def client(number: int) -> list[float]:
+        os.sched_setaffinity(0, core)  # of this thread alone, and of those that it starts
         latencies, bodies = [], contender.bodies
         with contender.connect() as send:
             while (start := time.perf_counter()) < end:

@@ -18,6 +18,7 @@ from keras_cifar.benchmarking import (
     ours,
     photos,
     scaling,
+    serving,
     turns,
 )
 from keras_cifar.benchmarking.comparison import FIT, GEMM, PIPELINE, PREDICT, STEP
@@ -348,13 +349,43 @@ def test_wrong_usage():
             benchmarking.measure(BenchmarkOptions(**{name: "flop"}))
 
 
+@pytest.mark.parametrize(
+    ("cores", "servers", "clients"), [({0}, [0], {0}), ({3, 0, 5}, [0, 3], {5})]
+)
+def test_clients_leave_the_other_cores_to_the_server(cores, servers, clients, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, to: set_to.append(to))
+    with serving._core_of_clients() as core:
+        assert core == clients
+        assert set_to == [servers]
+    assert set_to == [servers, sorted(cores)]
+
+
+def test_clients_send_from_their_core_alone():
+    before, seen = os.sched_getaffinity(0), []
+
+    @contextlib.contextmanager
+    def connect():
+        yield lambda body: seen.append((body, os.sched_getaffinity(0)))
+
+    contender = serving.Contender(connect, [b"a", b"b"], serving.PIXELS, lambda: 0.0)
+    turn = serving._load(contender, clients=2, seconds=0.05, core={max(before)})
+    assert len(turn.latencies) == len(seen) > 2
+    assert {body for body, _ in seen} == {b"a", b"b"}
+    assert all(cores == {max(before)} for _, cores in seen)
+    assert os.sched_getaffinity(0) == before
+
+
 @pytest.mark.slow
 def test_serving_is_measured_for_each_number_of_clients(tmp_path):
     for package in ("uvicorn", "grpc_health"):
         pytest.importorskip(package, reason="the extra `serve` is not installed")
     out = tmp_path / "measurements.json"
     printed, result = command(out, "--serving", "--seconds=0.3", "--model=resnet18")
-    assert "resnet18, one image of 224 x 224 a request" in printed
+    cores = max(1, len(os.sched_getaffinity(0)) - 1)
+    assert f"resnet18, one image of 224 x 224 a request, digits, servers on {cores} core" in printed
+    assert result["serving"]["cores"] == cores
     contenders, batches = result["serving"]["clients"], result["serving"]["batches"]
     assert {"REST images", "REST files", "gRPC tensors", "gRPC files"} <= contenders.keys()
     for name, rows in contenders.items():
