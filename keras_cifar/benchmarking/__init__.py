@@ -20,18 +20,26 @@ def measure(options: BenchmarkOptions) -> dict:
     from keras_cifar.benchmarking import comparison, distribution, growth, photos, serving
     from keras_cifar.data import augmentation
 
+    result = {"machine": _machine()}
+    if options.serving:  # first, since it takes cores away, which TensorFlow counts when it starts
+        return result | {"serving": serving.measure(options)}
     augmentation.parse(options.augment)
+    models.find(options.model)
     policy = environment.dtype_policy(options.dtype_policy)[0]
     options = dataclasses.replace(options, dtype_policy=policy)
-    network = models.build(options.model).deployable
-    machine = [environment.machine()]
-    for name in ("tensorflow", "keras", "torch", "torchvision", "paddlepaddle"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            machine.append(f"{name} {importlib.metadata.version(name)}")
-    result = {"machine": ", ".join(machine)}
-    kinds = {"distribution": distribution, "serving": serving, "growth": growth, "photos": photos}
+    kinds = {"distribution": distribution, "growth": growth, "photos": photos}
     for name, kind in kinds.items():
         if getattr(options, name):
             return result | {name: kind.measure(options)}
     # A multiplication and an addition; forward, and twice that backward.
+    network = models.build(options.model).deployable
     return result | comparison.measure(options, 6 * models.count_multiply_adds(network))
+
+
+def _machine() -> str:
+    """The processors, and the versions of what is compared."""
+    machine = [environment.machine()]
+    for name in ("tensorflow", "keras", "torch", "torchvision", "paddlepaddle"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            machine.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(machine)

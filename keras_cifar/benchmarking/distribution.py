@@ -69,7 +69,7 @@ def _print_prediction(options: BenchmarkOptions) -> dict:
     """Predicts for the network at its paper's image size; prints the model beside measurements."""
     from keras_cifar import models
 
-    variant = models.variants()[options.model]
+    variant = models.find(options.model)
     size = variant.image_size
     model = models.build(options.model, (size, size, 3), variant.num_classes)
     found, network = scaling.traffic(model), model.deployable

@@ -92,7 +92,7 @@ def _core_of_clients() -> Iterator[set[int]]:
 
 
 def _measure(options: BenchmarkOptions, core: set[int]) -> dict:
-    size = models.variants()[options.model].image_size
+    size = models.find(options.model).image_size
     dataset = data.load(options.data, val_fraction=0, image_size=size)
     model = models.build(options.model, dataset.image_shape, len(dataset.class_names)).deployable
     images = dataset.test.images[:IMAGES]

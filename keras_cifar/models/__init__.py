@@ -85,6 +85,14 @@ def variants() -> dict[str, Variant]:
     return found
 
 
+def find(name: str) -> Variant:
+    """The variant of that name; raises UsageError if there is none."""
+    table = variants()
+    if name not in table:
+        raise unknown("model", name, table)
+    return table[name]
+
+
 def build(
     name: str, input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10
 ) -> Classifier:
@@ -94,10 +102,7 @@ def build(
         UsageError: no such network.
         UserError: the images are too small for it.
     """
-    table = variants()
-    if name not in table:
-        raise unknown("model", name, table)
-    variant = table[name]
+    variant = find(name)
     if min(input_shape[:2]) < variant.min_size:
         raise UserError(
             f"{name} needs images of at least {variant.min_size} x {variant.min_size} pixels and "
@@ -154,7 +159,7 @@ def count_multiply_adds(model: keras.Model) -> int:
 
 def describe(name: str) -> tuple[str, int, int, int, str]:
     """(name, image size, parameters, multiply-adds, paper) at the paper's size and classes."""
-    variant = variants()[name]
+    variant = find(name)
     shape = (variant.image_size, variant.image_size, 3)
     with keras.StatelessScope(initialize_variables=False):  # allocates no weights
         model = build(name, shape, variant.num_classes).deployable

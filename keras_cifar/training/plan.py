@@ -20,7 +20,7 @@ import tensorflow as tf
 from keras_cifar import data, models
 from keras_cifar.core import environment, places
 from keras_cifar.core.config import BALANCED, FitConfig, TrainConfig, canonical
-from keras_cifar.core.errors import UsageError, unknown
+from keras_cifar.core.errors import UsageError
 from keras_cifar.data import augmentation
 from keras_cifar.distributed import sharding, strategy
 from keras_cifar.distributed.sharding import ReplicaRange, ShardedBatches
@@ -223,8 +223,7 @@ def check_names(config: TrainConfig) -> None:
         UsageError: an unknown model or schedule, or flags that contradict each other.
     """
     optimizers.parse_schedule(config.optimizer.lr_schedule)
-    if config.model.model not in models.variants():
-        raise unknown("model", config.model.model, models.variants())
+    models.find(config.model.model)
     if config.fit.early_stopping and not config.data.val_fraction:
         raise UsageError("--early_stopping needs validation: --val_fraction must be above 0")
     if config.fit.norm_batch == "fixed" and not config.model.init_from:

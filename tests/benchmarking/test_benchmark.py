@@ -386,6 +386,8 @@ def test_serving_is_measured_for_each_number_of_clients(tmp_path):
     cores = max(1, len(os.sched_getaffinity(0)) - 1)
     assert f"resnet18, one image of 224 x 224 a request, digits, servers on {cores} core" in printed
     assert result["serving"]["cores"] == cores
+    for what, rate in result["serving"]["batches"].items():
+        assert rate * result["serving"]["computing"][what] < cores + 0.1
     contenders, batches = result["serving"]["clients"], result["serving"]["batches"]
     assert {"REST images", "REST files", "gRPC tensors", "gRPC files"} <= contenders.keys()
     for name, rows in contenders.items():
