@@ -6,7 +6,7 @@ import typing
 import keras
 
 from keras_cifar import models
-from keras_cifar.core.errors import UserError, unknown
+from keras_cifar.core.errors import UserError
 from keras_cifar.core.image_size import image_sides, resize_rule
 from keras_cifar.evaluation.run_export import read_labels
 from keras_cifar.exporters import saved_model, verification
@@ -42,10 +42,7 @@ def load(
         UsageError: an unknown network, or no weights for it.
         UserError: the weights or the labels are missing or do not fit.
     """
-    table = models.variants()
-    if network not in table:
-        raise unknown("model", network, table)
-    size = image_size or table[network].image_size
+    size = image_size or models.find(network).image_size
     rule, sides = resize_rule(resize, size), image_sides(size)
 
     def build(classes: int) -> keras.Model:
