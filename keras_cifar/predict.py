@@ -61,12 +61,12 @@ def main(options: PredictOptions, arguments: list[str]) -> int:
     )
     if unknown := predictions.mark_unknown(rows, options.min_probability):
         print(f"unknown   {unknown}", file=sys.stderr)
-    predictions.write(rows, options.format, sys.stdout)
-    if options.features:
+    if options.features:  # first, since standard output may be closed before its end
         predictions.write_features(options.features, rows, features)
-        print(f"features  {options.features}", file=sys.stderr)
-    if options.explain:
-        print(f"overlays  {options.explain}", file=sys.stderr)
+    predictions.write(rows, options.format, sys.stdout)
+    for name, place in (("features", options.features), ("overlays", options.explain)):
+        if place:
+            print(f"{name}  {place}", file=sys.stderr)
     if failures := predictions.describe_failures(rows):
         print(f"predict: {failures}", file=sys.stderr)
     return 1 if failures else 0

@@ -220,7 +220,7 @@ class OptimizerConfig(Options):
     momentum: float = _optimizer(0.9, "of sgd", limit=FRACTION)
     nesterov: bool = _optimizer(False, "Nesterov momentum, of sgd and muon")
     bias_rate: float = _optimizer(
-        1.0, "factor of the learning rate of biases and normalization, of sgd"
+        1.0, "factor of the learning rate of biases and normalization, of sgd", limit=NOT_NEGATIVE
     )
     lr_schedule: str = _optimizer(
         "constant",

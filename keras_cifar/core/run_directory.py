@@ -226,6 +226,9 @@ def previous_config(config: TrainConfig, run: Run) -> dict | None:
     # What `auto` was. Before there was the flag, all runs used the whole batch.
     used = {"norm_batch": previous.get("norm_batch", "whole")}
     differences = config.differences(previous["flags"] | used, previous["paths"])
+    given = previous["flags"].get("norm_batch", "auto")
+    if config.fit.norm_batch == "auto" != given:  # which nobody left to a machine
+        differences.append(f"--norm_batch was {given!r}, is 'auto'")
     if differences:
         raise UsageError(
             f"{run.path} has a run with other flags: {'; '.join(differences)}; "

@@ -1,6 +1,7 @@
 """Verifies that an export predicts what the model predicts, before it appears."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import tensorflow as tf
 
 from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import UserError
-from keras_cifar.core.files import to_json
+from keras_cifar.core.files import to_json, versions
 from keras_cifar.data import Dataset
 
 FILE = pathlib.Path("assets.extra", "verification.json")  # below an export's directory
@@ -114,6 +115,23 @@ def verify(
     (directory / FILE).parent.mkdir(exist_ok=True)
     text = to_json(stored | {"figures": differences} | record) + "\n"
     (directory / FILE).write_text(text, "utf-8")
+
+
+def digest(model: pathlib.Path) -> str:
+    """The SHA-256 of a model's file, which its exports keep as `model_sha256`."""
+    with open(model, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_exported(model: pathlib.Path, base: pathlib.Path) -> bool:
+    """Whether the newest version below `base` is of this file; True if it does not say of which."""
+    if not (found := versions(base)):
+        return False
+    try:
+        stored = json.loads((base / str(found[-1]) / FILE).read_text("utf-8")).get("model_sha256")
+    except (OSError, ValueError, AttributeError):  # somebody else's, or damaged
+        return True
+    return stored in (None, digest(model))
 
 
 def summary(directory: pathlib.Path) -> str:

@@ -116,7 +116,7 @@ def describe_failures(predictions: list[dict]) -> str:
 def write_features(path: str, predictions: list[dict], features: list[np.ndarray]) -> None:
     """Writes an .npz file: files string [N], features float32 [N, D], labels string [N]."""
     good = [row for row in predictions if not row["error"]]
-    with replacing(pathlib.Path(path)) as temporary, open(temporary, "wb") as file:
+    with replacing(pathlib.Path(path).expanduser()) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
             files=np.array([row["file"] for row in good], np.str_),

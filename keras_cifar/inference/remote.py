@@ -28,6 +28,7 @@ _MODEL_URL = re.compile(
     rf"https?://{HOST}(:\d{{1,5}})?(/\S*)?"
     r"/v1/models/[^\s/:]+(/versions/\d+|/labels/[^\s/:]+)?"
 )
+SMALL = 2**20  # bytes of a request, the smallest usual limit of proxies (nginx)
 MAX_RESPONSE = 2**28  # bytes; the probabilities of 128 images in 21,841 classes take 60 MB
 
 
@@ -64,7 +65,8 @@ class RemotePredictor:
             raise UserError(f"{self.url} is not a model that keras_cifar exported") from None
         self.size, self.rule = (height, width), rule_of(signatures)
         if labels:
-            names = read(pathlib.Path(labels), MAX_LABELS).decode("utf-8", "replace").splitlines()
+            path = pathlib.Path(labels).expanduser()
+            names = read(path, MAX_LABELS).decode("utf-8", "replace").splitlines()
         if type(names) is not list or not names:
             raise UserError(
                 f"{self.url} does not tell the names of its classes; give assets/labels.txt of the "
@@ -185,6 +187,12 @@ class RestClient:
             raise (TemporaryError if error.code in RETRIED else UserError)(message) from None
         except (OSError, OverflowError, http.client.HTTPException) as error:
             why = error.reason if isinstance(error, urllib.error.URLError) else error
+            if (
+                isinstance(why, (BrokenPipeError, ConnectionResetError))
+                and len(body or b"") > SMALL
+            ):
+                # A server may refuse a large body, and close before all of it was sent.
+                raise TooLargeError(f"{self._url} closed the connection: {reason(why)}") from None
             if isinstance(why, TimeoutError):
                 why = f"no response in {self._timeout:g} s"
             elif isinstance(why, BaseException):

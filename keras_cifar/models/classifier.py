@@ -1,6 +1,7 @@
 """The keras.Model that every builder returns: images in, probabilities out, its own training step."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -135,12 +136,12 @@ class Classifier(keras.Model):
         return training_step.evaluation_metrics(tf.cast(labels, self._loss_dtype), logits)
 
     def _train_steps(self, iterator, count):
-        strategy, step = self.distribute_strategy, self.train_step
+        strategy, arguments = self.distribute_strategy, [iterator, self.train_step]
         # XLA compiles the step and not the loop, as it knows no iterators.
         if self.jit_compile is True:
-            step = tf.function(step, jit_compile=True, autograph=False)
+            arguments.append(functools.partial(tf.function, jit_compile=True, autograph=False))
         with self._step.clipping_all_reduced(strategy):
-            return self._sum_steps(lambda: self._step.run(strategy, iterator, step), count, METRICS)
+            return self._sum_steps(lambda: self._step.run(strategy, *arguments), count, METRICS)
 
     def _evaluate_steps(self, iterator, count):
         strategy = self.distribute_strategy
@@ -201,7 +202,7 @@ class Classifier(keras.Model):
         validation = validation_data
         if validation is not None:
             pair = validation if isinstance(validation, tuple) else (validation, None)
-            size = validation_batch_size or batch_size
+            size = validation_batch_size or (batch_size if pair is validation else None)
             validation = self._batches(*pair, size, validation_steps)
         callbacks = loop.callback_list(self, callbacks, verbose, batches.steps, epochs, True)
         loop.fit(

@@ -45,6 +45,7 @@ def fit(
             iterator = iter(batches)
         resumed = epoch == initial_epoch
         totals = initial_totals if resumed and len(initial_totals) else np.zeros(len(METRICS))
+        model.totals = np.array(totals)  # also where all steps were done before
         logs = run_batches(
             function,
             iterator,

@@ -83,19 +83,26 @@ class TrainingStep:
         """Counts this process's replicas as stop requests in the metrics of each further step."""
         self._stop.assign(tf.ones_like(self._stop))
 
-    def run(self, strategy: tf.distribute.Strategy, iterator, train_step: Callable) -> tf.Tensor:
+    def run(
+        self,
+        strategy: tf.distribute.Strategy,
+        iterator,
+        train_step: Callable,
+        compiled: Callable[[Callable], Callable] = lambda function: function,
+    ) -> tf.Tensor:
         """Runs one step on all replicas; returns METRICS, float [5].
 
         Args:
             iterator: yields (images, labels) of each replica's shard, or of each microbatch of it.
             train_step: what to run on the shard where there are no microbatches.
+            compiled: compiles what runs on a replica.
         """
         if self.accumulate_steps == 1:
-            metrics = strategy.run(train_step, args=(next(iterator),))
+            metrics = strategy.run(compiled(train_step), args=(next(iterator),))
         else:
-            microbatches = tf.constant(self.accumulate_steps)
-            _repeat(microbatches, lambda: strategy.run(self.accumulate, args=(next(iterator),)))
-            metrics = strategy.run(self.update_from_sums)
+            microbatches, accumulate = tf.constant(self.accumulate_steps), compiled(self.accumulate)
+            _repeat(microbatches, lambda: strategy.run(accumulate, args=(next(iterator),)))
+            metrics = strategy.run(compiled(self.update_from_sums))
         copies = strategy.experimental_local_results(metrics)
         # All replicas' copies are computed, though they are equal: where one replica's graph lacks
         # what only they use, TensorFlow simplifies it otherwise, and its weights differ in the last

@@ -7,7 +7,7 @@ import pathlib
 import re
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 
 from google.protobuf import json_format
 from starlette.applications import Starlette
@@ -25,7 +25,7 @@ from keras_cifar.serving.service import Service
 PAGE = pathlib.Path(__file__).parent / "page.html"
 
 SMALL_RESPONSE = 10_000  # numbers and strings, which take a few milliseconds to write
-DISCARD_SECONDS = 2  # for which the rest of a body that is too large is received
+DISCARD_SECONDS = 2  # for which the rest of the body of a refused request is received
 
 # Content-Security-Policy of the page: it loads from and sends to this server alone.
 POLICY = (
@@ -53,7 +53,7 @@ class App:
                 Route("/v2/health/ready", self._ready),
                 Route("/v1/models/{rest:path}", self._answer, methods=methods),
             ],
-            exception_handlers={HTTPException: _not_found},
+            exception_handlers={HTTPException: self._not_found},
         )
 
     async def _page(self, request: Request) -> Response:
@@ -78,7 +78,7 @@ class App:
                 kind, coroutine = self._route(request)
                 response = await coroutine
         except rest.RequestError as error:
-            response = _error(str(error), error.status)
+            response = await self._refuse(request, str(error), error.status)
         except ClientDisconnect:
             response = _error("the client disconnected", 400)  # only the metrics use it
         except Exception:
@@ -141,19 +141,39 @@ class App:
             message = f"the request took more than {self._service.timeout:g} s to arrive"
             raise rest.RequestError(message, 408) from None
         if too_large:
-            await self._discard(stream)
             raise rest.RequestError(
                 f"the request has more than {self._service.max_request:,} bytes", 413
             )
+        request.state.is_received = True
         return bytes(body)
 
-    async def _discard(self, stream: AsyncIterator[bytes]) -> None:
-        """Receives the rest of a body: a client that is cut off may never see the response."""
+    async def _refuse(self, request: Request, message: str, status: int) -> Response:
+        """An error, for which the rest of the body is received first.
+
+        A client that is cut off while it sends may never see the response.
+        """
+        response = _error(message, status)
+        if status == 408 or not await self._discard(request):
+            response.headers["Connection"] = "close"
+        return response
+
+    async def _discard(self, request: Request) -> bool:
+        """Receives the rest of a body, up to the largest size; whether that was all of it."""
+        if getattr(request.state, "is_received", False):
+            return True
         left = self._service.max_request
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, ClientDisconnect):
             async with asyncio.timeout(DISCARD_SECONDS):
-                while left > 0 and (chunk := await anext(stream, None)) is not None:
+                async for chunk in request.stream():
                     left -= len(chunk)
+                    if left < 0:
+                        return False
+                return True
+        return False
+
+    async def _not_found(self, request: Request, error: HTTPException) -> Response:
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        return await self._refuse(request, message, error.status_code)
 
 
 def _json(value: object, status: int = 200) -> Response:
@@ -161,11 +181,4 @@ def _json(value: object, status: int = 200) -> Response:
 
 
 def _error(message: str, status: int) -> Response:
-    response = _json({"error": one_line(message)}, status)
-    if status in (408, 413):  # The rest of the body is not read.
-        response.headers["Connection"] = "close"
-    return response
-
-
-async def _not_found(request: Request, error: HTTPException) -> Response:
-    return _error(f"{error.detail}: {request.method} {request.url.path}", error.status_code)
+    return _json({"error": one_line(message)}, status)

@@ -4,9 +4,10 @@ import statistics
 
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UsageError
-from keras_cifar.core.files import versions, write_json
+from keras_cifar.core.files import write_json
 from keras_cifar.core.run_directory import Run, previous_config, with_its_rule
 from keras_cifar.distributed import strategy
+from keras_cifar.exporters import verification
 from keras_cifar.training import trainer
 
 
@@ -36,8 +37,11 @@ def train(config: TrainConfig, run: Run) -> dict:
     for number, seed in enumerate(seeds, start=1):
         print(f"seed {seed} ({number} of {len(seeds)})", flush=True)
         one = run.of_seed(seed)
-        lacks_export = config.output.export and not versions(one.export)
-        metrics = None if lacks_export else one.read_metrics("test")
+        # An earlier epoch's model can have been tested and exported while the run was stopped.
+        is_finished = len(one.read_history()) >= config.fit.epochs
+        if is_finished and config.output.export:
+            is_finished = verification.is_exported(one.model, one.export)
+        metrics = one.read_metrics("test") if is_finished else None
         if metrics is None:
             metrics = trainer.train(configs[seed], one)
             trainer.free_memory()

@@ -13,7 +13,7 @@ import keras
 from keras_cifar import data, models
 from keras_cifar.core.config import TrainConfig
 from keras_cifar.core.errors import UserError, reason
-from keras_cifar.core.files import replacing, versions, write_json
+from keras_cifar.core.files import replacing, write_json
 from keras_cifar.core.run_directory import Run, previous_config, with_its_rule
 from keras_cifar.core.signals import STOP
 from keras_cifar.distributed import strategy
@@ -103,10 +103,10 @@ def _finish(plan: Plan, run: Run) -> dict:
     config, dataset, model = plan.config, plan.dataset, models.load(run.model)
     names, spec = dataset.class_names, config.data.data
     metrics = evaluator.evaluate(model, "test", dataset.test, names, spec, run)
-    if config.output.export and not versions(run.export):
-        samples = verification.of_dataset(dataset, spec)
-        rule = config.data.rule
-        path = saved_model.export(model, run.export, names, samples=samples, rule=rule)
+    if config.output.export and not verification.is_exported(run.model, run.export):
+        options = {"samples": verification.of_dataset(dataset, spec), "rule": config.data.rule}
+        options["model_sha256"] = verification.digest(run.model)
+        path = saved_model.export(model, run.export, names, **options)
         print(verification.summary(path), flush=True)
     write_report(run, model, dataset)
     return metrics

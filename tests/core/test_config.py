@@ -16,7 +16,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("weight_decay", "warmup_epochs", "precise_bn_batches", "early_stopping", "seed", "seeds"),
-    *("global_clipnorm", "checkpoint_every", "checkpoint_seconds"),
+    *("global_clipnorm", "checkpoint_every", "checkpoint_seconds", "bias_rate"),
 )
 SHARES = ("val_fraction", "max_bad_share", "momentum", "label_smoothing", "ema")
 FLOATS = ("learning_rate", "weight_decay", "warmup_epochs", "global_clipnorm", *SHARES)

@@ -19,6 +19,7 @@ from keras_cifar import predict
 from keras_cifar.core import cli, environment
 from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.data.images import load_image
+from keras_cifar.inference import predictions
 from keras_cifar.inference.predictor import Predictor
 from keras_cifar.pretrained.predictor import NetworkPredictor
 from tests.conftest import colour_images
@@ -255,6 +256,19 @@ def test_features_are_written_for_the_good_files(rows, images, tmp_path, trained
     expected = Predictor(str(trained_run.path)).features(pixels)
     np.testing.assert_allclose(features, expected, atol=1e-5, strict=True)
     assert len(np.unique(features, axis=0)) == 6
+
+
+def test_features_are_written_though_nobody_reads_the_output(
+    images, tmp_path, trained_run, monkeypatch
+):
+    def closed(*arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(predictions, "write", closed)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command(f"--model={trained_run.path}", "--features=~/new/f.npz", *images) == 1
+    with np.load(tmp_path / "new" / "f.npz") as archive:
+        assert len(archive["features"]) == len(images)
 
 
 def test_features_of_no_file_are_empty_arrays_of_their_types(rows, tmp_path):

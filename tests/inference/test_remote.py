@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_cifar.core.errors import UserError
 from keras_cifar.inference import remote
 from tests.conftest import ROUNDING, colour_images, equal_but_for_rounding
 from tests.inference.test_predict import command
@@ -101,7 +102,7 @@ class Fake:
 
     def __init__(self):
         self.responses, self.metadata, self.requests = [], METADATA, []
-        self.delay, self.max_images = 0, 2**30
+        self.delay, self.max_images, self.max_bytes = 0, 2**30, 2**30
         fake = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -121,7 +122,11 @@ class Fake:
 
             def do_POST(self):
                 assert self.path == f"{PATH}:predict"
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                size = int(self.headers["Content-Length"])
+                if size > fake.max_bytes:  # Closing with unread data resets the connection.
+                    self.close_connection = True
+                    return
+                request = json.loads(self.rfile.read(size))
                 fake.requests.append(request)
                 time.sleep(fake.delay)
                 response = fake.responses.pop(0) if fake.responses else None
@@ -179,6 +184,24 @@ def test_images_are_sent(fake, labels, images, limit, failures, sizes):
     assert predictor.classify(images).argmax(1).tolist() == images[:, 0, 0, 0].tolist()
     assert [len(request["inputs"]["image_bytes"]) for request in fake.requests] == sizes
     assert predictor.classify(images[:0]).shape == (0, 3)
+
+
+def test_a_large_request_is_split_where_the_connection_is_closed(fake, labels, images, monkeypatch):
+    predictor, images = remote.RemotePredictor(fake.url, 10, str(labels)), images[:9]
+    predictor.classify(images)
+    size, fake.requests = len(json.dumps(fake.requests[0])), []
+    fake.max_bytes = size * 2 // 3
+    with pytest.raises(UserError, match="cannot be reached"):  # a small one: the server is away
+        predictor.classify(images)
+    monkeypatch.setattr(remote, "SMALL", 100)
+    assert predictor.classify(images).argmax(1).tolist() == images[:, 0, 0, 0].tolist()
+    assert [len(request["inputs"]["image_bytes"]) for request in fake.requests] == [4, 5]
+
+
+def test_labels_can_be_in_the_home_directory(fake, labels, monkeypatch):
+    monkeypatch.setenv("HOME", str(labels.parent))
+    predictor = remote.RemotePredictor(fake.url, 10, f"~/{labels.name}")
+    assert len(predictor.class_names) == 3
 
 
 @pytest.mark.parametrize(

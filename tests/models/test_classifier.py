@@ -88,6 +88,25 @@ def test_fit_is_the_training_step_with_the_options_of_compile(options, of_step):
         assert len(found) > len(expected) or not all(same)
 
 
+def test_xla_computes_the_same_from_microbatches():
+    models = [compiled(accumulate_steps=2, jit_compile=jit) for jit in (True, False)]
+    before = [v.numpy() for v in models[0].weights]
+    for model in models:
+        model.fit(*examples(8), batch_size=8, shuffle=False, verbose=0)
+    found, expected = ([v.numpy() for v in model.weights] for model in models)
+    assert not all(np.array_equal(*pair) for pair in zip(found, before, strict=True))
+    for pair in zip(found, expected, strict=True):
+        np.testing.assert_allclose(*pair, atol=1e-5)
+
+
+def test_a_data_set_for_validation_has_its_own_batches():
+    model = compiled()
+    data = tf.data.Dataset.from_tensor_slices(examples(6)).batch(3)
+    history = model.fit(*examples(8), batch_size=4, validation_data=data, verbose=0).history
+    expected = model.evaluate(data, verbose=0, return_dict=True)
+    assert history["val_loss"] == [pytest.approx(expected["loss"])]
+
+
 def test_statistics_are_recomputed_from_microbatches():
     model, (images, _) = compiled(accumulate_steps=2), examples()
     batches = [(tf.constant(part), None) for part in (images[:5], images[5:])]

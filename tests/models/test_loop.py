@@ -76,6 +76,14 @@ def test_resumed_epoch_starts_at_its_step_with_its_totals():
     assert losses(log.calls, "epoch_end") == [(1, 20 / 6), (2, 2)]
 
 
+def test_an_epoch_whose_steps_were_all_done_keeps_its_totals():
+    log, counter, totals = Log(), model(), (20.0, 4.0, 4.0, 0.0, 0.0)
+    data, arguments = batches(range(4), 3), {"initial_step": 3, "initial_totals": totals}
+    loop.fit(counter, data, None, log, epochs=1, **arguments)
+    assert losses(log.calls, "epoch_end") == [(0, 5)]
+    np.testing.assert_array_equal(counter.totals, totals)
+
+
 def test_validation_is_in_the_logs_of_each_so_many_epochs():
     log, data = Log(), batches(range(1), None)
     loop.fit(model(), data, data, log, epochs=4, validation_freq=2)

@@ -197,6 +197,29 @@ def test_a_body_of_unknown_length_is_limited_too(server):
     assert response.startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/models/other:predict", 404),
+        ("POST", "/v1/models/model/versions/9:predict", 404),
+        ("POST", "/nowhere", 404),
+        ("PUT", PREDICT, 405),
+    ],
+)
+def test_the_body_of_a_refused_request_is_received(server, method, path, status):
+    size, slice_ = MAX_REQUEST // 2, MAX_REQUEST // 8
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+    with contextlib.closing(socket.create_connection((server.host, server.port), 5)) as connection:
+        connection.sendall(head + bytes(slice_))
+        for _ in range(size // slice_ - 1):
+            time.sleep(0.05)  # An answer that waits for no body is sent meanwhile.
+            connection.sendall(bytes(slice_))
+        end = b"GET /v2/health/ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        connection.sendall(end)
+        lines = [x for x in connection.makefile("rb").read().split(b"\r\n") if b"HTTP/1.1" in x]
+    assert [line[-60:].split(b"HTTP/1.1 ")[1][:3] for line in lines] == [b"%d" % status, b"200"]
+
+
 INCOMPLETE = f'POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{"ins'.encode()
 
 

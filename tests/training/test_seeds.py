@@ -80,6 +80,26 @@ def test_finished_seeds_are_not_trained_again(done, monkeypatch):
     several.seeds.write_bytes(before)
 
 
+def test_a_seed_that_was_tested_before_its_end_is_trained(done, monkeypatch):
+    flags, several = done
+    called = []
+
+    def note(flags, run):
+        called.append(flags.fit.seed)
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(trainer, "train", note)
+    history, before = several.of_seed(2).history, several.seeds.read_bytes()
+    rows = history.read_text()
+    history.write_text("".join(rows.splitlines(keepends=True)[:-1]))
+    try:
+        assert seeds.train(flags, several)["seeds"]["2"] == 0.5
+    finally:
+        history.write_text(rows)
+        several.seeds.write_bytes(before)
+    assert called == [2]
+
+
 def test_stopped_run_says_how_all_seeds_resume(tmp_path, image_folder, monkeypatch):
     path = tmp_path / "several"
     flags = config(image_folder, path, seeds=1, epochs=1)

@@ -1,6 +1,7 @@
 """Whole runs: what is written, which model is selected, resuming, and how a run fails."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from keras_cifar.core.files import versions
 from keras_cifar.core.run_directory import Run, default_run_dir, previous_config
 from keras_cifar.distributed.sharding import ReplicaRange
 from keras_cifar.evaluation import evaluator, plots
+from keras_cifar.exporters import verification
 from keras_cifar.models import applications
 from keras_cifar.reporting import gallery, record
 from keras_cifar.training import checkpoint, recorder, trainer
@@ -228,6 +230,34 @@ def test_a_finished_run_is_not_trained_again(copied_run, image_folder, capsys):
     assert copied_run.samples.stat().st_mtime_ns == picture
     assert versions(copied_run.export) == [1]
     assert "resuming from epoch 3 of 3" in capsys.readouterr().out
+
+
+def test_a_run_that_was_exported_before_its_end_is_exported_again(copied_run, image_folder, capsys):
+    assert run_command(export, export.ExportOptions, f"--run={copied_run.path}") == 0
+    path = copied_run.export / "2" / verification.FILE
+    stored = json.loads(path.read_text())
+    of_model = hashlib.sha256(copied_run.model.read_bytes()).hexdigest()
+    assert stored["model_sha256"] == of_model
+    first = json.loads((copied_run.export / "1" / verification.FILE).read_text())
+    assert first["model_sha256"] == of_model
+    flags = config(image_folder, epochs=3, augment="crop(2)|flip")
+    # An earlier revision's export does not say which model it is of.
+    for other, versions_then in ((None, [1, 2]), ("another", [1, 2, 3])):
+        path.write_text(json.dumps(stored | {"model_sha256": other}))
+        trainer.train(flags, copied_run)
+        assert versions(copied_run.export) == versions_then
+    assert json.loads((copied_run.export / "3" / verification.FILE).read_text()) == first
+
+
+def test_statistics_that_were_given_are_not_left_to_the_machine(copied_run, image_folder):
+    flags = config(image_folder, epochs=3, augment="crop(2)|flip")
+    assert previous_config(flags, copied_run)
+    written = json.loads(copied_run.config.read_text())
+    given = {"flags": written["flags"] | {"norm_batch": "8"}, "norm_batch": "8"}
+    copied_run.config.write_text(json.dumps(written | given))
+    with pytest.raises(UsageError, match="--norm_batch was '8', is 'auto'"):
+        previous_config(flags, copied_run)
+    assert previous_config(flags.replace(norm_batch="8"), copied_run)
 
 
 def test_other_flags_on_the_same_directory_are_named(trained_run, image_folder):
