@@ -129,9 +129,9 @@ def is_exported(model: pathlib.Path, base: pathlib.Path) -> bool:
         return False
     try:
         stored = json.loads((base / str(found[-1]) / FILE).read_text("utf-8")).get("model_sha256")
-    except (OSError, ValueError, AttributeError):  # somebody else's, or damaged
+        return stored in (None, digest(model))
+    except (OSError, ValueError, AttributeError):  # somebody else's, damaged, or without a model
         return True
-    return stored in (None, digest(model))
 
 
 def summary(directory: pathlib.Path) -> str:

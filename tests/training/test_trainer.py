@@ -247,6 +247,7 @@ def test_a_run_that_was_exported_before_its_end_is_exported_again(copied_run, im
         trainer.train(flags, copied_run)
         assert versions(copied_run.export) == versions_then
     assert json.loads((copied_run.export / "3" / verification.FILE).read_text()) == first
+    assert verification.is_exported(copied_run.path / "deleted.keras", copied_run.export)
 
 
 def test_statistics_that_were_given_are_not_left_to_the_machine(copied_run, image_folder):
