@@ -31,8 +31,8 @@ def measure(options: BenchmarkOptions) -> dict:
     for name, kind in kinds.items():
         if getattr(options, name):
             return result | {name: kind.measure(options)}
-    # A multiplication and an addition; forward, and twice that backward.
     network = models.build(options.model).deployable
+    # A multiplication and an addition; forward, and twice that backward.
     return result | comparison.measure(options, 6 * models.count_multiply_adds(network))
 
 

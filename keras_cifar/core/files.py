@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -61,6 +62,12 @@ def size_of(file: BinaryIO) -> int:
 
 # What is being written is in directories whose names begin so; a killed process leaves them.
 TEMPORARY = ".writing-"
+
+
+def sha256(path: pathlib.Path) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: pathlib.Path, value: object) -> None:

@@ -41,7 +41,7 @@ def export_run(
     check_utf8("out", base)
     exporter = importlib.import_module(f"keras_cifar.exporters.{format}")
     model = models.load(run.model)
-    record, lines = {"model_sha256": verification.digest(run.model)}, []
+    record, lines = verification.origin(run.model), []
     if temperature:
         fitted = record["calibration"] = find_temperature(temperature, run)
         model = scale_logits(model, fitted["temperature"])

@@ -1,7 +1,6 @@
 """Verifies that an export predicts what the model predicts, before it appears."""
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import tensorflow as tf
 
 from keras_cifar.core.config import BATCH_SIZE
 from keras_cifar.core.errors import UserError
-from keras_cifar.core.files import to_json, versions
+from keras_cifar.core.files import sha256, to_json, versions
 from keras_cifar.data import Dataset
 
 FILE = pathlib.Path("assets.extra", "verification.json")  # below an export's directory
@@ -117,10 +116,9 @@ def verify(
     (directory / FILE).write_text(text, "utf-8")
 
 
-def digest(model: pathlib.Path) -> str:
-    """The SHA-256 of a model's file, which its exports keep as `model_sha256`."""
-    with open(model, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def origin(model: pathlib.Path) -> dict[str, object]:
+    """What an export of a model's file stores beside the results, for `is_exported`."""
+    return {"model_sha256": sha256(model)}
 
 
 def is_exported(model: pathlib.Path, base: pathlib.Path) -> bool:
@@ -129,7 +127,7 @@ def is_exported(model: pathlib.Path, base: pathlib.Path) -> bool:
         return False
     try:
         stored = json.loads((base / str(found[-1]) / FILE).read_text("utf-8")).get("model_sha256")
-        return stored in (None, digest(model))
+        return stored in (None, sha256(model))
     except (OSError, ValueError, AttributeError):  # somebody else's, damaged, or without a model
         return True
 

@@ -1,7 +1,6 @@
 """The keras.Model that every builder returns: images in, probabilities out, its own training step."""
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -136,12 +135,18 @@ class Classifier(keras.Model):
         return training_step.evaluation_metrics(tf.cast(labels, self._loss_dtype), logits)
 
     def _train_steps(self, iterator, count):
-        strategy, arguments = self.distribute_strategy, [iterator, self.train_step]
-        # XLA compiles the step and not the loop, as it knows no iterators.
-        if self.jit_compile is True:
-            arguments.append(functools.partial(tf.function, jit_compile=True, autograph=False))
+        strategy = self.distribute_strategy
+
+        # XLA compiles what a replica computes and not the loop, as it knows no iterators.
+        def compiled(function):
+            xla = self.jit_compile is True
+            return tf.function(function, jit_compile=True, autograph=False) if xla else function
+
+        def step():
+            return self._step.run(strategy, iterator, self.train_step, compiled)
+
         with self._step.clipping_all_reduced(strategy):
-            return self._sum_steps(lambda: self._step.run(strategy, *arguments), count, METRICS)
+            return self._sum_steps(step, count, METRICS)
 
     def _evaluate_steps(self, iterator, count):
         strategy = self.distribute_strategy

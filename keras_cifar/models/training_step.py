@@ -88,14 +88,14 @@ class TrainingStep:
         strategy: tf.distribute.Strategy,
         iterator,
         train_step: Callable,
-        compiled: Callable[[Callable], Callable] = lambda function: function,
+        compiled: Callable[[Callable], Callable],
     ) -> tf.Tensor:
         """Runs one step on all replicas; returns METRICS, float [5].
 
         Args:
             iterator: yields (images, labels) of each replica's shard, or of each microbatch of it.
             train_step: what to run on the shard where there are no microbatches.
-            compiled: compiles what runs on a replica.
+            compiled: compiles what a replica computes, or returns it as it is.
         """
         if self.accumulate_steps == 1:
             metrics = strategy.run(compiled(train_step), args=(next(iterator),))

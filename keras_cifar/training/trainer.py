@@ -104,9 +104,10 @@ def _finish(plan: Plan, run: Run) -> dict:
     names, spec = dataset.class_names, config.data.data
     metrics = evaluator.evaluate(model, "test", dataset.test, names, spec, run)
     if config.output.export and not verification.is_exported(run.model, run.export):
-        options = {"samples": verification.of_dataset(dataset, spec), "rule": config.data.rule}
-        options["model_sha256"] = verification.digest(run.model)
-        path = saved_model.export(model, run.export, names, **options)
+        samples, record = verification.of_dataset(dataset, spec), verification.origin(run.model)
+        path = saved_model.export(
+            model, run.export, names, None, samples, config.data.rule, **record
+        )
         print(verification.summary(path), flush=True)
     write_report(run, model, dataset)
     return metrics
