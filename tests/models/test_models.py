@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_cifar import models
 from keras_cifar.core.errors import UsageError, UserError
@@ -14,8 +15,9 @@ from keras_cifar.models import applications, resnet_cifar
 NAMES = tuple(name for name in models.variants() if name not in applications.VARIANTS)
 ALL_BUT_DEEPEST = tuple(name for name in NAMES if name != "resnet1202")
 # The others differ from these in the number of layers alone.
-QUICK = ("alexnet", "airbench_small", "efficientnet_lite0", "googlenet", "googlenet_bn", "lenet5",
-         "nin", "resnet18", "resnet20", "resnet50", "vgg11", "vgg11_bn", "vgg_bn_drop")  # fmt: skip
+QUICK = ("alexnet", "airbench_deep", "airbench_small", "efficientnet_lite0", "googlenet",
+         "googlenet_bn", "lenet5", "nin", "resnet18", "resnet20", "resnet50", "vgg11", "vgg11_bn",
+         "vgg_bn_drop")  # fmt: skip
 EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
@@ -43,6 +45,7 @@ PARAMETERS = {
     "efficientnet_lite4": 13_006_568, "vgg_bn_drop": 15_254_602,
     "airbench_small": 568_728, "airbench94": 1_971_352, "airbench95": 4_604_440,
     "airbench_small_views": 568_728, "airbench94_views": 1_971_352, "airbench95_views": 4_604_440,
+    "airbench_deep": 6_950_616, "airbench_deep_views": 6_950_616,
 }  # fmt: skip
 MULTIPLY_ADDS = {
     "resnet18": (1.81e9, 0.01e9),
@@ -209,6 +212,16 @@ def test_stems_and_bottlenecks_have_the_documented_convolutions(name, side, laye
 )
 def test_maps_have_the_documented_shapes(name, side, layer, shape):
     assert skeleton(name, (side, side, 3)).get_layer(layer).output.shape == (None, *shape)
+
+
+def test_the_last_two_convolutions_of_a_deep_group_are_a_residual_block(random):
+    model = models.build("airbench_deep", (16, 16, 3), 3)
+    model.get_layer("group1_3_conv").kernel.assign(tf.zeros((3, 3, 384, 384)))
+    layers = ("group1_1_gelu", "group1_3_gelu")
+    network = keras.Model(model.inputs[0], [model.get_layer(name).output for name in layers])
+    before, after = network(random.integers(0, 256, (2, 16, 16, 3), np.uint8))
+    # Without the convolution the block is its shortcut, to which GELU is applied.
+    np.testing.assert_allclose(after, before * tf.sigmoid(1.702 * before), rtol=1e-5, atol=1e-6)
 
 
 # ---- Errors
