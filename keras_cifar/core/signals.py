@@ -82,8 +82,11 @@ class StopSignals:
         raise self._error()
 
     def _unraisable(self, found, hook) -> None:
-        """Python cannot raise in finalizers and some callbacks; it calls this with the error."""
-        if issubclass(found.exc_type, StoppedError):
+        """Python cannot raise in finalizers and some callbacks; it calls this with the error.
+
+        That may be another, such as SystemError where TensorFlow's C++ was importing a module.
+        """
+        if self._was_raised:
             signal.setitimer(signal.ITIMER_REAL, SOON)
         else:
             hook(found)

@@ -53,6 +53,16 @@ class Finalized:
         send()
 
 
+class FinalizedByAnotherError:
+    def __del__(self):
+        made_another_error()
+
+
+def finalized_by_another_error() -> None:
+    FinalizedByAnotherError()
+    time.sleep(30)
+
+
 def finalized() -> None:
     Finalized()
     time.sleep(30)
@@ -88,7 +98,14 @@ def test_where_it_is_deferred_the_body_ends_first(stop):
 
 @pytest.mark.parametrize(
     "work",
-    [swallowed, made_another_error, finalized, finalized_last, swallowed_and_goes_on],
+    [
+        swallowed,
+        made_another_error,
+        finalized,
+        finalized_by_another_error,
+        finalized_last,
+        swallowed_and_goes_on,
+    ],
 )
 def test_what_a_library_makes_of_the_error_does_not_hide_it(stop, monkeypatch, capfd, work):
     monkeypatch.setattr(signals, "AGAIN", 0.05)
