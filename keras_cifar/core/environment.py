@@ -40,6 +40,7 @@ import tempfile
 import time
 
 from keras_cifar.core.errors import UsageError
+from keras_cifar.core.signals import STOP
 
 DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -320,7 +321,7 @@ def import_tensorflow() -> None:
 
 @contextlib.contextmanager
 def _silent_stderr():
-    """Holds back what the process writes to stderr; prints it only if the body raises."""
+    """Holds back what the process writes to stderr; prints it only if the body fails."""
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -328,8 +329,9 @@ def _silent_stderr():
         try:
             yield
         except Exception:
-            held.seek(0)
-            os.write(saved, held.read())
+            if not STOP.received:  # Imports make other errors of a stop.
+                held.seek(0)
+                os.write(saved, held.read())
             raise
         finally:
             os.dup2(saved, 2)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from keras_cifar.core import signals
+from keras_cifar.core import environment, signals
 from keras_cifar.core.errors import StoppedError
 from keras_cifar.core.signals import StopSignals
 from keras_cifar.data import cache, images, tfds
@@ -193,6 +193,26 @@ def reading_an_image(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"an image")
     monkeypatch.setattr(images.Image, "open", lambda *_, **__: send())
     images.load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_messages_of_an_import_that_a_signal_stops_are_not_shown(monkeypatch, capfd, stopped):
+    class Finder:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "tensorflow":
+                os.write(2, b"noise")
+                if stopped:
+                    made_another_error()
+                raise ValueError("the import failed")
+
+    monkeypatch.delitem(sys.modules, "tensorflow")
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    expected = StoppedError if stopped else ValueError
+    with pytest.raises(expected), signals.STOP.handled():
+        environment.import_tensorflow()
+    assert capfd.readouterr().err == ("" if stopped else "noise")
 
 
 @pytest.mark.parametrize("work", [downloading, reporting, opening_a_cache_entry, reading_an_image])
