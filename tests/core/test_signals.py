@@ -195,6 +195,15 @@ def reading_an_image(tmp_path, monkeypatch):
     images.load_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("work", [downloading, reporting, opening_a_cache_entry, reading_an_image])
+def test_a_signal_is_no_failure_of_what_it_interrupts(stop, tmp_path, monkeypatch, work):
+    with pytest.raises(StoppedError), stop.handled():
+        try:
+            work(tmp_path, monkeypatch)
+        except Exception as error:
+            pytest.fail(f"it was taken for a failure: {error}")
+
+
 @pytest.mark.parametrize("stopped", [True, False])
 def test_messages_of_an_import_that_a_signal_stops_are_not_shown(monkeypatch, capfd, stopped):
     class Finder:
@@ -213,12 +222,3 @@ def test_messages_of_an_import_that_a_signal_stops_are_not_shown(monkeypatch, ca
     with pytest.raises(expected), signals.STOP.handled():
         environment.import_tensorflow()
     assert capfd.readouterr().err == ("" if stopped else "noise")
-
-
-@pytest.mark.parametrize("work", [downloading, reporting, opening_a_cache_entry, reading_an_image])
-def test_a_signal_is_no_failure_of_what_it_interrupts(stop, tmp_path, monkeypatch, work):
-    with pytest.raises(StoppedError), stop.handled():
-        try:
-            work(tmp_path, monkeypatch)
-        except Exception as error:
-            pytest.fail(f"it was taken for a failure: {error}")
